@@ -1,0 +1,39 @@
+"""dreslcl: slide representations learnt from whole-slide images and their pathology reports.
+
+Public names resolve on first use, so that `import dreslcl` loads neither torch nor OpenCLIP.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "Cohort": "cohort",
+    "Codebook": "residual",
+    "DRESLCL": "model",
+    "DreslclError": "errors",
+    "Embeddings": "embedding",
+    "Encoder": "encoder",
+    "MemoryBank": "bank",
+    "ResidualAggregator": "residual",
+    "Slide": "slide",
+    "TileGrid": "tiles",
+    "evaluate": "evaluation",
+    "load": "embedding",
+    "pretrain": "trainer",
+    "residual_sums": "residual",
+    "tile_slides": "tiles",
+    "tissue_mask": "tissue",
+}
+__all__ = [*_MODULE_OF, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'dreslcl' has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,241 @@
+"""Every knob, once: frozen dataclasses whose defaults the command line shows, read from and written to TOML.
+
+B slides in a batch · T tiles encoded with gradient per slide · M tiles of a slide · D tile feature · K codewords ·
+E joint space · S slides. The paper (arXiv 2511.05034) does not publish K, T, B, learning rates, epochs or the
+temperature where we can read them: these defaults are ours.
+"""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import ConfigError
+from .files import write_text
+
+C = TypeVar("C")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Where tiles lie on a scan."""
+
+    size: int = 256
+    """Tile edge as the encoder sees it, pixels."""
+    mpp: float = 0.5
+    """Tile resolution, µm per pixel."""
+    overlap: int = 0
+    """Pixels (at the tile's resolution) that neighbouring tiles share."""
+    min_tissue: float = 0.3
+    """Smallest fraction of a tile that must be tissue."""
+    max_tiles: int = 0
+    """Keep at most this many tiles of a slide, drawn evenly over it; 0 keeps all."""
+    align: bool = False
+    """Snap the grid to the scan's stored tiles where the tile size allows it: faster random reads."""
+    default_mpp: float | None = None
+    """Resolution of level 0 for scans that do not say it, µm per pixel."""
+    mask_mpp: float = 8.0
+    """Resolution of the tissue mask, µm per pixel."""
+    threshold: float | None = None
+    """Saturation above which a mask pixel is tissue (0-1); none: Otsu's method."""
+    drop_pen: bool = False
+    """Leave out tiles under pen marks."""
+    min_sharpness: float = 0.0
+    """Leave out tiles blurrier than this (variance of the Laplacian, grey levels²); 0 keeps all."""
+
+    def __post_init__(self):
+        _require(self.size >= 16, f"size must be at least 16 px, got {self.size}")
+        _require(self.mpp > 0, f"mpp must be positive, got {self.mpp}")
+        _require(0 <= self.overlap < self.size, f"overlap must be from 0 to {self.size - 1} px, got {self.overlap}")
+        _require(0 <= self.min_tissue <= 1, f"min_tissue is a fraction from 0 to 1, got {self.min_tissue}")
+        _require(self.default_mpp is None or self.default_mpp > 0, f"default_mpp must be positive, got {self.default_mpp}")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The OpenCLIP model that encodes tiles and reports."""
+
+    name: str = "dreslcl-tiny"
+    """An OpenCLIP model name, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny (random weights)."""
+    pretrained: str | None = None
+    """OpenCLIP's tag of pretrained weights, or a weights file; none: random weights, or those of the hub or folder."""
+    tune: str = "all"
+    """Which part of the tile encoder learns: all, head (its last projection), last:N (its last N blocks) or none."""
+    text: Literal["auto", "frozen", "tune"] = "auto"
+    """Whether the text tower learns; auto: frozen when it has pretrained weights."""
+
+    def __post_init__(self):
+        good = self.tune in ("all", "head", "none") or (self.tune.startswith("last:") and self.tune[5:].isdigit())
+        _require(good, f"tune must be all, head, none or last:N, got {self.tune!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The residual encoder: tile features of a slide -> one vector."""
+
+    codewords: int = 16
+    """K, entries of the codebook."""
+    width: int = 128
+    """Width of the aggregator's Transformer."""
+    depth: int = 2
+    """Layers of the aggregator's Transformer."""
+    heads: int = 4
+    """Attention heads of the aggregator's Transformer."""
+    dropout: float = 0.1
+    """Dropout in the aggregator."""
+    mean_path: bool = True
+    """Add a linear path from the slide's mean feature."""
+    count_term: bool = True
+    """Tell each codeword token what share of the tiles it holds."""
+    intra_norm: bool = True
+    """Scale each codeword's residual sum to unit length (else to the square root of its count)."""
+    joint_dim: int = 256
+    """E, width of the joint space, where the text tower does not fix it (precomputed report vectors)."""
+
+    def __post_init__(self):
+        _require(self.codewords >= 2, f"codewords must be at least 2, got {self.codewords}")
+        _require(self.codewords <= 65535, f"codewords must be at most 65,535, got {self.codewords}")
+        _require(self.width % self.heads == 0, f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        _require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 20
+    """Passes over the slides."""
+    batch: int = 16
+    """B, slides in a batch over all ranks."""
+    tiles: int = 16
+    """T, tiles encoded with gradient per slide and step."""
+    tile_batch: int = 128
+    """Tiles in one pass of the encoder: bounds memory, changes no result."""
+    lr: float = 1e-3
+    """Peak learning rate of the aggregator and the heads."""
+    encoder_lr: float = 1e-4
+    """Peak learning rate of the tile encoder."""
+    text_lr: float = 1e-3
+    """Peak learning rate of the text tower where it learns."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay."""
+    warmup: float = 0.1
+    """Share of the steps over which learning rates rise."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    freeze_epochs: int = 0
+    """Epochs at the start in which the tile encoder does not learn."""
+    bank: bool = True
+    """Use the memory bank; without it a slide is its T fresh tiles."""
+    bank_tiles: int = 0
+    """Draw this many bank rows per slide instead of using all of them; 0: all."""
+    stale_dropout: float = 0.0
+    """Leave out bank rows with this probability."""
+    sampling: Literal["random", "window"] = "random"
+    """How T tiles are drawn: uniformly, or consecutive along a Hilbert curve (bounded staleness)."""
+    gradient_scale: Literal["1", "full"] = "1"
+    """Factor on the fresh features' gradient: 1, or full = M/T (estimates the gradient of all tiles)."""
+    refresh: int = 0
+    """R, extra tiles per slide and step encoded without gradient to refresh the bank."""
+    refresh_every: int = 0
+    """Encode every tile anew each so many epochs; 0: never."""
+    codebook_refit: int = 0
+    """Fit the codebook anew each so many epochs; 0: fixed."""
+    loss: Literal["infonce", "siglip"] = "infonce"
+    """Contrastive loss."""
+    label_smoothing: float = 0.0
+    """Label smoothing of InfoNCE."""
+    temperature: float = 0.07
+    """Temperature at the start; it is learnt."""
+    view_weight: float = 0.0
+    """Weight of the report-free objective: two disjoint tile samples of one slide as a positive pair."""
+    report_part: float = 1.0
+    """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
+    augment: bool = True
+    """Flip, turn and stain-jitter fresh tiles."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto: bf16 on a GPU that has it."""
+    compile: bool = False
+    """Run the tile encoder through torch.compile."""
+    workers: int = 2
+    """Threads that read tiles ahead."""
+    patience: int = 0
+    """Stop after so many epochs without a better held-out retrieval; 0: never."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self):
+        _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
+        _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
+        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
+        _require(0 < self.report_part <= 1, f"report_part must be above 0 and at most 1, got {self.report_part}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation protocol."""
+
+    folds: int = 5
+    """Cross-validation folds, grouped by patient."""
+    bootstrap: int = 1000
+    """Resamples of patients behind each 95 % interval."""
+    shots: tuple[int, ...] = (1, 10, 25)
+    """Training patients per class of the few-shot probes."""
+    neighbours: int = 5
+    """k of the nearest-neighbour probe."""
+    seed: int = 0
+    """Seed of folds and resamples."""
+
+    def __post_init__(self):
+        _require(self.folds >= 2, f"folds must be at least 2, got {self.folds}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of one pretraining run: what `RUN/config.toml` holds."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def save(self, path: Path) -> None:
+        """Write one TOML table per part; knobs that are none are left out."""
+        blocks = []
+        for name, values in asdict(self).items():
+            lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+            blocks.append("\n".join([f"[{name}]", *lines]))
+        write_text(path, "\n\n".join(blocks) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "RunConfig":
+        """Read what `save` wrote; a part or knob that is absent keeps its default.
+
+        Raises:
+            ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
+        """
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
+        parts = {"encoder": EncoderConfig, "model": ModelConfig, "train": TrainConfig}
+        for name in tables:
+            _require(name in parts and isinstance(tables[name], dict), f"{path}: unknown table [{name}]; there are {', '.join(parts)}")
+        return cls(**{name: _from_table(part, tables.get(name, {}), f"{path} [{name}]") for name, part in parts.items()})
+
+
+def _from_table(cls: type[C], table: dict[str, Any], where: str) -> C:
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key, value in table.items():
+        _require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
+        default = known[key].default
+        same = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
+        whole = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        _require(default is None or same or whole, f"{where}: {key} should be of type {type(default).__name__}, got {value!r}")
+    return cls(**table)

@@ -1,0 +1,125 @@
+"""Files, tables and ids: written whole or not at all, read with errors that name the place.
+
+Every file is written as `NAME.part` and then renamed, so a killed run leaves no half file that passes as whole.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import TableError
+
+csv.field_size_limit(1 << 24)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield `NAME.part` to write to; rename it to `path` on success, remove it on any error."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of JSON-able values (16 hex digits)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns: what tells a re-run that a scan changed."""
+    stat = Path(path).stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def slide_id(path: Path, root: Path) -> str:
+    """The id of a scan: its path relative to the input folder, without suffix, `/` → `__`."""
+    path, root = Path(path), Path(root)
+    relative = path.relative_to(root) if path != root else Path(path.name)
+    return "__".join(relative.with_suffix("").parts)
+
+
+def check_id(value: str, where: str) -> str:
+    """Return an id that can safely name a file.
+
+    Raises:
+        TableError: the id is empty, holds a path separator or a control character, or starts with a dot.
+    """
+    if not value or value.startswith(".") or re.search(r"[/\\\x00-\x1f]", value):
+        raise TableError(f"{where}: {value!r} cannot be an id; ids hold no slash, no control character and no leading dot")
+    return value
+
+
+def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV or TSV file as dictionaries of strings ("007" stays "007").
+
+    UTF-8 with or without a byte-order mark, and UTF-16 with one, are read.
+
+    Raises:
+        TableError: no such file, not text, no header, or a required column is absent (the columns there are listed).
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read ({error.strerror})") from error
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path}: not a UTF-8 text table (byte {error.start}); save it as CSV, UTF-8") from error
+    if "\x00" in text:
+        raise TableError(f"{path}: holds NUL characters, so it is no text table; save it as CSV, UTF-8")
+    lines = text.splitlines(keepends=True)
+    if not lines:
+        raise TableError(f"{path}: empty; a header line is needed")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in lines[0] else ";" if ";" in lines[0] and "," not in lines[0] else ","
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    try:
+        rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None and not isinstance(v, list)} for row in reader]
+    except csv.Error as error:
+        raise TableError(f"{path}: line {reader.line_num}: {error}") from error
+    columns = [c.strip() for c in reader.fieldnames or []]
+    missing = [c for c in required if c not in columns]
+    if missing:
+        raise TableError(f"{path}: no column {', '.join(map(repr, missing))}; there are {', '.join(columns)}")
+    return rows
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically. A text cell that a spreadsheet would run as a formula gets a leading apostrophe."""
+    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([_inert(cell) for cell in row] for row in rows)
+
+
+def _inert(cell: Any) -> Any:
+    return "'" + cell if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
