@@ -55,6 +55,10 @@ class TileConfig:
         _require(0 <= self.overlap < self.size, f"overlap must be from 0 to {self.size - 1} px, got {self.overlap}")
         _require(0 <= self.min_tissue <= 1, f"min_tissue is a fraction from 0 to 1, got {self.min_tissue}")
         _require(self.default_mpp is None or self.default_mpp > 0, f"default_mpp must be positive, got {self.default_mpp}")
+        _require(self.max_tiles >= 0, f"max_tiles must be 0 (all) or more, got {self.max_tiles}")
+        _require(self.mask_mpp > 0, f"mask_mpp must be positive, got {self.mask_mpp}")
+        _require(self.threshold is None or 0 < self.threshold < 1, f"threshold is a saturation from 0 to 1, got {self.threshold}")
+        _require(self.min_sharpness >= 0, f"min_sharpness must be 0 (off) or more, got {self.min_sharpness}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class ModelConfig:
     """Tell each codeword token what share of the tiles it holds."""
     intra_norm: bool = True
     """Scale each codeword's residual sum to unit length (else to the square root of its count)."""
+    soft_assignment: float = 0.0
+    """Share each tile out over the codewords by a softmax of this times minus the squared distance (ablation; reads all rows); 0: hard."""
     joint_dim: int = 256
     """E, width of the joint space, where the text tower does not fix it (precomputed report vectors)."""
 
@@ -103,6 +109,7 @@ class ModelConfig:
         _require(self.codewords <= 65535, f"codewords must be at most 65,535, got {self.codewords}")
         _require(self.width % self.heads == 0, f"width must be a multiple of heads, got {self.width} and {self.heads}")
         _require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1, got {self.dropout}")
+        _require(self.soft_assignment >= 0, f"soft_assignment must be at least 0, got {self.soft_assignment}")
 
 
 @dataclass(frozen=True)
@@ -188,13 +195,22 @@ class EvalConfig:
     """Resamples of patients behind each 95 % interval."""
     shots: tuple[int, ...] = (1, 10, 25)
     """Training patients per class of the few-shot probes."""
+    draws: int = 5
+    """Random draws of each few-shot training set; their metrics are averaged."""
     neighbours: int = 5
     """k of the nearest-neighbour probe."""
+    inner_folds: int = 3
+    """Folds by patient inside a training part that choose the linear probe's C."""
     seed: int = 0
-    """Seed of folds and resamples."""
+    """Seed of folds, draws and resamples."""
 
     def __post_init__(self):
         _require(self.folds >= 2, f"folds must be at least 2, got {self.folds}")
+        _require(self.inner_folds >= 2, f"inner_folds must be at least 2, got {self.inner_folds}")
+        _require(self.bootstrap >= 1, f"bootstrap must be at least 1, got {self.bootstrap}")
+        _require(self.draws >= 1, f"draws must be at least 1, got {self.draws}")
+        _require(self.neighbours >= 1, f"neighbours must be at least 1, got {self.neighbours}")
+        _require(all(n >= 1 for n in self.shots), f"shots must be at least 1 each, got {self.shots}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,275 @@
+"""Residual encoding: tiles of a slide → residual sums to a codebook → one vector.
+
+R_k = Σ_{q(x)=k} (x − c_k) and n_k, the number of tiles nearest to codeword k (VLAD; Jégou et al. 2010). R is a sum over tiles, so a
+step takes the bank's sums without its T old rows and adds the T fresh features: the result, forward and gradient, is that of all
+M tiles at a cost that does not depend on M. All maths here is float32, also under autocast.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+
+from .bank import MemoryBank
+from .config import ModelConfig
+from .errors import ConfigError, StoreError
+from .files import atomic, fingerprint
+
+log = logging.getLogger(__name__)
+
+
+def assign(features: Float[Tensor, "N D"], codewords: Float[Tensor, "K D"]) -> Int[Tensor, "N"]:
+    """The nearest codeword of each feature: argmin of |c|² − 2 x·c (no gradient)."""
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        words = codewords.float()
+        return torch.addmm((words**2).sum(1), features.float(), words.T, alpha=-2).argmin(1)
+
+
+def residual_sums(
+    features: Float[Tensor, "N D"], codes: Int[Tensor, "N"], codewords: Float[Tensor, "K D"]
+) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+    """Sum the residual of every tile to its codeword (VLAD; Jégou et al. 2010).
+
+    Returns the sums and the number of tiles per codeword. A codeword without tiles has a sum of exactly zero.
+    """
+    residuals = features.float() - codewords[codes]  # before summing: Σx − n·c would leave rounding noise
+    sums = torch.zeros_like(codewords, dtype=torch.float32).index_add(0, codes, residuals)
+    return sums, torch.bincount(codes, minlength=len(codewords)).float()
+
+
+def encode_residuals(
+    features: Float[Tensor, "N D"], codewords: Float[Tensor, "K D"], soft: float = 0.0
+) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+    """Residual sums and counts of tiles, assigned hard (`soft` 0) or shared out by a softmax of −soft·|x − c|² (ablation).
+
+    Sums and counts of parts of a slide add up to those of the slide.
+    """
+    if not soft:
+        return residual_sums(features, assign(features, codewords), codewords)
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        shares = (2 * soft * features @ codewords.T - soft * (codewords**2).sum(1)).softmax(1)  # (N, K)
+        middle = codewords.mean(0)  # both terms stay small, so their difference keeps its digits
+        return shares.T @ (features - middle) - shares.sum(0)[:, None] * (codewords - middle), shares.sum(0)
+
+
+def refreshed_residuals(
+    bank: MemoryBank | None,
+    slides: Sequence[str],
+    tiles: Sequence[Int[np.ndarray, "_"]],
+    fresh: Float[Tensor, "N D"],
+    codewords: Float[Tensor, "K D"],
+    *,
+    bank_tiles: int = 0,
+    stale_dropout: float = 0.0,
+    gradient_scale: Literal["1", "full"] = "1",
+    soft: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B K"]]:
+    """Residual sums and counts of B slides: of all their tiles, some with fresh features, the others with their bank rows.
+
+    Gradients flow through `fresh` alone. By default the bank gives its running sums and only the old rows of the
+    drawn tiles are read; `bank_tiles`, `stale_dropout` and `soft` read bank rows one by one.
+
+    Args:
+        bank: None: a slide is its fresh tiles.
+        slides: ids of the B slides.
+        tiles: for each slide the distinct tile indices that `fresh` holds, in its order; lengths may differ.
+        fresh: features of all drawn tiles, slide after slide, N = Σ lengths.
+        codewords: the bank's codebook, on the device of `fresh`.
+        bank_tiles: use only so many bank rows of a slide, drawn from its other tiles; 0: all.
+        stale_dropout: leave out each bank row with this probability; fresh tiles are weighted up so that the counts still sum to what
+            they would be (stale embedding dropout; Cao et al. 2023, arXiv 2305.12322).
+        gradient_scale: "full" multiplies the gradient of each fresh feature such that it estimates that of all M tiles; "1" leaves it.
+        soft: sharpness of a soft assignment, see `encode_residuals`.
+        rng: draws `bank_tiles` and `stale_dropout`; needed for these two.
+    """
+    B, (K, D), device = len(slides), codewords.shape, fresh.device
+    drawn = np.array([len(index) for index in tiles])
+    assert drawn.sum() == len(fresh) and len(tiles) == B, f"{len(fresh)} features for {drawn.tolist()} tiles"
+    base = torch.zeros(B, K, D)
+    base_counts = torch.zeros(B, K)
+    weights, totals = np.ones(B), drawn.copy()
+    for b, (slide, index) in enumerate(zip(slides, tiles) if bank is not None else ()):
+        totals[b] = bank.tiles(slide)
+        if not (bank_tiles or stale_dropout or soft):
+            sums, counts = map(torch.from_numpy, bank.residuals(slide, without=index))
+        else:
+            stale = np.setdiff1d(np.arange(totals[b]), index)
+            if bank_tiles and bank_tiles < len(stale):
+                stale = np.sort(rng.choice(stale, bank_tiles, replace=False))
+            kept = stale[rng.random(len(stale)) >= stale_dropout] if stale_dropout else stale
+            weights[b] = (len(index) + len(stale) - len(kept)) / len(index)
+            if soft:
+                rows = torch.from_numpy(bank.gather(slide, kept)).to(device)
+                sums, counts = encode_residuals(rows, codewords.detach(), soft)
+            else:
+                sums, counts = map(torch.from_numpy, bank.residuals(slide, kept))
+        base[b], base_counts[b] = sums, counts
+    base, base_counts = base.to(device), base_counts.to(device)
+
+    slide_of = torch.from_numpy(np.repeat(np.arange(B), drawn)).to(device)  # (N,)
+    weight = torch.from_numpy(weights).float().to(device)[slide_of]
+    with torch.autocast(device.type, enabled=False):
+        fresh = fresh.float()
+        if gradient_scale == "full":
+            factor = torch.from_numpy(totals / (drawn * weights)).float().to(device)[slide_of]
+            fresh = fresh.detach() + factor[:, None] * (fresh - fresh.detach())  # the value stays, bit for bit
+        if soft:
+            parts = [encode_residuals(part, codewords, soft) for part in fresh.split(drawn.tolist())]
+            scale = torch.from_numpy(weights).float().to(device)
+            return (
+                base + torch.stack([sums for sums, _ in parts]) * scale[:, None, None],
+                base_counts + torch.stack([counts for _, counts in parts]) * scale[:, None],
+            )
+        codes = assign(fresh, codewords)
+        cells = slide_of * K + codes  # (slide, codeword) pairs: one index_add for the batch
+        residuals = (fresh - codewords[codes]) * weight[:, None]
+        sums = base.view(B * K, D).index_add(0, cells, residuals).view(B, K, D)
+        return sums, base_counts.view(-1).index_add(0, cells, weight).view(B, K)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """K codewords and the fingerprint of the encoder whose features they cluster."""
+
+    codewords: Float32[np.ndarray, "K D"]
+    encoder: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the codewords and the encoder."""
+        return fingerprint(self.encoder, self.codewords.shape, self.codewords.tobytes().hex())
+
+    @classmethod
+    def fit(cls, rows: Float32[np.ndarray, "n D"], K: int, *, seed: int, encoder: str) -> "Codebook":
+        """K-means of bank rows (k-means++, best of 3; in mini-batches above 20,000 rows). Logs occupancy and inertia.
+
+        A codeword that ends without rows moves to the row farthest from its own codeword.
+
+        Raises:
+            ConfigError: fewer than K distinct rows.
+        """
+        from sklearn.cluster import KMeans, MiniBatchKMeans
+
+        distinct = len(np.unique(np.ascontiguousarray(rows).view(np.dtype((np.void, rows[:1].nbytes))))) if len(rows) else 0
+        if distinct < K:
+            raise ConfigError(
+                f"{K} codewords asked for, but the {len(rows):,} sampled tile features have {distinct} distinct values; use fewer codewords"
+            )
+        settings = {"n_clusters": K, "init": "k-means++", "n_init": 3, "random_state": seed}
+        model = KMeans(**settings) if len(rows) <= 20_000 else MiniBatchKMeans(**settings, batch_size=8192)
+        codewords = torch.from_numpy(model.fit(rows).cluster_centers_.astype(np.float32))
+        features = torch.from_numpy(rows)
+        for _ in range(K):
+            codes = assign(features, codewords)
+            occupancy = torch.bincount(codes, minlength=K)
+            distance = (features - codewords[codes]).square().sum(1)
+            if occupancy.all():
+                break
+            codewords[occupancy.argmin()] = features[distance.argmax()]
+        share = occupancy / len(rows)
+        log.info(
+            "codebook: %d codewords from %d rows, mean squared distance %.4g, share of rows per codeword %.2g to %.2g",
+            *(K, len(rows), distance.mean(), share.min(), share.max()),
+        )
+        return cls(codewords.numpy(), encoder)
+
+    def match(self, old: "Codebook") -> "Codebook":
+        """The same codewords, ordered so that codeword k is the one that took the place of `old`'s codeword k (Hungarian)."""
+        from scipy.optimize import linear_sum_assignment
+
+        distance = ((old.codewords[:, None] - self.codewords[None]) ** 2).sum(2)
+        return replace(self, codewords=self.codewords[linear_sum_assignment(distance)[1]])
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.numpy import save_file
+
+        with atomic(path) as part:
+            save_file({"codewords": self.codewords}, part, metadata={"version": "1", "encoder": self.encoder})
+
+    @classmethod
+    def load(cls, path: Path, encoder: str | None = None) -> "Codebook":
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: not there, not a codebook, or fitted on another encoder's features.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                book = cls(file.get_tensor("codewords"), (file.metadata() or {})["encoder"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise StoreError(f"{path}: not a codebook ({error})") from error
+        if encoder is not None and book.encoder != encoder:
+            raise StoreError(f"{path}: the codebook was fitted with encoder {book.encoder}, asked for {encoder}; fit it anew")
+        return book
+
+
+class ResidualAggregator(nn.Module):
+    """Residual sums of a slide → its vector z, unit norm, (E,).
+
+    One token per codeword: its residual sum at unit length, plus an embedding of the codeword, plus its share of the tiles. A
+    small pre-norm Transformer with a CLS token reads them. A linear path from the slide's mean feature, standardised with the
+    training slides' means, is added: features of an encoder differ between slides in few, small directions, and raw they drown.
+    """
+
+    codewords: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        K, width = config.codewords, config.width
+        self.register_buffer("codewords", torch.zeros(K, dim))
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("spread", torch.ones(dim))
+        self.project = nn.Linear(dim, width)
+        self.codeword = nn.Parameter(torch.randn(K, width) * 0.5)
+        self.count = nn.Linear(1, width) if config.count_term else None
+        self.cls = nn.Parameter(torch.randn(width) * 0.5)
+        layer = nn.TransformerEncoderLayer(
+            width, config.heads, 2 * width, config.dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.transformer = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, joint_dim)
+        self.mean_head = nn.Linear(dim, joint_dim, bias=False) if config.mean_path else None
+
+    def set_codebook(self, codewords: Float32[np.ndarray, "K D"], slide_means: Float32[np.ndarray, "S D"]) -> None:
+        """Take over a codebook, and what standardises the mean path: mean and deviation of the training slides' mean features."""
+        spread = slide_means.std(0)
+        typical = float(np.sqrt((spread**2).mean()))
+        self.codewords.copy_(torch.from_numpy(codewords))
+        self.centre.copy_(torch.from_numpy(slide_means.mean(0)))
+        self.spread.copy_(torch.from_numpy(np.maximum(spread, 0.1 * typical)) if typical > 1e-6 else torch.ones(()))
+
+    def mean(self, sums: Float[Tensor, "B K D"], counts: Float[Tensor, "B K"]) -> Float[Tensor, "B D"]:
+        """Each slide's mean feature less the centre: Σ n_k (c_k − centre) and Σ R_k over M, which keeps the digits of small differences."""
+        return (sums.sum(1) + counts @ (self.codewords - self.centre)) / counts.sum(1, keepdim=True).clamp(min=1e-12)
+
+    def forward(self, sums: Float[Tensor, "B K D"], counts: Float[Tensor, "B K"]) -> Float[Tensor, "B E"]:
+        """Encode B slides. A codeword without tiles has a residual of exactly zero."""
+        with torch.autocast(sums.device.type, enabled=False):
+            n = counts[..., None]
+            if self.config.intra_norm:  # soft below a mean residual of 1e-3: tiles on their codeword leave zero, not noise at unit length
+                length = (sums.square().sum(2, keepdim=True) + (1e-3 * n).square()).masked_fill(n == 0, 1).sqrt()
+            else:
+                length = n.masked_fill(n == 0, 1).sqrt()
+            tokens = self.project((sums / length).masked_fill(n == 0, 0) * sums.shape[2] ** 0.5) + self.codeword
+            if self.count is not None:
+                share = n / n.sum(1, keepdim=True).clamp(min=1e-12)
+                tokens = tokens + self.count(torch.log1p(share * sums.shape[1]))
+            read = self.transformer(torch.cat([self.cls.expand(len(tokens), 1, -1), tokens], 1))[:, 0]
+            z = self.head(read)
+            if self.mean_head is not None:
+                z = z + self.mean_head(self.mean(sums, counts) / self.spread)
+            return nn.functional.normalize(z, dim=1)
