@@ -1,0 +1,305 @@
+"""The stored pixels of one level: which compressed segments a set of windows needs, each decoded once, copied into place.
+
+A level is a grid of segments (TIFF tiles, strips, or one whole image), each compressed on its own. A read lists every (window, segment)
+pair, walks the segments in file order, decodes each once into a reused buffer and copies it into all windows that show it. `os.pread` costs
+2 % of a decode and the copies 4-7 %, so the decoder is the limit; decoders release the GIL, so threads scale. The lowest segments of a read
+are carried over to the next one, which in raster order begins inside them.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from jaxtyping import Integer, UInt8
+from PIL import Image
+
+from .errors import SlideError
+
+MAX_SEGMENT_BYTES = 1 << 30
+"""Largest decoded segment: a larger claim is refused before memory is taken."""
+CARRY_BYTES = 128 << 20
+"""Most decoded bytes that one read hands on to the next."""
+
+RGB, YCBCR = 2, 6  # TIFF's photometric interpretations
+JPEG, JPEG2000, JPEG2000_YCBCR = 7, (33003, 33004, 33005, 34712), 33003
+LOSSLESS = (1, 5, 8, 32946, 32773, 50000)  # uncompressed, LZW, deflate (two numbers), PackBits, Zstandard
+DAMAGED = "the file is damaged or incomplete; copy it again from its source"
+
+Carry = dict[int, UInt8[np.ndarray, "h w 3"]]
+Decoder = Callable[[bytes, int, np.ndarray], np.ndarray]  # stored bytes, index, buffer -> pixels (h, w, 3), in the buffer or not
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One level as it lies in the file. Segment i covers column i % grid[0], row i // grid[0]; a byte count of 0 is blank (white)."""
+
+    name: str
+    """What errors call it."""
+    size: tuple[int, int]
+    """(w, h) of the level, pixels."""
+    edge: tuple[int, int]
+    """(w, h) of a segment; those at the right and bottom may be stored cut."""
+    offsets: Integer[np.ndarray, "S"]
+    counts: Integer[np.ndarray, "S"]
+    decode: Decoder
+    planes: int = 1
+    """3 where red, green and blue lie in separate segments."""
+
+    def __post_init__(self):
+        if min(*self.size, *self.edge) < 1:
+            raise SlideError(f"{self.name}: an image of {self.size} px in tiles of {self.edge} px cannot be; {DAMAGED}")
+        if 3 * self.edge[0] * self.edge[1] > MAX_SEGMENT_BYTES:
+            w, h = self.edge
+            raise SlideError(f"{self.name}: one stored piece has {w} x {h} px, too much to decode at once; convert it to a tiled TIFF")
+        expected = self.planes * self.grid[0] * self.grid[1]
+        if not len(self.offsets) == len(self.counts) == expected:
+            raise SlideError(f"{self.name}: {len(self.offsets)} stored tiles where its size asks for {expected}; {DAMAGED}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Columns and rows of segments."""
+        return -(-self.size[0] // self.edge[0]), -(-self.size[1] // self.edge[1])
+
+    def check_inside(self, file_bytes: int) -> None:
+        """Raise SlideError if a segment lies outside a file of so many bytes."""
+        ends = self.offsets + self.counts
+        bad = (self.counts < 0) | ((self.counts > 0) & ((self.offsets < 0) | (ends > file_bytes) | (ends < 0)))
+        if bad.any():
+            raise SlideError(f"{self.name}: {bad.sum()} of {len(bad)} stored tiles lie beyond the end of the file; {DAMAGED}")
+
+    def load(self, fd: int, index: int, buffer: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"] | None:
+        """Pixels of one segment, in `buffer` where the decoder can; none for a blank one.
+
+        Raises:
+            SlideError: it cannot be read or decoded, or is not of the stated size.
+        """
+        where = f"{self.name}: stored tile {index}"
+        columns, rows = self.grid
+        planes = [self._bytes(fd, i, where) for i in range(index, len(self.offsets), columns * rows)]
+        if not all(planes):
+            return None
+        try:
+            if self.planes == 1:
+                pixels = self.decode(planes[0], index, buffer)
+            else:
+                pixels = np.concatenate([self.decode(data, index, buffer) for data in planes], axis=2)
+        except Exception as error:  # codecs raise what they like
+            raise SlideError(f"{where} cannot be decoded ({error}); {DAMAGED}") from error
+        corner = index % columns * self.edge[0], index // columns * self.edge[1]
+        for axis, got in enumerate((pixels.shape[1], pixels.shape[0])):  # whole, or cut at the border
+            if got not in (self.edge[axis], self.size[axis] - corner[axis]):
+                found = f"{pixels.shape[1]} x {pixels.shape[0]} px"
+                raise SlideError(f"{where} decodes to {found} instead of {self.edge[0]} x {self.edge[1]}; {DAMAGED}")
+        return pixels
+
+    def _bytes(self, fd: int, index: int, where: str) -> bytes:
+        count = int(self.counts[index])
+        try:
+            data = os.pread(fd, count, int(self.offsets[index])) if count else b""
+        except OSError as error:
+            raise SlideError(f"{where} cannot be read ({error.strerror})") from error
+        if len(data) != count:
+            raise SlideError(f"{where} runs past the end of the file; {DAMAGED}")
+        return data
+
+    def read(
+        self,
+        fd: int,
+        corners: Integer[np.ndarray, "N 2"],
+        windows: UInt8[np.ndarray, "N h w 3"],
+        carry: Carry,
+        pool: Executor | None = None,
+    ) -> Carry:
+        """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); white outside the level.
+
+        `carry` holds segments decoded by an earlier read; the return value is the carry for the next one.
+        """
+        shape = np.array(windows.shape[2:0:-1])
+        windows[((corners < 0) | (corners + shape > self.size)).any(axis=1)] = 255
+        segments, starts, copies = self._plan(corners, shape)
+        keep = self._to_carry(segments, len(copies))
+        jobs = [slice(i, i + 64) for i in range(0, len(segments), 64)]
+
+        def run(job: slice) -> Carry:
+            kept, buffer = {}, np.empty((self.edge[1], self.edge[0], 3), np.uint8)
+            begin, *_, end = bounds = starts[job.start : job.stop + 1].tolist()
+            table = copies[begin:end].tolist()
+            for index, first, last in zip(segments[job].tolist(), bounds, bounds[1:]):
+                pixels = carry.get(index)
+                if pixels is None:
+                    pixels = self.load(fd, index, buffer)
+                    if pixels is not None and index in keep:
+                        kept[index] = pixels
+                        buffer = np.empty_like(buffer)
+                for window, top, bottom, left, right, y, x in table[first - begin : last - begin]:
+                    target = windows[window, top:bottom, left:right]
+                    target[...] = 255 if pixels is None else pixels[y : y + bottom - top, x : x + right - left]
+            return kept
+
+        decoded = {index: pixels for kept in (pool.map(run, jobs) if pool else map(run, jobs)) for index, pixels in kept.items()}
+        return self._merge(carry, decoded) if keep else carry
+
+    def _plan(self, corners: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Segments in file order, where each one's copies start, and the copies (window, top, bottom, left, right, y, x)."""
+        edge, size, grid = np.array(self.edge), np.array(self.size), np.array(self.grid)
+        first = np.maximum(corners // edge, 0)
+        spans = np.maximum(np.minimum((corners + shape - 1) // edge, grid - 1) - first + 1, 0)
+        count = spans.prod(axis=1)
+        window = np.repeat(np.arange(len(corners)), count)
+        nth = np.arange(len(window)) - np.repeat(count.cumsum() - count, count)
+        place = first[window] + np.stack([nth % spans[window, 0], nth // spans[window, 0]], axis=1)
+        segment = place[:, 1] * grid[0] + place[:, 0]
+        order = np.lexsort((segment, self.offsets[segment]))
+        window, place, segment = window[order], place[order], segment[order]
+        low = np.maximum(corners[window], place * edge)
+        high = np.minimum(np.minimum(corners[window] + shape, (place + 1) * edge), size)
+        (left, top), (right, bottom), (x, y) = (low - corners[window]).T, (high - corners[window]).T, (low - place * edge).T
+        starts = np.flatnonzero(np.diff(segment, prepend=-1))
+        return segment[starts], np.append(starts, len(segment)), np.stack([window, top, bottom, left, right, y, x], axis=1)
+
+    def _to_carry(self, segments: np.ndarray, copies: int) -> set[int]:
+        """The lowest segment of each column, if windows share segments; scattered windows carry nothing."""
+        large = 3 * self.edge[0] * self.edge[1] > 4 << 20
+        if not large and copies < 1.25 * len(segments):
+            return set()
+        lowest = dict(zip((segments % self.grid[0]).tolist(), segments.tolist()))
+        for index in segments.tolist():
+            lowest[index % self.grid[0]] = max(index, lowest[index % self.grid[0]])
+        return set(lowest.values())
+
+    def _merge(self, old: Carry, new: Carry) -> Carry:
+        columns = {index % self.grid[0] for index in new}
+        merged = {index: pixels for index, pixels in old.items() if index % self.grid[0] not in columns} | new
+        spare = sum(pixels.nbytes for pixels in merged.values()) - CARRY_BYTES
+        for index in list(merged)[:-1]:
+            if spare > 0:
+                spare -= merged.pop(index).nbytes
+        return merged
+
+
+def from_page(page: Any, name: str) -> Segments:
+    """The segments of a tifffile page.
+
+    Raises:
+        SlideError: not 8-bit colour, or a compression that is not read.
+    """
+    key = page.keyframe
+    samples, bits = key.samplesperpixel, key.bitspersample
+    if key.photometric == 3:
+        raise SlideError(f"{name}: palette colours are not read; convert it to 8-bit RGB")
+    if samples not in (3, 4) or key.photometric not in (RGB, YCBCR):
+        raise SlideError(
+            f"{name}: {samples} channel(s) per page, not RGB; only 8-bit RGB scans can be tiled (convert or choose a brightfield scan)"
+        )
+    if bits != 8 or key.dtype != np.uint8:
+        raise SlideError(f"{name}: {bits}-bit pixels; only 8-bit RGB scans can be tiled (convert it to 8-bit)")
+    if key.imagedepth != 1 or key.tiledepth != 1:
+        raise SlideError(f"{name}: a volume, not an image; only flat 8-bit RGB scans can be tiled")
+    planes = 3 if key.planarconfig == 2 else 1
+    if key.compression == JPEG and planes == 1 and samples == 3:
+        decode = _jpeg_strips(key.jpegheader) if key.jpegheader else _jpeg(key.jpegtables, key.photometric == RGB and not key.is_jfif)
+    elif key.compression in JPEG2000 and planes == 1:
+        decode = _jpeg2000(key.decode, (key.tilewidth, key.tilelength), key.compression == JPEG2000_YCBCR)
+    elif key.compression in LOSSLESS and key.photometric == RGB:
+        decode = _lossless(key.decode)
+    else:
+        kind = getattr(key.compression, "name", key.compression)
+        raise SlideError(
+            f"{name}: {kind} compression (photometric {int(key.photometric)}, planar {key.planarconfig}) is not read; convert it to JPEG tiles"
+        )
+    edge = (key.tilewidth, key.tilelength) if key.is_tiled else (key.imagewidth, min(key.rowsperstrip, key.imagelength))
+    offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+    if planes == 3:  # an alpha plane is left out
+        wanted = 3 * (len(offsets) // samples)
+        offsets, counts = offsets[:wanted], counts[:wanted]
+    return Segments(name, (key.imagewidth, key.imagelength), edge, offsets, counts, decode, planes)
+
+
+def from_image(data: bytes, name: str) -> Segments:
+    """A PNG or JPEG image as a level of one segment; its size is checked before memory is taken.
+
+    Raises:
+        SlideError: not 8-bit colour, or damaged.
+    """
+    import imagecodecs
+
+    def png(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
+        return imagecodecs.png_decode(data)[..., :3]
+
+    def jpeg(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
+
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            colour, decode = space in ("RGB", "YCbCr"), jpeg
+        else:
+            width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
+            colour, decode = bits == 8 and kind in (2, 6), png
+    except (ValueError, struct.error) as error:
+        raise SlideError(f"{name}: the image cannot be decoded ({error}); {DAMAGED}") from error
+    if not colour:
+        raise SlideError(f"{name}: not an 8-bit RGB image; convert it to one")
+    return Segments(name, (width, height), (width, height), np.array([0]), np.array([len(data)]), decode)
+
+
+def _jpeg(tables: bytes | None, is_rgb: bool) -> Decoder:
+    """JPEG tiles: the shared tables and the colour space that TIFF states go in front of each tile's stream.
+
+    Without an Adobe marker a decoder takes three components for YCbCr; Aperio stores RGB that way.
+    """
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if is_rgb else b"\x01")
+    prefix = b"\xff\xd8" + adobe + (tables[2:-2] if tables else b"")
+
+    def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
+        if data[:2] != b"\xff\xd8":
+            raise ValueError("no JPEG stream where the file says one starts")
+        return _strict_jpeg(prefix + data[2:], buffer)
+
+    return decode
+
+
+def _jpeg_strips(header: bytes) -> Decoder:
+    """NDPI: pieces between the restart markers of one huge JPEG; each gets the header and an end of its own."""
+
+    def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
+        if not (data[-2:-1] == b"\xff" and data[-1] in (*range(0xD0, 0xD8), 0xD9)):
+            raise ValueError("no restart marker where the file says a strip ends")
+        return _strict_jpeg(header + data[:-2] + b"\xff\xd9", buffer)
+
+    return decode
+
+
+def _strict_jpeg(stream: bytes, buffer: np.ndarray) -> np.ndarray:
+    try:
+        return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer)
+    except ValueError as error:
+        padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
+        if not padding or int(padding[1]) > 16:  # a few bytes before the end marker harm nothing; anything else is damage
+            raise
+        return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer, strict=False)
+
+
+def _jpeg2000(decode_page: Any, edge: tuple[int, int], is_ycbcr: bool) -> Decoder:
+    def decode(data: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
+        start = data.find(b"\xff\x4f\xff\x51")  # codestream, then its size
+        right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+        if start < 0 or right - left > edge[0] or bottom - top > edge[1]:
+            raise ValueError("no JPEG 2000 stream of the stated size")
+        pixels = decode_page(data, index)[0][0, ..., :3]
+        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels), mode="YCbCr").convert("RGB")) if is_ycbcr else pixels
+
+    return decode
+
+
+def _lossless(decode_page: Any) -> Decoder:
+    def decode(data: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
+        return decode_page(data, index)[0][0, ..., :3]
+
+    return decode

@@ -1,0 +1,387 @@
+"""Slide: open a scan, know its resolution, read tiles of any µm/px fast.
+
+tifffile parses the file once, in the opening thread; pixels are then read on our own descriptor (segments.py), so one slide serves many
+threads and forked processes. Only the pyramid is kept: label and macro images hold patient data and are never exposed.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+from PIL import Image
+from tifffile import TiffFile
+
+from .errors import SlideError
+from .segments import DAMAGED, JPEG2000, Segments, from_image, from_page
+
+log = logging.getLogger(__name__)
+
+PLAUSIBLE_MPP = 0.01, 40.0
+"""µm per pixel; what a file states outside of it (72 dpi is 353) is no microscope's resolution."""
+CHUNK_BYTES = 64 << 20
+"""Most bytes of level pixels held at once while tiles are resampled."""
+BLOCK = 512
+"""Edge of the pieces a region is read in, output pixels."""
+
+CONVERT = "convert it to a tiled pyramidal TIFF (for example: bfconvert, or vips tiffsave --tile --pyramid)"
+VENDORS = {
+    "svs": "aperio", "ndpi": "hamamatsu", "scn": "leica", "philips": "philips", "bif": "ventana", "qpi": "akoya", "ome": "ome",
+}  # fmt: skip
+FOREIGN = {
+    (128, b"DICM"): "a DICOM file",
+    (0, b"ZISRAWFILE"): "a Zeiss CZI file",
+    (0, b"PK\x03\x04"): "a ZIP archive",
+    (0, b"\x1f\x8b"): "a gzip archive",
+    (0, b"%PDF"): "a PDF file",
+    (0, b"\x89HDF"): "an HDF5 file",
+    (0, b"SQLite format 3"): "an SQLite file (Sakura?)",
+    (0, b"\x00\x00\x00\x0cjP"): "a JPEG 2000 image",
+    (0, b"BM"): "a BMP image",
+    (0, b"GIF8"): "a GIF image",
+}
+FOREIGN_SUFFIX = {".mrxs": "a MIRAX scan", ".vsi": "an Olympus VSI scan", ".vms": "a Hamamatsu VMS scan", ".dcm": "a DICOM file"}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One stored resolution."""
+
+    index: int
+    size: tuple[int, int]
+    """(w, h), pixels of this level."""
+    downsample: float
+    """Level-0 pixels per pixel of this level."""
+
+
+class Slide:
+    """A scan, open for reading. Places are level-0 pixels (x, y), resolutions µm per pixel, pixels 8-bit RGB, white outside the scan.
+
+    Reads may run in many threads at once. A pickled slide opens its file again; a forked one reads on.
+    """
+
+    def __init__(self, path: Path, stored: list[Segments], meta: "Metadata", mpp: float | None = None):
+        self.path = path
+        self.levels = tuple(Level(i, s.size, _downsample(stored[0].size, s.size)) for i, s in enumerate(stored))
+        self.size = stored[0].size
+        self.mpp_xy = (mpp, mpp) if mpp else meta.mpp_xy
+        self.mpp = sum(self.mpp_xy) / 2 if self.mpp_xy else None
+        self.mpp_source = "given" if mpp else meta.mpp_source
+        self.vendor = meta.vendor
+        self.objective = meta.objective
+        self._given = mpp
+        self._stored = stored
+        self._carry: tuple[int, dict] = (0, {})  # level, its segments kept from the last read
+        self._file = path.open("rb", buffering=0)
+
+    @classmethod
+    def open(cls, path: Path | str, mpp: float | None = None) -> Self:
+        """Open an SVS, NDPI, SCN, Philips, Ventana, QPTIFF, OME or plain TIFF, or a PNG or JPEG image.
+
+        Args:
+            path: the file.
+            mpp: resolution of level 0, µm per pixel; overrides what the file says.
+
+        Raises:
+            SlideError: no such file, another format, damaged, or not 8-bit RGB.
+        """
+        path = Path(path)
+        if mpp is not None and not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
+            raise SlideError(
+                f"{path.name}: {mpp} µm/px is no resolution of a scan; give one from {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]:g}"
+            )
+        try:
+            with path.open("rb") as file:
+                head = file.read(512)
+            file_bytes = path.stat().st_size
+        except OSError as error:
+            raise SlideError(f"{path.name}: cannot be opened ({error.strerror})") from error
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and path.suffix.lower() not in FOREIGN_SUFFIX:
+            stored, meta = _open_tiff(path)
+        elif (head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n") and path.suffix.lower() not in FOREIGN_SUFFIX:
+            stored, meta = [from_image(path.read_bytes(), path.name)], Metadata("image", None, "none", None)
+        else:
+            raise SlideError(f"{path.name}: {_what(path, head)}")
+        for level in stored:
+            level.check_inside(file_bytes)
+        return cls(path, stored, meta, mpp)
+
+    def __reduce__(self):
+        return type(self).open, (self.path, self._given)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Slide({self.path.name!r}, {self.size[0]} x {self.size[1]} px, {self.mpp} µm/px, {len(self.levels)} levels, {self.vendor})"
+
+    def close(self) -> None:
+        """Close the file; reading raises SlideError from then on."""
+        self._file.close()
+        self._carry = (0, {})
+
+    def extent(self, size: int, mpp: float) -> int:
+        """Edge of a tile of `size` pixels at `mpp`, in level-0 pixels.
+
+        A stored level that differs from `mpp` by less than one pixel over the tile counts as equal: it is read without resampling.
+        """
+        level, step = self._choose(size, mpp)
+        return round(size * step * level.downsample)
+
+    def read_tiles(
+        self,
+        xy: Integer[np.ndarray, "N 2"],
+        size: int,
+        mpp: float,
+        *,
+        threads: int = 1,
+        out: UInt8[np.ndarray, "N size size 3"] | None = None,
+    ) -> UInt8[np.ndarray, "N size size 3"]:
+        """Tiles of `size` pixels at `mpp`, in the order of their top-left corners `xy` (level-0 pixels).
+
+        Each stored segment is decoded once over all tiles, so many tiles in one call, or calls in raster order, are faster than single
+        ones. The coarsest level that is not coarser than `mpp` is read and resampled by area (Pillow's box filter).
+
+        Raises:
+            SlideError: no resolution known, `mpp` finer than the scan, the slide is closed, or stored data is damaged.
+        """
+        level, step = self._choose(size, mpp)
+        edge = size if step == 1 else round(size * step * level.downsample) / level.downsample
+        out = np.empty((len(xy), size, size, 3), np.uint8) if out is None else out
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            self._read(level, xy / level.downsample, edge, out, pool)
+        return out
+
+    def read_region(self, xy: tuple[int, int], size: tuple[int, int], mpp: float) -> UInt8[np.ndarray, "h w 3"]:
+        """`size` (w, h) pixels at `mpp`, right and below of the level-0 pixel `xy`. Raises SlideError as `read_tiles` does."""
+        level, step = self._choose(max(size), mpp)
+        w, h = size
+        block = max(1, min(BLOCK, *size) if step == 1 else min(int(BLOCK * 4 / step), *size))
+        out = np.empty((h, w, 3), np.uint8)
+        across = np.arange(0, w, block)
+        row = np.empty((len(across), block, block, 3), np.uint8)
+        for top in range(0, h, block):
+            corners = np.stack([across, np.full(len(across), top)], axis=1) * step + np.array(xy) / level.downsample
+            self._read(level, corners, block * step, row, None)
+            for left, piece in zip(across.tolist(), row):
+                target = out[top : top + block, left : left + block]
+                target[...] = piece[: target.shape[0], : target.shape[1]]
+        return out
+
+    def thumbnail(self, mpp: float) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole scan at `mpp` (or at its own resolution where that is coarser)."""
+        scale = max(mpp / self._known_mpp(), 1.0)
+        size = max(1, round(self.size[0] / scale)), max(1, round(self.size[1] / scale))
+        return self.read_region((0, 0), size, scale * self._known_mpp())
+
+    def _known_mpp(self) -> float:
+        if self.mpp is None:
+            raise SlideError(f"{self.path.name}: the file does not say its resolution; give it with --mpp-csv or --default-mpp")
+        return self.mpp
+
+    def _choose(self, size: int, mpp: float) -> tuple[Level, float]:
+        """The level to read for `size` pixels at `mpp`, and its pixels per output pixel (exactly 1: no resampling)."""
+        scale = mpp / self._known_mpp()  # level-0 pixels per output pixel
+        for level in reversed(self.levels):
+            step = scale / level.downsample
+            if abs(step - 1) * size < 1:
+                return level, 1.0
+            if step >= 1:
+                return level, step
+        raise SlideError(f"{self.path.name}: asked for {mpp:g} µm/px but the scan has {self.mpp:g}; use --mpp {self.mpp:.4g} or larger")
+
+    def _read(
+        self, level: Level, corners: Float[np.ndarray, "N 2"], edge: float, out: UInt8[np.ndarray, "N h w 3"], pool: Executor | None
+    ) -> None:
+        """Fill square `out` from squares of `edge` level pixels at `corners` (level pixels), resampling where sizes differ."""
+        size = out.shape[1]
+        stored = self._stored[level.index]
+        if edge == size:
+            return self._fill(stored, level.index, np.rint(corners).astype(np.int64), out, pool)
+        low = np.floor(corners + 1e-6).astype(np.int64)
+        inset = np.maximum(corners - low, 0.0)
+        reach = math.ceil(edge + float(inset.max(initial=0.0)) - 1e-6)
+        order = np.lexsort((low[:, 0], low[:, 1]))  # raster order lets one chunk carry segments over to the next
+        chunk = max(1, CHUNK_BYTES // (3 * reach * reach))
+        windows = np.empty((min(chunk, len(order)), reach, reach, 3), np.uint8)
+
+        def shrink(item: tuple[int, np.ndarray]) -> None:
+            tile, window = item
+            x, y = inset[tile]
+            area = (x, y, min(x + edge, reach), min(y + edge, reach))
+            out[tile] = Image.fromarray(window).resize((size, size), Image.Resampling.BOX, box=area)
+
+        for start in range(0, len(order), chunk):
+            tiles = order[start : start + chunk]
+            self._fill(stored, level.index, low[tiles], windows[: len(tiles)], pool)
+            for _ in (pool.map if pool else map)(shrink, zip(tiles.tolist(), windows)):
+                pass
+
+    def _fill(self, stored: Segments, level: int, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
+        if self._file.closed:
+            raise SlideError(f"{self.path.name}: the slide is closed; open it again")
+        carried_level, carry = self._carry  # never changed in place, so threads may swap it freely
+        carry = stored.read(self._file.fileno(), corners, out, carry if carried_level == level else {}, pool)
+        self._carry = (level, carry)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says about its scan."""
+
+    vendor: str
+    mpp_xy: tuple[float, float] | None
+    mpp_source: str
+    objective: float | None
+
+
+def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
+    """Level-0 pixels per level pixel; a whole number where the sizes allow one (levels are cut, not stretched, to whole pixels)."""
+    ratio = (full[0] / size[0] + full[1] / size[1]) / 2
+    whole = round(ratio)
+    return float(whole) if all(abs(f / whole - s) < 1 for f, s in zip(full, size)) else ratio
+
+
+def _what(path: Path, head: bytes) -> str:
+    """What a file is that is not a scan we read, and what to do."""
+    if not head:
+        return f"an empty file (0 bytes); {DAMAGED}"
+    kind = next((kind for (at, magic), kind in FOREIGN.items() if head[at : at + len(magic)] == magic), None)
+    kind = FOREIGN_SUFFIX.get(path.suffix.lower(), kind)
+    if kind:
+        return f"{kind}, which is not read; {CONVERT}"
+    if not head.strip(b"\0"):
+        return f"starts with zeros, so it is no scan; {DAMAGED}"
+    try:
+        text = not re.search(r"[\x00-\x08]", head[:-4].decode())
+    except UnicodeDecodeError:
+        text = False
+    return "a text file, not a scan; give the scan itself" if text else f"not a scan of a known format; {CONVERT}"
+
+
+def _open_tiff(path: Path) -> tuple[list[Segments], Metadata]:
+    try:
+        with TiffFile(path) as tif:
+            series = _pyramid(tif, path.name)
+            stored = []
+            for i, level in enumerate([series, *(s for s in series.levels if s is not series)]):
+                in_focus = (p for p in level.pages if p is not None and p.keyframe.tags.valueof(65424, 0) == 0)  # Hamamatsu: z offset
+                page = next(in_focus, level.pages[0])
+                if page.parent.filehandle.path != tif.filehandle.path:
+                    raise SlideError(f"{path.name}: part of a set of several files, which is not read; {CONVERT}")
+                stored.append(from_page(page, f"{path.name}: level {i}"))
+            meta = _metadata(tif, series)
+            if series.keyframe.compression in JPEG2000:
+                log.info("%s: JPEG 2000 decodes 9-18 times slower than JPEG", path.name)
+    except SlideError:
+        raise
+    except Exception as error:  # a broken header makes tifffile raise anything
+        raise SlideError(f"{path.name}: not a readable TIFF ({type(error).__name__}: {str(error)[:120]}); {DAMAGED}") from error
+    return _consistent(stored, path.name), meta
+
+
+def _pyramid(tif: TiffFile, name: str) -> Any:
+    """The series that holds the scan: by its place where the vendor fixes one, else the largest; never label, macro or overview."""
+    if not tif.series:
+        raise SlideError(f"{name}: a TIFF without images; {DAMAGED}")
+    first = tif.series[0]
+    if first.kind in ("svs", "bif", "qpi", "philips"):
+        scan = first if first.name == "Baseline" else None
+    elif first.kind == "ndpi":
+        scan = next((s for s in tif.series if s.keyframe.tags.valueof(65421, 0) > 0), None)  # magnification; macro -1, map -2
+    else:
+        images = [s for s in tif.series if not re.search("label|macro|thumb|overview", s.name, re.IGNORECASE)]
+        scan = max(images, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength, default=None)
+    if scan is None:
+        raise SlideError(f"{name}: holds no scan, only label or overview images; {DAMAGED}")
+    return scan
+
+
+def _consistent(stored: list[Segments], name: str) -> list[Segments]:
+    """Levels from fine to coarse; one of another shape than the scan is left out."""
+    (w, h), levels = stored[0].size, []
+    for level in sorted(stored, key=lambda s: -s.size[0]):
+        stretch = level.size[0] * h / (w * level.size[1])
+        if level.size[0] > w or abs(stretch - 1) > 0.02 + 2 / min(level.size):
+            log.warning("%s: left out a level of %d x %d px: not the scan's shape", name, *level.size)
+        elif not levels or level.size[0] < levels[-1].size[0]:
+            levels.append(level)
+    return levels
+
+
+def _metadata(tif: TiffFile, series: Any) -> Metadata:
+    kind = next((kind for kind in VENDORS if getattr(tif, f"is_{kind}")), "generic")
+    text = tif.pages.first.description or ""
+    read: Callable[[str], tuple[list[float], str, float | None]] = _TEXTS.get(kind, lambda text: ([], "", None))
+    if kind == "bif":
+        text = " ".join(str(p.tags.valueof(700, b"")) for p in tif.pages)
+    if kind == "ome":
+        text = re.split("<Image[ >]", text)[tif.series.index(series) + 1 :][:1][0] + text
+    mpp, source, objective = read(text)
+    if kind == "ndpi":
+        objective = float(series.keyframe.tags.valueof(65421))
+    if not all(PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1] for v in mpp) or len(mpp) != 2:
+        mpp, source = _tiff_resolution(series.keyframe), "TIFF resolution"
+    return Metadata(VENDORS.get(kind, "generic"), tuple(mpp) or None, source if mpp else "none", objective)
+
+
+def _tiff_resolution(page: Any) -> list[float]:
+    """µm per pixel from the resolution tags, empty if they hold none that a microscope has."""
+    unit = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof(296, 2)))
+    fractions = [page.tags.valueof(code) for code in (282, 283)]
+    if not unit or not all(f and f[0] and f[1] for f in fractions):
+        return []
+    mpp = [unit * f[1] / f[0] for f in fractions]
+    return mpp if all(PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1] for v in mpp) else []
+
+
+def _number(pattern: str, text: str) -> list[float]:
+    """The first match of `pattern` whose group is {} = a number, as a list of one or none."""
+    match = re.search(pattern.format(r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)"), text)
+    return [float(match[1])] if match else []
+
+
+def _aperio(text: str) -> tuple[list[float], str, float | None]:
+    return 2 * _number(r"\|\s*MPP\s*={}", text), "Aperio MPP", next(iter(_number(r"\|\s*AppMag\s*={}", text)), None)
+
+
+def _leica(text: str) -> tuple[list[float], str, float | None]:
+    return [], "", next(iter(_number(r"<objective>{}", text)), None)
+
+
+def _ventana(text: str) -> tuple[list[float], str, float | None]:
+    return 2 * _number(r'ScanRes="{}', text), "Ventana ScanRes", next(iter(_number(r'Magnification="{}', text)), None)
+
+
+def _akoya(text: str) -> tuple[list[float], str, float | None]:
+    return 2 * _number("<PixelSizeMicrons>{}", text), "Akoya PixelSizeMicrons", next(iter(_number("<ObjectiveName>{}", text)), None)
+
+
+def _philips(text: str) -> tuple[list[float], str, float | None]:
+    spacings = re.findall(r'DICOM_PIXEL_SPACING"[^>]*>([^<]*)<', text)  # mm, row then column, one per level
+    pairs = [[float(v) * 1000 for v in re.findall(r"[0-9.]+(?:e-?[0-9]+)?", spacing)] for spacing in spacings]
+    finest = min((p for p in pairs if len(p) == 2 and min(p) > 0), default=[])
+    return finest[::-1], "Philips pixel spacing", None
+
+
+def _ome(text: str) -> tuple[list[float], str, float | None]:
+    factors = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
+    mpp = []
+    for axis in "XY":
+        unit = re.search(f'PhysicalSize{axis}Unit="([^"]*)"', text)
+        factor = factors.get(unit[1] if unit else "µm", 0.0)
+        mpp += [value * factor for value in _number(f'PhysicalSize{axis}="{{}}', text)]
+    return mpp, "OME PhysicalSize", next(iter(_number('NominalMagnification="{}', text)), None)
+
+
+_TEXTS = {"svs": _aperio, "scn": _leica, "bif": _ventana, "qpi": _akoya, "philips": _philips, "ome": _ome}
