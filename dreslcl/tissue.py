@@ -1,0 +1,236 @@
+"""Where tissue is on a scan: a mask from a thumbnail, pen marks, sharpness, polygons in and out, the picture to check it by.
+
+Otsu's method always splits an image in two, tissue or not. So its threshold is only followed inside a range in which
+glass and tissue differ on real scans; a slide on which nothing passes is empty. Tissue must be coloured *and* absorb
+light: grey dust, pencil, slide edges and black padding are not coloured, compression noise on glass does not absorb.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt8
+from PIL import Image, ImageDraw, ImageFilter
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from skimage.measure import approximate_polygon, find_contours
+
+from .errors import SlideError
+
+SATURATION_RANGE = (0.04, 0.08)  # Otsu's threshold is followed inside; 99 % of glass stays below 0.03, 95 % of dense tissue above 0.08
+DENSITY_RANGE = (0.02, 0.05)  # the same for optical density (log10)
+SIGNAL_RANGE = (8.0, 24.0)  # the same for fluorescence: grey levels between the strongest and the weakest channel
+SPECK_UM2 = 8_000.0  # tissue smaller than this is dust
+HOLE_UM2 = 100_000.0  # a hole smaller than this is part of the tissue
+PEN_UM2 = 20_000.0  # ink smaller than this is a stained cell or a pigment
+PEN_MARGIN_UM = 40.0  # ink fades out over this distance
+
+
+def tissue_mask(
+    thumbnail: UInt8[np.ndarray, "h w 3"], mpp: float, *, threshold: float | None = None, drop_pen: bool = False
+) -> Bool[np.ndarray, "h w"]:
+    """Find tissue on a thumbnail of `mpp` µm per pixel (about 8).
+
+    Bright field: saturation and optical density, relative to the colour of the glass, are both above a threshold. Without
+    any bright pixel the slide is taken for fluorescence: coloured signal on black. Grey, white and black slides are empty.
+
+    Args:
+        threshold: saturation (0-1) above which a pixel is tissue; none: Otsu's method within `SATURATION_RANGE`.
+        drop_pen: leave out ink, see `pen_mask`.
+    """
+    smooth = np.asarray(Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1)))
+    low, high = smooth.min(axis=2), smooth.max(axis=2)
+    if np.percentile(low, 99.5) < 60:  # no glass anywhere
+        signal = (high - low).astype(np.float32)
+        mask = signal > (_otsu_within(signal, SIGNAL_RANGE) if threshold is None else 255 * threshold)
+    else:
+        glass = _glass_colour(smooth)
+        if glass is not None:
+            smooth = np.minimum(smooth * (np.float32(255) / glass), 255)
+            low, high = smooth.min(axis=2), smooth.max(axis=2)
+        high = np.maximum(high, 60).astype(np.float32)  # near black, noise has any hue
+        saturation = 1 - np.maximum(low, 0).astype(np.float32) / high
+        saturation[smooth.max(axis=2) < 60] = 0
+        density = -np.log10((smooth.mean(axis=2, dtype=np.float32) + 1) / 256)
+        mask = saturation > (_otsu_within(saturation, SATURATION_RANGE) if threshold is None else threshold)
+        mask &= density > _otsu_within(density, DENSITY_RANGE)
+        if drop_pen:
+            mask &= ~pen_mask(thumbnail, mpp)
+    labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))  # glass that reaches the edge is no hole
+    hole = np.bincount(labels.ravel()) < HOLE_UM2 / mpp**2
+    hole[[0, labels[0, 0]]] = False
+    mask |= hole[labels[1:-1, 1:-1]]
+    return _without_small(mask, SPECK_UM2 / mpp**2)
+
+
+def _otsu_within(values: Float32[np.ndarray, "h w"], span: tuple[float, float]) -> float:
+    if values.min() == values.max():
+        return span[1]
+    return float(np.clip(threshold_otsu(values), *span))
+
+
+def _glass_colour(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "3"] | None:
+    """The colour of bare glass if the slide shows some: its brightest pixels, bright and nearly grey."""
+    glass = np.percentile(image.reshape(-1, 3), 98, axis=0).astype(np.float32)
+    return glass if glass.min() >= 190 and glass.min() / glass.max() > 0.85 else None
+
+
+def _without_small(mask: Bool[np.ndarray, "h w"], pixels: float) -> Bool[np.ndarray, "h w"]:
+    labels, _ = ndimage.label(mask)
+    keep = np.bincount(labels.ravel()) >= pixels
+    keep[0] = False
+    return keep[labels]
+
+
+def pen_mask(thumbnail: UInt8[np.ndarray, "h w 3"], mpp: float) -> Bool[np.ndarray, "h w"]:
+    """Blue, green, red and black ink: hues that neither H&E nor brown stains reach, and wide strokes of black, with a margin."""
+    hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(thumbnail).convert("HSV")), 2, 0)  # 0-255 each
+    turn = 255 / 360
+    blue = (hue > 185 * turn) & (hue <= 242 * turn) & (saturation > 100)
+    green = (hue > 70 * turn) & (hue <= 185 * turn) & (saturation > 50)
+    red = ((hue > 352 * turn) | (hue < 12 * turn)) & (saturation > 165) & (value > 110)
+    black = (value < 80) & (saturation < 90)
+    ink = blue | green | red | black
+    close_px = max(1, round(12 / mpp))
+    ink = ndimage.binary_closing(np.pad(ink, close_px), iterations=close_px)[close_px:-close_px, close_px:-close_px]
+    ink = _without_small(ink, PEN_UM2 / mpp**2)
+    margin = max(1, round(PEN_MARGIN_UM / mpp))
+    return ndimage.binary_dilation(ink, iterations=margin) if ink.any() else ink
+
+
+def sharpness(tiles: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n"]:
+    """Variance of the Laplacian of each tile, grey levels²: near 0 for blurry tiles and for plain background."""
+    out = np.empty(len(tiles), np.float32)
+    for n, tile in enumerate(tiles):
+        grey = tile.mean(axis=2, dtype=np.float32)
+        laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+        out[n] = laplacian.var()
+    return out
+
+
+def box_fractions(
+    mask: Bool[np.ndarray, "h w"], xy: Int64[np.ndarray, "n 2"], extent: int, level0_size: tuple[int, int]
+) -> Float32[np.ndarray, "n"]:
+    """The share of each square box that is tissue, exact also where a box covers parts of mask pixels.
+
+    Between pixel corners an integral image is bilinear, so four interpolated look-ups per box give its area of tissue.
+
+    Args:
+        xy: top-left corners, level-0 pixels. What lies past the mask counts as glass.
+        extent: edge of a box, level-0 pixels.
+        level0_size: (w, h) of the scan, over which the mask is spread.
+    """
+    h, w = mask.shape
+    integral = np.zeros((h + 1, w + 1), np.float64)
+    np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1, out=integral[1:, 1:])
+    scale = np.array([w / level0_size[0], h / level0_size[1]])
+
+    def area(dx: int, dy: int) -> np.ndarray:
+        at = np.clip((xy + np.array([dx, dy])) * scale, 0, [w, h])
+        whole = np.minimum(at.astype(np.int64), [w - 1, h - 1])
+        (x, y), (fx, fy) = whole.T, (at - whole).T
+        top = integral[y, x] * (1 - fx) + integral[y, x + 1] * fx
+        return top * (1 - fy) + (integral[y + 1, x] * (1 - fx) + integral[y + 1, x + 1] * fx) * fy
+
+    covered = area(extent, extent) - area(0, extent) - area(extent, 0) + area(0, 0)
+    return np.clip(covered / (extent**2 * scale.prod()), 0, 1).astype(np.float32)
+
+
+def mask_polygons(mask: Bool[np.ndarray, "h w"], level0_size: tuple[int, int]) -> list[list[np.ndarray]]:
+    """Each piece of tissue as rings of (x, y) level-0 pixels: its outline, then its holes. Rings are closed."""
+    scale = np.array([level0_size[0] / mask.shape[1], level0_size[1] / mask.shape[0]])
+    labels, _ = ndimage.label(mask)
+    pieces = []
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        rings = find_contours(np.pad(labels[rows, columns] == label, 1).astype(np.float32), 0.5)
+        rings = [approximate_polygon(ring, 0.7)[:, ::-1] for ring in rings]
+        corner = np.array([columns.start - 0.5, rows.start - 0.5])  # of the padded piece, from pixel centres
+        rings = [(ring + corner) * scale for ring in rings if len(ring) > 3]
+        pieces.append(sorted(rings, key=lambda ring: -np.prod(np.ptp(ring, axis=0))))  # the outline spans the most
+    return [rings for rings in pieces if rings]
+
+
+def polygons_to_geojson(polygons: list[list[np.ndarray]]) -> dict[str, Any]:
+    """QuPath annotations, level-0 pixels, with TRIDENT's `tissue_id`."""
+    look = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [50, 160, 80]}}
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [np.round(ring, 1).tolist() for ring in rings]},
+            "properties": {**look, "tissue_id": number},
+        }
+        for number, rings in enumerate(polygons)
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def read_geojson(path: Path) -> list[list[np.ndarray]]:
+    """The areas that QuPath (or we) annotated, level-0 pixels; not points, lines and classes that start with "Ignore".
+
+    Raises:
+        SlideError: the file cannot be read, is no GeoJSON, or holds no area.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        features = data if isinstance(data, list) else data.get("features", [data])
+        polygons = [
+            [np.asarray(ring, np.float64)[:, :2] for ring in polygon]
+            for feature in features
+            if not str(((feature.get("properties") or {}).get("classification") or {}).get("name", "")).startswith("Ignore")
+            for polygon in _areas(feature.get("geometry") or feature)
+        ]
+    except OSError as error:
+        raise SlideError(f"no tissue annotation {path} ({error.strerror}); export one from QuPath under that name") from error
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+        raise SlideError(f"{path}: not GeoJSON as QuPath exports it ({error})") from error
+    if not polygons:
+        raise SlideError(f"{path}: holds no polygon; draw the tissue as an area annotation")
+    return polygons
+
+
+def _areas(geometry: dict[str, Any]) -> Iterator[list]:
+    if geometry["type"] == "Polygon":
+        yield geometry["coordinates"]
+    elif geometry["type"] == "MultiPolygon":
+        yield from geometry["coordinates"]
+    for part in geometry.get("geometries", []):
+        yield from _areas(part)
+
+
+def draw_polygons(polygons: list[list[np.ndarray]], shape: tuple[int, int], level0_size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """A mask of `shape` (h, w) that is true inside the polygons and false in their holes."""
+    scale = np.array([shape[1] / level0_size[0], shape[0] / level0_size[1]])
+    mask = np.zeros(shape, bool)
+    for rings in polygons:
+        image = Image.new("1", (shape[1], shape[0]))
+        draw = ImageDraw.Draw(image)
+        for n, ring in enumerate(rings):
+            if len(ring) > 2:
+                draw.polygon([(float(x), float(y)) for x, y in ring * scale - 0.5], fill=int(n == 0))
+        mask |= np.asarray(image)
+    return mask
+
+
+def draw_overlay(
+    thumbnail: UInt8[np.ndarray, "h w 3"],
+    polygons: list[list[np.ndarray]],
+    xy: Int64[np.ndarray, "n 2"],
+    extent: int,
+    level0_size: tuple[int, int],
+    longest_px: int = 1600,
+) -> Image.Image:
+    """The thumbnail with the outline of the tissue (green) and the kept tiles (tinted, with a thin edge)."""
+    image = Image.fromarray(thumbnail)
+    grow = longest_px / max(image.size)
+    size = (max(1, round(image.width * grow)), max(1, round(image.height * grow)))
+    image = image.resize(size, Image.Resampling.BOX if grow < 1 else Image.Resampling.BICUBIC)
+    scale = np.array(size) / level0_size
+    tint = Image.new("RGBA", size)
+    draw = ImageDraw.Draw(tint)
+    for (x0, y0), (x1, y1) in zip(np.round(xy * scale).tolist(), np.round((xy + extent) * scale).tolist()):
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=(30, 90, 255, 36), outline=(30, 90, 255, 130))
+    for ring in (ring for rings in polygons for ring in rings):
+        draw.line([(float(x), float(y)) for x, y in ring * scale], fill=(0, 190, 60, 255), width=2)
+    return Image.alpha_composite(image.convert("RGBA"), tint).convert("RGB")

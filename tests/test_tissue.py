@@ -1,0 +1,186 @@
+"""Tissue masks of drawn slides with known answers, fractions against a plain loop, polygons there and back."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dreslcl.errors import SlideError
+from dreslcl.tissue import box_fractions, draw_polygons, mask_polygons, pen_mask, polygons_to_geojson, read_geojson, sharpness, tissue_mask
+
+MPP = 8.0
+PINK, PURPLE, PALE = (214, 150, 190), (120, 70, 150), (236, 218, 232)
+INKS = {"blue": (30, 60, 190), "green": (20, 130, 70), "red": (215, 25, 30), "black": (25, 25, 30)}
+
+
+def glass(colour=(243, 242, 244), size=200, noise=2.0, seed=0) -> np.ndarray:
+    """Bare glass with the noise of a camera, (size, size, 3)."""
+    rng = np.random.default_rng(seed)
+    return np.clip(np.array(colour) + rng.normal(0, noise, (size, size, 3)), 0, 255).astype(np.uint8)
+
+
+def paint(image: np.ndarray, box: tuple[int, int, int, int], colour, noise=8.0) -> np.ndarray:
+    x0, y0, x1, y1 = box
+    pixels = np.array(colour) + np.random.default_rng(1).normal(0, noise, (y1 - y0, x1 - x0, 3))
+    image[y0:y1, x0:x1] = np.clip(pixels, 0, 255).astype(np.uint8)
+    return image
+
+
+@pytest.mark.parametrize("colour", [PINK, PURPLE, PALE], ids=["eosin", "haematoxylin", "pale stroma"])
+@pytest.mark.parametrize("ground", [(243, 242, 244), (240, 232, 215)], ids=["clear glass", "yellowish glass"])
+def test_a_drawn_piece_of_tissue_is_found_to_within_a_pixel(colour, ground):
+    seen = tuple(np.array(colour) * ground / (243, 242, 244))
+    mask = tissue_mask(paint(glass(ground), (40, 60, 140, 150), seen, noise=3), MPP)
+    assert mask[61:149, 41:139].all()
+    mask[58:152, 38:142] = False
+    assert not mask.any()
+
+
+@pytest.mark.parametrize(
+    "slide",
+    [
+        glass((255, 255, 255), noise=0),
+        glass((244, 244, 244)),
+        glass((238, 229, 212)),
+        glass((0, 0, 0), noise=0),
+        glass((3, 3, 3), noise=3),
+        paint(glass(), (20, 20, 120, 180), (150, 150, 150), noise=3),
+        np.repeat(np.linspace(180, 250, 200).astype(np.uint8)[None, :, None], 200, 0).repeat(3, 2),
+        paint(glass(), (0, 0, 60, 200), (0, 0, 0), noise=3),
+    ],
+    ids=["white", "noisy glass", "tinted glass", "black", "noisy black", "grey smear", "uneven light", "black padding"],
+)
+def test_a_slide_without_tissue_stays_empty(slide):
+    assert not tissue_mask(slide, MPP).any()
+
+
+def test_a_slide_full_of_tissue_is_not_split():
+    assert tissue_mask(paint(glass(PINK), (0, 0, 200, 100), PURPLE), MPP).mean() > 0.98
+
+
+def test_fluorescence_is_coloured_signal_on_black():
+    slide = paint(glass((3, 2, 2), noise=1), (50, 50, 150, 150), (40, 4, 4), noise=2)
+    mask = tissue_mask(slide, MPP)
+    assert mask[52:148, 52:148].all() and mask.sum() < 104**2
+
+
+def test_specks_go_small_holes_fill_and_lumens_stay():
+    image = paint(glass(), (20, 20, 180, 180), PURPLE)
+    image[60:70, 60:70] = 244  # 80 µm: a gap
+    image[90:150, 90:150] = 244  # 480 µm: a lumen
+    image[5:10, 5:10] = PURPLE  # 40 µm: dust
+    mask = tissue_mask(image, MPP)
+    assert mask[64, 64] and not mask[120, 120] and not mask[7, 7]
+
+
+def test_a_gap_open_to_the_edge_is_no_hole():
+    image = paint(glass(), (0, 0, 200, 200), PURPLE)
+    image[80:100, 0:12] = 244
+    assert not tissue_mask(image, MPP)[90, 4]
+
+
+def test_a_given_threshold_replaces_otsus():
+    image = paint(glass(), (40, 40, 160, 160), PALE, noise=1)
+    assert tissue_mask(image, MPP)[100, 100]
+    assert not tissue_mask(image, MPP, threshold=0.2).any()
+
+
+@pytest.mark.parametrize("ink", INKS)
+def test_pen_marks_are_left_out_on_request(ink):
+    image = paint(paint(glass(), (20, 20, 120, 180), PURPLE), (20, 100, 120, 180), PINK)
+    image = paint(image, (140, 20, 160, 180), INKS[ink])
+    mask = tissue_mask(image, MPP, drop_pen=True)
+    assert not mask[:, 136:].any()
+    assert mask[30:170, 24:116].all()  # and the tissue stays
+
+
+def test_real_tissue_is_not_taken_for_ink(test_data):
+    from PIL import Image
+
+    tiles = sorted((test_data / "tiles_crc").glob("*/*.jpg"))[::50]
+    page = np.vstack([np.hstack([np.asarray(Image.open(t).convert("RGB").resize((16, 16), Image.Resampling.BOX)) for t in tiles[i : i + 6]])
+                      for i in range(0, len(tiles) // 6 * 6, 6)])  # fmt: skip
+    assert pen_mask(page, MPP).mean() < 0.01
+
+
+def test_a_blurred_tile_is_less_sharp_and_a_plain_one_is_not_sharp_at_all():
+    rng = np.random.default_rng(0)
+    sharp = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    blurred = sum(np.roll(sharp.astype(int), (i, j), (0, 1)) for i in range(5) for j in range(5)) // 25
+    values = sharpness(np.stack([sharp, blurred.astype(np.uint8), np.full_like(sharp, 200)]))
+    assert values[0] > 20 * values[1] > 0 and values[2] == 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(3, 40), st.integers(3, 40), st.floats(0.7, 9), st.integers(2, 60))
+def test_box_fractions_equal_a_plain_loop_over_pixels(seed, h, w, scale, extent):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((h, w)) < 0.5
+    size = (int(w * scale) + 1, int(h * scale) + 1)
+    xy = np.stack([rng.integers(0, size[0], 5), rng.integers(0, size[1], 5)], axis=1)
+    step = size[0] / w, size[1] / h
+    expected = []
+    for x, y in xy:
+        inside = 0.0
+        for row, column in zip(*np.nonzero(mask)):
+            across = min((column + 1) * step[0], x + extent) - max(column * step[0], x)
+            down = min((row + 1) * step[1], y + extent) - max(row * step[1], y)
+            inside += max(across, 0) * max(down, 0)
+        expected.append(inside / extent**2)
+    np.testing.assert_allclose(box_fractions(mask, xy, extent, size), expected, atol=1e-5)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_a_mask_survives_the_way_through_geojson(seed):
+    from scipy import ndimage
+
+    mask = ndimage.zoom(np.random.default_rng(seed).random((8, 10)), 8, order=1) > 0.6
+    size = (mask.shape[1] * 32, mask.shape[0] * 32)
+    polygons = mask_polygons(mask, size)
+    back = draw_polygons(polygons, mask.shape, size)
+    around = np.ones((3, 3), bool)
+    edge = ndimage.binary_dilation(mask, around, 2) & ~ndimage.binary_erosion(mask, around, 2, border_value=1)
+    assert (back ^ mask)[~edge].sum() == 0
+    assert (back ^ mask).sum() <= 0.2 * edge.sum() + 2
+
+
+def test_a_ring_keeps_its_hole_and_its_place_in_level_0_pixels(tmp_path):
+    mask = np.zeros((50, 60), bool)
+    mask[10:40, 20:50] = True
+    mask[20:30, 30:40] = False
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps(polygons_to_geojson(mask_polygons(mask, (600, 500)))))
+    [rings] = read_geojson(path)
+    assert len(rings) == 2 and (rings[0][0] == rings[0][-1]).all()
+    np.testing.assert_allclose([rings[0].min(0), rings[0].max(0)], [[200, 100], [500, 400]], atol=1)
+    np.testing.assert_allclose([rings[1].min(0), rings[1].max(0)], [[300, 200], [400, 300]], atol=1)
+
+
+def test_qupath_exports_are_read_in_their_several_shapes(tmp_path):
+    square = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
+    feature = {
+        "type": "Feature",
+        "id": "x",
+        "geometry": {"type": "Polygon", "coordinates": [square]},
+        "properties": {"classification": None},
+    }
+    ignored = {**feature, "properties": {"classification": {"name": "Ignore*"}}}
+    many = {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [[square], [square]]}, "properties": {}}
+    point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}, "properties": {}}
+    path = tmp_path / "a.geojson"
+    for data, count in [(feature, 1), ([feature, ignored, point], 1), ({"type": "FeatureCollection", "features": [feature, many]}, 3)]:
+        path.write_text(json.dumps(data))
+        assert len(read_geojson(path)) == count
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"features": [7]}', '{"type": "Polygon", "coordinates": 4}', '{"features": []}'])
+def test_a_file_that_is_no_annotation_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "a.geojson"
+    path.write_text(text)
+    with pytest.raises(SlideError, match=r"a\.geojson"):
+        read_geojson(path)
+    with pytest.raises(SlideError, match="export one from QuPath"):
+        read_geojson(tmp_path / "missing.geojson")
