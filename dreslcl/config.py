@@ -172,6 +172,8 @@ class TrainConfig:
     """Run the tile encoder through torch.compile."""
     workers: int = 2
     """Threads that read tiles ahead."""
+    cache_gb: float = 2.0
+    """Keep decoded tiles in memory while all of the cohort's fit in so much, GB."""
     patience: int = 0
     """Stop after so many epochs without a better held-out retrieval; 0: never."""
     seed: int = 0

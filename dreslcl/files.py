@@ -4,16 +4,19 @@ Every file is written as `NAME.part` and then renamed, so a killed run leaves no
 """
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import TableError
+from .errors import BusyError, TableError
 
 csv.field_size_limit(1 << 24)
 
@@ -26,10 +29,40 @@ def atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
-        os.replace(part, path)
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def hold(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a folder against other processes. The system lets go when the process ends, however it ends.
+
+    Args:
+        name: the lock file; it stays behind and means nothing by itself.
+        shared: other shared holders may come in, an exclusive one may not.
+        wait: wait for the other holder instead of raising.
+
+    Raises:
+        BusyError: another process holds the folder; the message says which, on which host.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise BusyError(f"{folder} is in use by {holder}; wait until it ends, or choose another folder") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

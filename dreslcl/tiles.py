@@ -1,0 +1,386 @@
+"""From a folder of scans to tile grids: which places of each scan are tissue, as files that any tool reads.
+
+A slide's files are written in this order: grid, polygons, overlay, pack, and last `rows/<slide_id>.json` with its row and
+the fingerprint of what made it. So a row means a finished slide; `slides.csv` is put together from the rows, under a lock,
+which is what makes killed, repeated and shared-out runs end in the same files.
+"""
+
+import errno
+import json
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw
+
+from . import __version__
+from .config import TileConfig
+from .errors import ConfigError, DreslclError, StoreError, TableError
+from .files import atomic, check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_json, write_table
+from .grid import TileGrid, aligned_extent, grid_corners, read_coords, thin_out
+from .progress import progress
+from .slide import Slide
+from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, polygons_to_geojson, read_geojson, sharpness, tissue_mask
+
+log = logging.getLogger(__name__)
+
+COLUMNS = "slide_id path status tiles mpp mpp_source width height vendor tissue_mm2 seconds error".split()
+SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split())  # what `Slide` reads
+FOREIGN = set(".dcm .mrxs .vms .vmu .czi .isyntax .i2syntax .zvi .vsi .svslide .lif .sdpc .kfb".split())  # scans that get an error row
+OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide: the scan's own mpp, and knobs of TileConfig
+    "mpp": float, "threshold": float, "min_tissue": float, "max_tiles": int, "min_sharpness": float, "mask_mpp": float,
+    "drop_pen": lambda text: text.lower() in ("1", "true", "yes"),
+}  # fmt: skip
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def grid_path(work: Path, slide_id: str) -> Path:
+    """Where the grid of a slide is kept."""
+    return Path(work) / "tiles" / f"{slide_id}.h5"
+
+
+def read_slides(work: Path) -> list[dict[str, str]]:
+    """The rows of WORK/slides.csv, in the order of their ids.
+
+    Raises:
+        TableError: `work` holds none.
+    """
+    path = Path(work) / "slides.csv"
+    if not path.is_file():
+        raise TableError(f"{path}: not there; run `dreslcl tile SLIDES --out {work}` first")
+    rows = read_table(path, COLUMNS)
+    return [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
+
+
+@dataclass(frozen=True)
+class _Job:
+    slide_id: str
+    path: Path
+    out: Path
+    config: TileConfig
+    mpp: float | None
+    annotation: Path | None
+    coords: Path | None
+    pack: bool
+    fingerprint: str
+
+
+def _make_grid(job: _Job, slide: Slide, mask: Bool[np.ndarray, "h w"], mpp_source: str) -> TileGrid:
+    config, size = job.config, job.config.size
+    if job.coords is not None:
+        xy, extent, size = read_coords(job.coords, slide)
+        step, mpp = extent, extent * slide.mpp / size
+        tissue = box_fractions(mask, xy, extent, slide.size)
+    else:
+        extent, mpp = slide.extent(size, config.mpp), config.mpp
+        if config.align and (aligned := aligned_extent(slide, config)) != extent:
+            extent, mpp = aligned, aligned * slide.mpp / size
+        step = max(1, round(extent * (size - config.overlap) / size))
+        xy = grid_corners(slide.size, extent, step)
+        tissue = box_fractions(mask, xy, extent, slide.size)
+        keep = (tissue >= config.min_tissue) & (tissue > 0)
+        xy, tissue = xy[keep], tissue[keep]
+    if config.min_sharpness:
+        chunks = [xy[start : start + 256] for start in range(0, len(xy), 256)]
+        sharp = [sharpness(slide.read_tiles(chunk, size, mpp)) >= config.min_sharpness for chunk in chunks]
+        keep = np.concatenate([np.zeros(0, bool), *sharp])
+        xy, tissue = xy[keep], tissue[keep]
+    if 0 < config.max_tiles < len(xy):
+        keep = thin_out(xy, step, config.max_tiles)
+        xy, tissue = xy[keep], tissue[keep]
+    overlap = 0 if job.coords is not None else config.overlap
+    return TileGrid(job.slide_id, xy, tissue, extent, size, mpp, slide.mpp, mpp_source, slide.size, job.fingerprint, overlap)
+
+
+def _open(job: _Job) -> tuple[Slide, str]:
+    slide = Slide.open(job.path, mpp=job.mpp)
+    if slide.mpp is None and job.config.default_mpp is not None:
+        slide.close()
+        return Slide.open(job.path, mpp=job.config.default_mpp), "default-mpp"
+    return slide, slide.mpp_source if job.mpp is None else "mpp-csv"
+
+
+def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
+    """Tile one slide; whatever is wrong with the scan becomes its row. Only a fault of the output folder is raised."""
+    start = time.perf_counter()
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"slide_id": job.slide_id, "path": str(job.path), "status": "error", "tiles": 0}
+    try:
+        slide, mpp_source = _open(job)
+        with slide:
+            row |= {
+                "mpp": slide.mpp or "",
+                "mpp_source": mpp_source,
+                "vendor": slide.vendor,
+                "width": slide.size[0],
+                "height": slide.size[1],
+            }
+            row |= {"levels": len(slide.levels)} if dry_run else {}
+            grid, mask, polygons, thumbnail = _examine(job, slide, mpp_source)
+            row["tissue_mm2"] = round(float(mask.mean()) * slide.size[0] * slide.size[1] * slide.mpp**2 / 1e6, 4)
+            small = grid.extent_px > min(slide.size)
+            row |= {"tiles": len(grid), "status": "ok" if len(grid) else "empty"}
+            row["error"] = "" if len(grid) else f"smaller than one tile of {grid.extent_px} px" if small else "no tissue found"
+            if not dry_run:
+                grid.save(grid_path(job.out, job.slide_id))
+                write_json(job.out / "tissue" / f"{job.slide_id}.geojson", polygons_to_geojson(polygons))
+                overlay = draw_overlay(thumbnail, polygons, grid.xy, grid.extent_px, slide.size)
+                with atomic(job.out / "overlays" / f"{job.slide_id}.jpg") as part:
+                    overlay.save(part, "JPEG", quality=85)
+    except (DreslclError, MemoryError) as error:
+        row |= {"status": "error", "tiles": 0, "error": " ".join(str(error).split()) or "not enough memory"}
+    except OSError as error:
+        if error.errno in DISK_FAULTS:
+            raise StoreError(f"{job.out}: cannot be written ({error.strerror}); free some space and run the same command again") from error
+        row |= {"status": "error", "tiles": 0, "error": f"cannot be read ({error.strerror or error})"}
+    except Exception as error:
+        log.debug("%s", job.path, exc_info=True)
+        row |= {"status": "error", "tiles": 0, "error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    if not dry_run:
+        write_json(job.out / "rows" / f"{job.slide_id}.json", {"fingerprint": job.fingerprint, "row": row})
+    return row
+
+
+def _examine(job: _Job, slide: Slide, mpp_source: str) -> tuple[TileGrid, np.ndarray, list[list[np.ndarray]], np.ndarray]:
+    """Grid, mask, polygons and thumbnail of a slide. The mask gets finer where tiles are small, coarser where it would be huge."""
+    config = job.config
+    slide.extent(config.size, config.mpp)  # raises where the scan says no resolution
+    mask_mpp = min(config.mask_mpp, config.size * config.mpp / 8)
+    mask_mpp = max(mask_mpp, slide.mpp, max(slide.size) * slide.mpp / 8192)
+    thumbnail = slide.thumbnail(mask_mpp)
+    if job.annotation is not None:
+        polygons = read_geojson(job.annotation)
+        mask = draw_polygons(polygons, thumbnail.shape[:2], slide.size)
+    else:
+        mask = tissue_mask(thumbnail, mask_mpp, threshold=config.threshold, drop_pen=config.drop_pen)
+        polygons = mask_polygons(mask, slide.size)
+    return _make_grid(job, slide, mask, mpp_source), mask, polygons, thumbnail
+
+
+def tile_slides(
+    source: Path,
+    out: Path,
+    config: TileConfig = TileConfig(),  # noqa: B008
+    *,
+    workers: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    shard: tuple[int, int] | None = None,
+    mpp_csv: Path | None = None,
+    overrides: Path | None = None,
+    tissue_geojson: Path | None = None,
+    coords: Path | None = None,
+    pack: bool = False,
+) -> list[dict[str, Any]]:
+    """Find the tissue tiles of a scan, or of every scan in a folder, and write grids, polygons, overlays and slides.csv.
+
+    Does only what is missing or was made from other parameters or another version of the scan. A scan that fails gets a row
+    with status "error" and the reason, and is tried again by the next run.
+
+    Args:
+        workers: slides at a time; 0: one per CPU, at most 8.
+        force: do everything again.
+        dry_run: write nothing; rows get a column `levels`, and `tiles` as it would be.
+        shard: (i, n) does every n-th slide from the i-th, 0 <= i < n; none: as torchrun's RANK and WORLD_SIZE say.
+        mpp_csv: table slide_id, mpp: the resolution of level 0, instead of what the scan says.
+        overrides: table slide_id and any of mpp, threshold, min_tissue, max_tiles, drop_pen, min_sharpness, mask_mpp; empty: no override.
+        tissue_geojson: folder of QuPath annotations `<slide_id>.geojson`, instead of our mask.
+        coords: folder of coordinates that TRIDENT or CLAM wrote, instead of our grid.
+        pack: also write packs, see pack.py.
+
+    Returns:
+        The rows of this run's slides (of its shard), those that were already there included.
+
+    Raises:
+        DreslclError: nothing to do, bad tables, the output folder is in use by another run, or cannot be written.
+    """
+    source, out = Path(os.path.abspath(source)), Path(out)  # noqa: PTH100  (links are kept: ids follow the names the user sees)
+    index, count = shard or rank_and_world()
+    if not 0 <= index < count:
+        raise ConfigError(f"shard {index}/{count}: shards of {count} are numbered from 0 to {count - 1}")
+    scans, unusable = _find_scans(source, out)
+    every_job = _plan(scans, out, config, [table for table in (mpp_csv, overrides) if table], tissue_geojson, coords, pack)
+    jobs, refused = every_job[index::count], unusable if index == 0 else []
+    threads = workers or min(8, len(os.sched_getaffinity(0)))
+    if dry_run:
+        return refused + _run(jobs, threads, lambda job: _tile(job, dry_run=True), lambda: None)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(out, shared=count > 1))
+            if count > 1:
+                stack.enter_context(hold(out, f".lock-{index}-of-{count}"))
+            made = {} if force else _read_rows(out)
+            rows = [made[job.slide_id]["row"] for job in jobs if _is_done(job, made.get(job.slide_id))]
+            todo = [job for job in jobs if not _is_done(job, made.get(job.slide_id))]
+            rows += _run(todo, threads, lambda job: _tile(job, dry_run=False), lambda: _gather(out, every_job, unusable))
+            _gather(out, every_job, unusable)
+            _contact_sheet(out)
+        except OSError as error:
+            raise StoreError(f"{out}: cannot be written ({error.strerror or error})") from error
+    return sorted(refused + rows, key=lambda row: row["slide_id"])
+
+
+def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[dict[str, Any]]]:
+    """Ids and paths of the scans in a folder, by id; and rows for those whose name cannot be an id of their own."""
+    if not source.exists():
+        raise ConfigError(f"{source}: no such file or folder")
+    if source.is_dir() and out.exists() and source.samefile(out):
+        raise ConfigError(f"{out}: results cannot go among the scans; choose another folder for --out")
+    paths = [source] if source.is_file() else []
+    seen = {os.path.realpath(source), os.path.realpath(out)}
+    for folder, subfolders, names in os.walk(source, followlinks=True):
+        subfolders[:] = [s for s in sorted(subfolders) if not s.startswith(".") and os.path.realpath(Path(folder, s)) not in seen]
+        seen.update(os.path.realpath(Path(folder, s)) for s in subfolders)  # no folder twice, nor the output folder
+        paths += [Path(folder, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SCANS | FOREIGN]
+    if not paths:
+        raise ConfigError(f"{source}: no scan in there; scans end in {' '.join(sorted(SCANS))}")
+    by_id = defaultdict(list)
+    for path in sorted(paths):
+        by_id[slide_id(path, source)].append(path)
+    scans, unusable = [], []
+    for name, same in sorted(by_id.items()):
+        reason = f"{' and '.join(p.name for p in same)} would share this id; rename or move one" if len(same) > 1 else ""
+        try:
+            check_id(name, str(same[0]))
+        except TableError as error:
+            reason = str(error)
+        if len(os.fsencode(name)) > 200:
+            reason = "the path is too long to name files after; shorten it"
+        if reason:
+            unusable.append(
+                dict.fromkeys(COLUMNS, "") | {"slide_id": name, "path": str(same[0]), "status": "error", "tiles": 0, "error": reason}
+            )
+        else:
+            scans.append((name, same[0]))
+    return scans, unusable
+
+
+def _plan(
+    scans: list[tuple[str, Path]],
+    out: Path,
+    config: TileConfig,
+    tables: list[Path],
+    annotations: Path | None,
+    coords: Path | None,
+    pack: bool,
+) -> list[_Job]:
+    values: dict[str, dict[str, Any]] = defaultdict(dict)
+    for table in tables:
+        for line, row in enumerate(read_table(table, ["slide_id"]), start=2):
+            if unknown := [column for column in row if column not in ("slide_id", *OVERRIDES)]:
+                raise TableError(f"{table}: unknown column {unknown[0]!r}; there can be slide_id, {', '.join(OVERRIDES)}")
+            try:
+                values[row["slide_id"]] |= {key: OVERRIDES[key](value) for key, value in row.items() if value and key != "slide_id"}
+            except ValueError as error:
+                raise TableError(f"{table}, line {line}: {error}") from error
+    names = {s for s, _ in scans} | {path.name for _, path in scans}
+    if lost := [name for name in values if name not in names]:
+        log.warning("%d rows of %s name no scan here, the first is %r", len(lost), " and ".join(map(str, tables)), lost[0])
+    jobs = []
+    for name, path in scans:
+        own = values.get(path.name, {}) | values.get(name, {})
+        mpp = own.pop("mpp", None)
+        annotation = annotations / f"{name}.geojson" if annotations else None
+        theirs = _find_coords(coords, name, path) if coords else None
+        settings = replace(config, **own)
+        stamps = [file_stamp(p) if p and p.exists() else None for p in (path, annotation, theirs)]
+        made_of = fingerprint(__version__, asdict(settings), mpp, bool(annotation), bool(theirs), stamps)
+        jobs.append(_Job(name, path, out, settings, mpp, annotation, theirs, pack, made_of))
+    return jobs
+
+
+def _find_coords(folder: Path, name: str, path: Path) -> Path:
+    for stem in (name, path.stem):
+        for candidate in (folder / f"{stem}.h5", folder / f"{stem}_patches.h5", folder / "patches" / f"{stem}_patches.h5"):
+            if candidate.exists():
+                return candidate
+    return folder / f"{name}.h5"
+
+
+def _run(jobs: list[_Job], threads: int, work: Callable[[_Job], dict[str, Any]], pause: Callable[[], None]) -> list[dict[str, Any]]:
+    """Do the jobs, several at a time, and show how far they are; `pause` is called now and then in between."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    rows: list[dict[str, Any]] = []
+    last = time.monotonic()
+    with progress("tiling", len(jobs), "slides") as bar, ThreadPoolExecutor(threads) as pool:
+        try:
+            for done in as_completed([pool.submit(work, job) for job in jobs]):
+                rows.append(row := done.result())
+                if row["status"] == "error":
+                    log.warning("%s (%s)", row["error"], row["path"])
+                log.info("%d of %d: %s: %s, %d tiles", len(rows), len(jobs), row["slide_id"], row["status"], row["tiles"])
+                bar.advance(bar.task_ids[0])
+                if time.monotonic() - last > 10:
+                    pause()
+                    last = time.monotonic()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return sorted(rows, key=lambda row: row["slide_id"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows of finished slides
+
+
+def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """What `_tile` left of each slide: {"fingerprint", "row"}."""
+    return {path.stem: json.loads(path.read_bytes()) for path in sorted((out / "rows").glob("*.json"))}
+
+
+def _is_done(job: _Job, made: dict[str, Any] | None) -> bool:
+    if made is None or made["fingerprint"] != job.fingerprint or made["row"]["status"] == "error":
+        return False
+    return grid_path(job.out, job.slide_id).exists() and made["row"]["path"] == str(job.path)
+
+
+def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None:
+    """Put slides.csv together from the rows of all runs and shards.
+
+    Left out are rows that this run is about to replace, and failures of scans that are gone.
+    """
+    current = {job.slide_id: job.fingerprint for job in jobs}
+    with hold(out, "rows/.lock", wait=True):
+        rows = {row["slide_id"]: row for row in unusable}
+        for name, made in _read_rows(out).items():
+            fresh = made["fingerprint"] == current.get(name, made["fingerprint"])
+            if fresh and name not in rows and (made["row"]["status"] != "error" or name in current or Path(made["row"]["path"]).exists()):
+                rows[name] = made["row"]
+        write_table(out / "slides.csv", COLUMNS, [[rows[name][column] for column in COLUMNS] for name in sorted(rows)])
+
+
+def _contact_sheet(out: Path) -> None:
+    """All overlays on one page, small, each under its id: what to look at first."""
+    with hold(out, "rows/.lock", wait=True):
+        paths = sorted((out / "overlays").glob("*.jpg"))
+        if not paths:
+            return
+        columns = int(np.ceil(np.sqrt(len(paths))))
+        cell = max(48, min(256, 4096 // columns))
+        sheet = Image.new("RGB", (columns * cell, -(-len(paths) // columns) * (cell + 12)), "white")
+        draw = ImageDraw.Draw(sheet)
+        for n, path in enumerate(paths):
+            x, y = n % columns * cell, n // columns * (cell + 12)
+            with Image.open(path) as overlay:
+                overlay.draft("RGB", (cell, cell))
+                overlay.thumbnail((cell - 4, cell - 4))
+                sheet.paste(overlay, (x, y + 12))
+            draw.text((x, y), path.stem[-(cell // 6) :], fill="black")
+        with atomic(out / "contact_sheet.jpg") as part:
+            sheet.save(part, "JPEG", quality=80)
