@@ -107,7 +107,7 @@ def aligned_extent(slide: Slide, config: TileConfig) -> int:
     """
     asked = slide.extent(config.size, config.mpp)
     for level in reversed(slide.levels) if not config.overlap else ():
-        stored, height = slide.stored(level).edge
+        stored, height = slide._stored[level.index].edge
         if stored != height or level.downsample * config.size > asked * 1.02:
             continue
         wanted = asked / level.downsample

@@ -308,14 +308,6 @@ def _find_coords(folder: Path, name: str, path: Path) -> Path:
 
 def _run(jobs: list[_Job], threads: int, work: Callable[[_Job], dict[str, Any]], pause: Callable[[], None]) -> list[dict[str, Any]]:
     """Do the jobs, several at a time, and show how far they are; `pause` is called now and then in between."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
     last = time.monotonic()
     with progress("tiling", len(jobs), "slides") as bar, ThreadPoolExecutor(threads) as pool:
