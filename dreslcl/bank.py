@@ -3,25 +3,21 @@
 The residual encoding of a slide sums over all its M tiles. The bank keeps that sum, so a training step takes out the T old
 rows it replaces, puts T fresh ones in, and never touches the other M − T: its cost does not depend on M.
 
-Files of one shard, plain arrays in C order: `rows.f16` (ΣM, D) features · `step.i32` (ΣM,) step at which a row was written, −1
-never · `code.u16` (ΣM,) nearest codeword · `sums.f32` (S, K, D) Σ (row − codeword) · `counts.i32` (S, K) · `state.u8` (S,) empty,
-clean or dirty · `codebook.npz`. `bank.json` at the top says which slide lies where; it is written last, so a header means a whole bank.
+`bank.json` says which slide lies in which shard (a folder, or the bank's own where there is one; see shard.py for its files). It is
+written last, so a header means a whole bank. Each shard is written by one process only.
 
 Crashes. A slide is marked dirty before its write and clean after it. Stores into a shared mapping reach the page cache in program
-order and outlive the process, so after SIGKILL at any moment the rows are there (one may be half old, half new) and only
-sums of slides marked dirty can be wrong: `open` rebuilds those from their rows. Power loss keeps no order: call `rebuild` then.
+order and outlive the process, so after SIGKILL at any moment the rows are there (one may be half old, half new) and only the sums
+of slides marked dirty can be wrong: `open` rebuilds those from their rows. Power loss keeps no order: call `rebuild` then.
 
 Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 6 = 774 bytes a row = 232 GB, sums 4·K·D = 49 kB a slide = 1.5 GB.
-Rebuilding everything reads the 230 GB once (4 min at 1 GB/s) and multiplies twice with the codewords (4·K·D flop a row = 15 TFLOP,
-2.5 min at 100 GFLOP/s); shards divide both. A row of a cold bank costs one 4 kB read: the mapping is MADV_RANDOM (no
-read-ahead), and the rows of a gather are announced with posix_fadvise before the first is touched, so that the disk
-serves them together (measured ~125× plain mmap). Mapped pages are let go every few thousand rows, so RSS stays flat whatever the size.
+Rebuilding everything reads the 230 GB once (4 min at 1 GB/s) and multiplies twice with the codewords (4·K·D flop a row, 15 TFLOP): at
+350,000 rows/s, measured on 2 shared cores, 14 min; shards divide both. A step reads T rows a slide, 4 kB each from a cold disk:
+B·T = 512 rows are 2 MB.
 """
 
 import json
 import logging
-import mmap
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,155 +25,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float16, Float32, Int, Int32, UInt16
+from jaxtyping import Float, Float16, Float32, Int32, Integer, UInt16
 
 from .errors import StoreError
-from .files import atomic, write_json
+from .files import write_json
+from .shard import CHUNK, CLEAN, DIRTY, EMPTY, Shard, file_layout, nearest, sum_residuals
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-EMPTY, CLEAN, DIRTY = 0, 1, 2  # state of a slide
-_CHUNK = 8192  # rows in memory at a time when a slide is streamed
-_RESIDENT = 2048  # rows touched through the mapping before its pages are let go (each maps up to 64 kB)
-
-
-def _layout(tiles: int, slides: int, dim: int, codewords: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-    return {
-        "rows.f16": (np.float16, (tiles, dim)),
-        "step.i32": (np.int32, (tiles,)),
-        "code.u16": (np.uint16, (tiles,)),
-        "sums.f32": (np.float32, (slides, codewords, dim)),
-        "counts.i32": (np.int32, (slides, codewords)),
-        "state.u8": (np.uint8, (slides,)),
-    }
-
-
-def _bytes(dtype: type, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 def bank_bytes(spans: Mapping[str, int], dim: int, codewords: int) -> int:
     """Bytes on disk of a bank for these slides (id → M), D = `dim` and K = `codewords`."""
-    return sum(_bytes(*file) for file in _layout(sum(spans.values()), len(spans), dim, codewords).values())
-
-
-def nearest(features: Float[np.ndarray, "n D"], codewords: Float32[np.ndarray, "K D"]) -> UInt16[np.ndarray, "n"]:
-    """The nearest codeword of each row: argmin of |c|² − 2 x·c."""
-    scores = features.astype(np.float32) @ codewords.T
-    return ((codewords**2).sum(1) - 2 * scores).argmin(1).astype(np.uint16)
-
-
-def _residual_sums(
-    rows: Float[np.ndarray, "n D"], codes: Int[np.ndarray, "n"], codewords: Float32[np.ndarray, "K D"]
-) -> tuple[Float32[np.ndarray, "K D"], Int32[np.ndarray, "K"]]:
-    residuals = rows.astype(np.float32) - codewords[codes]
-    members = (codes == np.arange(len(codewords))[:, None]).astype(np.float32)  # (K, n): one BLAS product sums them all
-    return members @ residuals, np.bincount(codes, minlength=len(codewords)).astype(np.int32)
-
-
-class _Shard:
-    """The mapped files of one shard."""
-
-    def __init__(self, folder: Path, spans: dict[str, int], dim: int, codewords: int):
-        self.folder = folder
-        self.spans = spans
-        self.start = dict(zip(spans, np.cumsum([0, *spans.values()]).tolist()))  # first row of each slide
-        self.number = {slide: i for i, slide in enumerate(spans)}
-        self.dim = dim
-        self._maps: list[mmap.mmap] = []
-        self._touched = 0
-        arrays = {name: self._map(name, *file) for name, file in _layout(sum(spans.values()), len(spans), dim, codewords).items()}
-        self.rows, self.step, self.code, self.sums, self.counts, self.state = arrays.values()
-        self.codewords: np.ndarray | None = None
-        self.codebook = ""
-        if (folder / "codebook.npz").exists():
-            with np.load(folder / "codebook.npz", allow_pickle=False) as file:
-                self.codewords, self.codebook = file["codewords"], str(file["fingerprint"])
-
-    @staticmethod
-    def allocate(folder: Path, spans: Mapping[str, int], dim: int, codewords: int, sparse: bool) -> None:
-        """Create the files and take their disk space now: a mapped write to a full disk would kill the process."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "codebook.npz").unlink(missing_ok=True)
-        layout = _layout(sum(spans.values()), len(spans), dim, codewords)
-        try:
-            for name, file in layout.items():
-                with (folder / name).open("wb") as stream:
-                    if (sparse and name == "rows.f16") or not hasattr(os, "posix_fallocate"):
-                        stream.truncate(_bytes(*file))
-                    else:
-                        os.posix_fallocate(stream.fileno(), 0, _bytes(*file))
-        except OSError as error:
-            for name in layout:
-                (folder / name).unlink(missing_ok=True)
-            need, free = sum(_bytes(*file) for file in layout.values()) / 1e9, shutil.disk_usage(folder).free / 1e9
-            raise StoreError(
-                f"{folder}: the bank needs {need:.3g} GB, {free:.3g} GB are free ({error.strerror}); make room, or use fewer tiles"
-            ) from error
-
-    def _map(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        path, size = self.folder / name, _bytes(dtype, shape)
-        if not path.exists() or path.stat().st_size != size:
-            there = f"{path.stat().st_size:,} bytes" if path.exists() else "not there"
-            raise StoreError(f"{path}: should be {size:,} bytes but is {there}; delete the bank and run again")
-        with path.open("r+b") as file:
-            mapped = mmap.mmap(file.fileno(), 0)
-            if name == "rows.f16":
-                self._descriptor = os.dup(file.fileno())
-        if hasattr(mmap, "MADV_RANDOM"):
-            mapped.madvise(mmap.MADV_RANDOM)
-        self._maps.append(mapped)
-        return np.frombuffer(mapped, dtype).reshape(shape)
-
-    def __del__(self):
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def announce(self, rows: np.ndarray) -> None:
-        """Ask the kernel for these rows all at once, before they are read one after another."""
-        if hasattr(os, "posix_fadvise"):
-            size = self.dim * 2
-            for row in rows.tolist():
-                os.posix_fadvise(self._descriptor, row * size, size, os.POSIX_FADV_WILLNEED)
-
-    def touched(self, rows: int) -> None:
-        """Let mapped pages go now and then: they stay in the page cache (and reach the disk) but leave our RSS."""
-        self._touched += rows
-        if self._touched >= _RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
-            self._touched = 0
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-    def stream(self, start: int, stop: int) -> Iterable[tuple[slice, np.ndarray]]:
-        """Rows in order, a chunk at a time, read as a file (with read-ahead) and not through the mapping."""
-        for first in range(start, stop, _CHUNK):
-            span = slice(first, min(first + _CHUNK, stop))
-            count, offset = (span.stop - first) * self.dim, first * self.dim * 2
-            yield span, np.fromfile(self.folder / "rows.f16", np.float16, count, offset=offset).reshape(-1, self.dim)
-
-    def flush(self) -> None:
-        for mapped in self._maps:
-            mapped.flush()
+    return sum(size for *_, size in file_layout(sum(spans.values()), len(spans), dim, codewords).values())
 
 
 class MemoryBank:
     """Features of all tiles of all slides on disk, with residual sums kept up to date.
 
-    A shard is written by one process only; a process opens the shards it owns. Not safe for two threads on one slide.
+    A process opens the shards it owns; nobody else may have them open. Not safe for two threads on one slide.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], shards: Iterable[int]):
-        self.folder = folder
+        self.folder, self.header = folder, header
         self.dim: int = header["dim"]
-        self.header = header
         dealt: dict[int, dict[str, int]] = {i: {} for i in shards}
         for slide, (tiles, shard) in header["spans"].items():
             if shard in dealt:
                 dealt[shard][slide] = tiles
-        self._shards = {
-            i: _Shard(folder / header["shards"][i], spans, self.dim, header["codewords"]) for i, spans in dealt.items() if spans
-        }
+        names, K = header["shards"], header["codewords"]
+        self._shards = {i: Shard(folder / names[i], spans, self.dim, K) for i, spans in dealt.items() if spans}
         self.slides: list[str] = [slide for slide, (_, shard) in header["spans"].items() if shard in dealt]
 
     @classmethod
@@ -210,21 +88,32 @@ class MemoryBank:
             if tiles < 1:
                 raise StoreError(f"{folder}: slide {slide} has {tiles} tiles; leave empty slides out")
         (folder / "bank.json").unlink(missing_ok=True)
-        dealt = _deal(spans, shards)
-        names = _shard_names(max(dealt.values()) + 1, ())
-        spans_dealt = {slide: [tiles, dealt[slide]] for slide, tiles in spans.items()}
-        header = {"version": VERSION, "dim": dim, "codewords": codewords, "encoder": encoder, "grids": grids, "shards": names}
-        bank = cls._allocate(folder, header | {"spans": spans_dealt}, sparse)
+        _remove_shards(folder, keep=())
+        header = {"version": VERSION, "dim": dim, "codewords": codewords, "encoder": encoder, "grids": grids}
+        bank = cls._allocate(folder, header, spans, shards, (), sparse)
         write_json(folder / "bank.json", bank.header)
         return bank
 
     @classmethod
-    def _allocate(cls, folder: Path, header: dict[str, Any], sparse: bool) -> "MemoryBank":
-        for i, name in enumerate(header["shards"]):
-            spans = {slide: tiles for slide, (tiles, shard) in header["spans"].items() if shard == i}
-            if spans:
-                _Shard.allocate(folder / name, spans, header["dim"], header["codewords"], sparse)
-        bank = cls(folder, header, range(len(header["shards"])))
+    def _allocate(
+        cls,
+        folder: Path,
+        header: dict[str, Any],
+        spans: Mapping[str, int],
+        shards: int | Mapping[str, int],
+        taken: Iterable[str],
+        sparse: bool,
+    ) -> "MemoryBank":
+        """Deal slides to shards in folders whose names are not taken, and create the files but not the header."""
+        dealt = {slide: i % shards if isinstance(shards, int) else shards[slide] for i, slide in enumerate(spans)}
+        count, first = max(dealt.values()) + 1, max([int(name[6:]) + 1 for name in taken if name != "."], default=0)
+        names = ["."] if count == 1 and "." not in taken else [f"shard-{first + i:03d}" for i in range(count)]
+        for i, name in enumerate(names):
+            own = {slide: tiles for slide, tiles in spans.items() if dealt[slide] == i}
+            if own:
+                Shard.allocate(folder / name, own, header["dim"], header["codewords"], sparse)
+        header = header | {"shards": names, "spans": {slide: [tiles, dealt[slide]] for slide, tiles in spans.items()}}
+        bank = cls(folder, header, range(count))
         for shard in bank._shards.values():
             shard.step[:] = -1
         return bank
@@ -268,34 +157,27 @@ class MemoryBank:
     def reshard(cls, folder: Path, shards: int | Mapping[str, int]) -> "MemoryBank":
         """Deal the slides of a closed bank to other shards (copied, then the header switches over) and open all of it."""
         old = cls.open(folder)
-        for orphan in set(old.folder.glob("shard-*")) - {old.folder / name for name in old.header["shards"]}:
-            shutil.rmtree(orphan)  # left by a run killed while re-sharding
-        dealt = _deal({slide: old.tiles(slide) for slide in old.slides}, shards)
-        names = _shard_names(max(dealt.values()) + 1, old.header["shards"])
-        spans = {slide: [old.tiles(slide), dealt[slide]] for slide in old.slides}
-        new = cls._allocate(old.folder, old.header | {"shards": names, "spans": spans}, sparse=False)
-        for shard in new._shards.values():
-            if (codebook := old._codebook()) is not None:
-                _save_codebook(shard, *codebook)
+        _remove_shards(old.folder, keep=old.header["shards"])  # left by a run killed while re-sharding
+        spans = {slide: old.tiles(slide) for slide in old.slides}
+        new = cls._allocate(old.folder, old.header, spans, shards, old.header["shards"], sparse=False)
+        if old.codebook:
+            for shard in new._shards.values():
+                shard.set_codebook(next(iter(old._shards.values())).codewords, old.codebook)
         for slide in old.slides:
             (source, i, rows), (target, j, there) = old._find(slide), new._find(slide)
-            for span, part in source.stream(rows.start, rows.stop):
-                target.rows[span.start - rows.start + there.start : span.stop - rows.start + there.start] = part
-                target.touched(len(part))
+            for span, part in source.stream(rows):
+                target.put(span.start - rows.start + there.start, part)
             target.step[there], target.code[there] = source.step[rows], source.code[rows]
             target.sums[j], target.counts[j], target.state[j] = source.sums[i], source.counts[i], source.state[i]
         new.flush()
         write_json(old.folder / "bank.json", new.header)
-        for name in old.header["shards"]:
-            for file in (*_layout(0, 0, 0, 0), "codebook.npz"):
-                (old.folder / name / file).unlink(missing_ok=True)
-            if name != ".":
-                shutil.rmtree(old.folder / name, ignore_errors=True)
+        _remove_shards(old.folder, keep=new.header["shards"])
         return new
 
     # what is there
 
-    def _find(self, slide: str) -> tuple[_Shard, int, slice]:
+    def _find(self, slide: str) -> tuple[Shard, int, slice]:
+        """The shard of a slide, its number in the shard, and its rows."""
         tiles, shard = self.header["spans"].get(slide, (0, None))
         if shard not in self._shards:
             raise StoreError(f"{self.folder}: slide {slide} is not in the shards opened here ({len(self.slides)} slides)")
@@ -315,31 +197,24 @@ class MemoryBank:
         shard, number, _ = self._find(slide)
         return bool(shard.state[number] != EMPTY)
 
-    def _codebook(self) -> tuple[np.ndarray, str] | None:
-        found = {shard.codebook: shard.codewords for shard in self._shards.values()}
-        return None if len(found) != 1 or "" in found else next((words, name) for name, words in found.items())
-
     @property
     def codebook(self) -> str:
-        """Fingerprint of the codebook the sums are for; empty before `set_codebook`, or where it was cut short between shards."""
-        found = self._codebook()
-        return "" if found is None else found[1]
+        """Fingerprint of the codebook the sums are for; empty before `set_codebook`, or where that was cut short between shards."""
+        found = {shard.codebook for shard in self._shards.values()}
+        return found.pop() if len(found) == 1 else ""
 
-    def gather(self, slide: str, index: Int[np.ndarray, "n"]) -> Float16[np.ndarray, "n D"]:
+    def gather(self, slide: str, index: Integer[np.ndarray, "n"]) -> Float16[np.ndarray, "n D"]:
         """Rows of some tiles of a slide, in the order asked."""
         shard, _, rows = self._find(slide)
-        shard.announce(index + rows.start)
-        found = shard.rows.take(index + rows.start, axis=0)
-        shard.touched(len(index))
-        return found
+        return shard.gather(index + rows.start)
 
-    def codes(self, slide: str, index: Int[np.ndarray, "n"]) -> UInt16[np.ndarray, "n"]:
+    def codes(self, slide: str, index: Integer[np.ndarray, "n"]) -> UInt16[np.ndarray, "n"]:
         """Codewords of some tiles of a slide."""
         shard, _, rows = self._find(slide)
         return shard.code.take(index + rows.start)
 
     def residuals(
-        self, slide: str, index: Int[np.ndarray, "n"] | None = None, *, without: Int[np.ndarray, "n"] | None = None
+        self, slide: str, index: Integer[np.ndarray, "n"] | None = None, *, without: Integer[np.ndarray, "n"] | None = None
     ) -> tuple[Float32[np.ndarray, "K D"], Int32[np.ndarray, "K"]]:
         """Residual sums and counts of a slide's tiles.
 
@@ -349,8 +224,14 @@ class MemoryBank:
         shard, number, _ = self._find(slide)
         assert shard.codewords is not None and shard.state[number] == CLEAN, f"{slide}: no sums yet; fill it and set a codebook"
         if index is not None:
-            return _residual_sums(self.gather(slide, index), self.codes(slide, index), shard.codewords)
+            sums, counts = np.zeros_like(shard.sums[number]), np.zeros_like(shard.counts[number])
+            for part in np.split(index, range(CHUNK, len(index), CHUNK)):
+                more, new = sum_residuals(self.gather(slide, part), self.codes(slide, part), shard.codewords)
+                sums += more
+                counts += new
+            return sums, counts
         sums, counts = shard.sums[number].copy(), shard.counts[number].copy()
+        shard.touched(1)
         if without is not None:
             assert len(np.unique(without)) == len(without), f"{slide}: a tile is drawn twice"
             old_sums, old_counts = self.residuals(slide, without)
@@ -376,23 +257,16 @@ class MemoryBank:
             rounded = self._rounded(slide, part)
             if first + len(part) > rows.stop:
                 raise StoreError(f"{self.folder}: slide {slide}: more features than its {self.tiles(slide)} tiles; tile it again")
-            try:  # as a file: where the disk is full a mapped write would kill the process
-                with (shard.folder / "rows.f16").open("r+b") as file:
-                    file.seek(first * self.dim * 2)
-                    file.write(rounded.tobytes())
+            try:
+                shard.put(first, rounded)
             except OSError as error:
-                free = shutil.disk_usage(self.folder).free / 1e6
-                raise StoreError(
-                    f"{self.folder}: slide {slide}: cannot write its rows ({error.strerror}, {free:.0f} MB free); make room, run again"
-                ) from error
+                why = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
+                raise StoreError(f"{self.folder}: cannot write the rows of slide {slide} ({why}); make room and run again") from error
             first += len(part)
         if first != rows.stop:
             raise StoreError(f"{self.folder}: slide {slide}: {first - rows.start} features for {self.tiles(slide)} tiles; tile it again")
         shard.step[rows] = step
-        if shard.codewords is None:
-            shard.state[number] = CLEAN
-        else:
-            self.rebuild(slide)
+        self.rebuild(slide)
 
     def _rounded(self, slide: str, features: np.ndarray) -> np.ndarray:
         if features.ndim != 2 or features.shape[1] != self.dim:
@@ -412,8 +286,7 @@ class MemoryBank:
         if codewords.shape != expected:
             raise StoreError(f"{self.folder}: a codebook of shape {codewords.shape}; the bank was made with K, D = {expected}")
         for shard in self._shards.values():
-            shard.state[shard.state == CLEAN] = DIRTY
-            _save_codebook(shard, codewords, fingerprint)
+            shard.set_codebook(codewords, fingerprint)
         for slide in self.slides:
             if self.is_filled(slide):
                 self.rebuild(slide)
@@ -421,19 +294,9 @@ class MemoryBank:
     def rebuild(self, slide: str) -> None:
         """Recompute codes, sums and counts of a slide from its rows."""
         shard, number, rows = self._find(slide)
-        shard.state[number] = DIRTY
-        if shard.codewords is not None:
-            sums, counts = np.zeros(shard.sums.shape[1:]), np.zeros(shard.counts.shape[1], np.int64)  # float64 over many chunks
-            for span, part in shard.stream(rows.start, rows.stop):
-                codes = shard.code[span] = nearest(part, shard.codewords)
-                more, new = _residual_sums(part, codes, shard.codewords)
-                sums += more
-                counts += new
-            shard.sums[number], shard.counts[number] = sums, counts
-        shard.state[number] = CLEAN
-        shard.touched(rows.stop - rows.start)
+        shard.rebuild(number, rows)
 
-    def write(self, slide: str, index: Int[np.ndarray, "n"], features: Float[np.ndarray, "n D"], step: int) -> Float32[np.ndarray, "n"]:
+    def write(self, slide: str, index: Integer[np.ndarray, "n"], features: Float[np.ndarray, "n D"], step: int) -> Float32[np.ndarray, "n"]:
         """Put fresh features in the place of some tiles' rows; sums follow the rows as rounded to float16.
 
         Returns the cosine between old and new row of each tile: how far the encoder has drifted since they were written.
@@ -445,18 +308,13 @@ class MemoryBank:
         new = self._rounded(slide, features)
         sums, counts = self.residuals(slide, without=index)
         codes = nearest(new, shard.codewords)
-        more, more_counts = _residual_sums(new, codes, shard.codewords)
+        more, more_counts = sum_residuals(new, codes, shard.codewords)
         places = index + rows.start
-        old = shard.rows.take(places, axis=0).astype(np.float32)
+        old, fresh = shard.rows.take(places, axis=0).astype(np.float32), new.astype(np.float32)
         shard.state[number] = DIRTY
-        shard.rows[places] = new
-        shard.step[places] = step
-        shard.code[places] = codes
-        shard.sums[number] = sums + more
-        shard.counts[number] = counts + more_counts
+        shard.rows[places], shard.step[places], shard.code[places] = new, step, codes
+        shard.sums[number], shard.counts[number] = sums + more, counts + more_counts
         shard.state[number] = CLEAN
-        shard.touched(len(index))
-        fresh = new.astype(np.float32)
         return (old * fresh).sum(1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(fresh, axis=1), 1e-12)
 
     def flush(self) -> None:
@@ -466,7 +324,7 @@ class MemoryBank:
 
     # statistics over the shards opened here
 
-    def oldest(self, slide: str, n: int, exclude: Int[np.ndarray, "m"] | None = None) -> Int[np.ndarray, "k"]:
+    def oldest(self, slide: str, n: int, exclude: Integer[np.ndarray, "m"] | None = None) -> Integer[np.ndarray, "k"]:
         """The n tiles written longest ago, oldest first, ties in row order, without those in `exclude`; fewer if there are fewer."""
         shard, _, rows = self._find(slide)
         tiles = rows.stop - rows.start
@@ -485,7 +343,7 @@ class MemoryBank:
         for slide in self.slides:
             if self.is_filled(slide):
                 shard, _, rows = self._find(slide)
-                ages = step - shard.step[rows].astype(np.int64)
+                ages = np.maximum(step - shard.step[rows].astype(np.int64), 0)  # a resumed run may find rows of its own future
                 bins += np.bincount(ages // width, minlength=1025)
                 total, largest = total + int(ages.sum()), max(largest, int(ages.max()))
         tiles = max(int(bins.sum()), 1)
@@ -517,19 +375,11 @@ class MemoryBank:
         return self.slide_means().mean(0)
 
 
-def _deal(spans: Mapping[str, int], shards: int | Mapping[str, int]) -> dict[str, int]:
-    return {slide: i % shards if isinstance(shards, int) else shards[slide] for i, slide in enumerate(spans)}
-
-
-def _shard_names(count: int, taken: Iterable[str]) -> list[str]:
-    """Folders of the shards: the bank's own for a single one, else the next free numbers."""
-    if count == 1 and "." not in taken:
-        return ["."]
-    first = max([int(name[6:]) + 1 for name in taken if name != "."], default=0)
-    return [f"shard-{first + i:03d}" for i in range(count)]
-
-
-def _save_codebook(shard: _Shard, codewords: np.ndarray, fingerprint: str) -> None:
-    with atomic(shard.folder / "codebook.npz") as part, part.open("wb") as file:
-        np.savez(file, codewords=codewords, fingerprint=np.array(fingerprint))
-    shard.codewords, shard.codebook = codewords, fingerprint
+def _remove_shards(folder: Path, keep: Iterable[str]) -> None:
+    """Delete the files of all shards but those to keep."""
+    for orphan in folder.glob("shard-*"):
+        if orphan.name not in keep:
+            shutil.rmtree(orphan)
+    if "." not in keep:
+        for name in (*file_layout(0, 0, 0, 0), "codebook.npz"):
+            (folder / name).unlink(missing_ok=True)

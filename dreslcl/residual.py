@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Integer
 from torch import Tensor, nn
 
 from .bank import MemoryBank
@@ -62,7 +62,7 @@ def encode_residuals(
 def refreshed_residuals(
     bank: MemoryBank | None,
     slides: Sequence[str],
-    tiles: Sequence[Int[np.ndarray, "_"]],
+    tiles: Sequence[Integer[np.ndarray, "_"]],
     fresh: Float[Tensor, "N D"],
     codewords: Float[Tensor, "K D"],
     *,
@@ -101,11 +101,12 @@ def refreshed_residuals(
         if not (bank_tiles or stale_dropout or soft):
             sums, counts = map(torch.from_numpy, bank.residuals(slide, without=index))
         else:
-            stale = np.setdiff1d(np.arange(totals[b]), index)
+            stale = np.delete(np.arange(totals[b]), index)
             if bank_tiles and bank_tiles < len(stale):
                 stale = np.sort(rng.choice(stale, bank_tiles, replace=False))
             kept = stale[rng.random(len(stale)) >= stale_dropout] if stale_dropout else stale
             weights[b] = (len(index) + len(stale) - len(kept)) / len(index)
+            totals[b] = len(index) + len(stale)
             if soft:
                 rows = torch.from_numpy(bank.gather(slide, kept)).to(device)
                 sums, counts = encode_residuals(rows, codewords.detach(), soft)
