@@ -31,8 +31,34 @@ JPEG, JPEG2000, JPEG2000_YCBCR = 7, (33003, 33004, 33005, 34712), 33003
 LOSSLESS = (1, 5, 8, 32946, 32773, 50000)  # uncompressed, LZW, deflate (two numbers), PackBits, Zstandard
 DAMAGED = "the file is damaged or incomplete; copy it again from its source"
 
-Carry = dict[int, UInt8[np.ndarray, "h w 3"]]
+Decoded = tuple[np.ndarray, np.ndarray]  # pixels (h, w, 3), and the buffer behind them
 Decoder = Callable[[bytes, int, np.ndarray], np.ndarray]  # stored bytes, index, buffer -> pixels (h, w, 3), in the buffer or not
+
+
+class Carry:
+    """Decoded segments of one level that a read leaves for the next, and buffers to use again. One read at a time owns it."""
+
+    def __init__(self):
+        self.decoded: dict[int, Decoded] = {}
+        self.spare: list[np.ndarray] = []  # a fresh one costs page faults
+
+    def buffer(self, edge: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+        """Room for one segment of `edge` (w, h)."""
+        try:
+            return self.spare.pop()
+        except IndexError:
+            return np.empty((edge[1], edge[0], 3), np.uint8)
+
+    def update(self, new: dict[int, Decoded], columns: int) -> None:
+        """Replace what is held of the columns in `new`; the oldest goes where more than CARRY_BYTES would be held."""
+        touched = {index % columns for index in new}
+        for index in [index for index in self.decoded if index % columns in touched]:
+            self.spare.append(self.decoded.pop(index)[1])
+        self.decoded |= new
+        held = sum(buffer.nbytes for _, buffer in self.decoded.values())
+        for index in list(self.decoded)[:-1]:
+            if held > CARRY_BYTES:
+                held -= self.decoded.pop(index)[1].nbytes
 
 
 @dataclass(frozen=True)
@@ -113,12 +139,12 @@ class Segments:
         fd: int,
         corners: Integer[np.ndarray, "N 2"],
         windows: UInt8[np.ndarray, "N h w 3"],
-        carry: Carry,
+        carry: "Carry",
         pool: Executor | None = None,
-    ) -> Carry:
+    ) -> None:
         """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); white outside the level.
 
-        `carry` holds segments decoded by an earlier read; the return value is the carry for the next one.
+        `carry` holds segments of this level decoded by an earlier read, and holds those for the next one afterwards.
         """
         shape = np.array(windows.shape[2:0:-1])
         windows[((corners < 0) | (corners + shape > self.size)).any(axis=1)] = 255
@@ -126,24 +152,25 @@ class Segments:
         keep = self._to_carry(segments, len(copies))
         jobs = [slice(i, i + 64) for i in range(0, len(segments), 64)]
 
-        def run(job: slice) -> Carry:
-            kept, buffer = {}, np.empty((self.edge[1], self.edge[0], 3), np.uint8)
-            begin, *_, end = bounds = starts[job.start : job.stop + 1].tolist()
-            table = copies[begin:end].tolist()
+        def run(job: slice) -> dict[int, Decoded]:
+            kept, buffer = {}, carry.buffer(self.edge)
+            bounds = starts[job.start : job.stop + 1].tolist()
+            table = copies[bounds[0] : bounds[-1]].tolist()
             for index, first, last in zip(segments[job].tolist(), bounds, bounds[1:]):
-                pixels = carry.get(index)
+                pixels, _ = carry.decoded.get(index, (None, None))
                 if pixels is None:
                     pixels = self.load(fd, index, buffer)
                     if pixels is not None and index in keep:
-                        kept[index] = pixels
-                        buffer = np.empty_like(buffer)
-                for window, top, bottom, left, right, y, x in table[first - begin : last - begin]:
+                        kept[index] = pixels, buffer
+                        buffer = carry.buffer(self.edge)
+                for window, top, bottom, left, right, y, x in table[first - bounds[0] : last - bounds[0]]:
                     target = windows[window, top:bottom, left:right]
                     target[...] = 255 if pixels is None else pixels[y : y + bottom - top, x : x + right - left]
+            carry.spare.append(buffer)
             return kept
 
-        decoded = {index: pixels for kept in (pool.map(run, jobs) if pool else map(run, jobs)) for index, pixels in kept.items()}
-        return self._merge(carry, decoded) if keep else carry
+        kept = [run(job) for job in jobs] if pool is None else list(pool.map(run, jobs))
+        carry.update({index: decoded for part in kept for index, decoded in part.items()}, self.grid[0])
 
     def _plan(self, corners: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Segments in file order, where each one's copies start, and the copies (window, top, bottom, left, right, y, x)."""
@@ -172,15 +199,6 @@ class Segments:
         for index in segments.tolist():
             lowest[index % self.grid[0]] = max(index, lowest[index % self.grid[0]])
         return set(lowest.values())
-
-    def _merge(self, old: Carry, new: Carry) -> Carry:
-        columns = {index % self.grid[0] for index in new}
-        merged = {index: pixels for index, pixels in old.items() if index % self.grid[0] not in columns} | new
-        spare = sum(pixels.nbytes for pixels in merged.values()) - CARRY_BYTES
-        for index in list(merged)[:-1]:
-            if spare > 0:
-                spare -= merged.pop(index).nbytes
-        return merged
 
 
 def from_page(page: Any, name: str) -> Segments:
@@ -211,7 +229,7 @@ def from_page(page: Any, name: str) -> Segments:
     else:
         kind = getattr(key.compression, "name", key.compression)
         raise SlideError(
-            f"{name}: {kind} compression (photometric {int(key.photometric)}, planar {key.planarconfig}) is not read; convert it to JPEG tiles"
+            f"{name}: {kind} compression (photometric {int(key.photometric)}, planar {key.planarconfig}) is not read; convert it"
         )
     edge = (key.tilewidth, key.tilelength) if key.is_tiled else (key.imagewidth, min(key.rowsperstrip, key.imagelength))
     offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)

@@ -7,12 +7,13 @@ threads and forked processes. Only the pyramid is kept: label and macro images h
 import logging
 import math
 import re
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
@@ -20,8 +21,9 @@ from PIL import Image
 from tifffile import TiffFile
 
 from .errors import SlideError
-from .segments import DAMAGED, JPEG2000, Segments, from_image, from_page
+from .segments import DAMAGED, JPEG2000, Carry, Segments, from_image, from_page
 
+Real = float | int
 log = logging.getLogger(__name__)
 
 PLAUSIBLE_MPP = 0.01, 40.0
@@ -67,7 +69,7 @@ class Slide:
     Reads may run in many threads at once. A pickled slide opens its file again; a forked one reads on.
     """
 
-    def __init__(self, path: Path, stored: list[Segments], meta: "Metadata", mpp: float | None = None):
+    def __init__(self, path: Path, stored: list[Segments], meta: "Metadata", mpp: Real | None = None):
         self.path = path
         self.levels = tuple(Level(i, s.size, _downsample(stored[0].size, s.size)) for i, s in enumerate(stored))
         self.size = stored[0].size
@@ -78,11 +80,11 @@ class Slide:
         self.objective = meta.objective
         self._given = mpp
         self._stored = stored
-        self._carry: tuple[int, dict] = (0, {})  # level, its segments kept from the last read
+        self._carries: deque[tuple[int, Carry]] = deque(maxlen=2)  # (level, what its last read left); a read takes one out
         self._file = path.open("rb", buffering=0)
 
     @classmethod
-    def open(cls, path: Path | str, mpp: float | None = None) -> Self:
+    def open(cls, path: Path | str, mpp: Real | None = None) -> "Slide":
         """Open an SVS, NDPI, SCN, Philips, Ventana, QPTIFF, OME or plain TIFF, or a PNG or JPEG image.
 
         Args:
@@ -116,7 +118,7 @@ class Slide:
     def __reduce__(self):
         return type(self).open, (self.path, self._given)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Slide":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,9 +130,9 @@ class Slide:
     def close(self) -> None:
         """Close the file; reading raises SlideError from then on."""
         self._file.close()
-        self._carry = (0, {})
+        self._carries.clear()
 
-    def extent(self, size: int, mpp: float) -> int:
+    def extent(self, size: int, mpp: Real) -> int:
         """Edge of a tile of `size` pixels at `mpp`, in level-0 pixels.
 
         A stored level that differs from `mpp` by less than one pixel over the tile counts as equal: it is read without resampling.
@@ -142,7 +144,7 @@ class Slide:
         self,
         xy: Integer[np.ndarray, "N 2"],
         size: int,
-        mpp: float,
+        mpp: Real,
         *,
         threads: int = 1,
         out: UInt8[np.ndarray, "N size size 3"] | None = None,
@@ -162,7 +164,7 @@ class Slide:
             self._read(level, xy / level.downsample, edge, out, pool)
         return out
 
-    def read_region(self, xy: tuple[int, int], size: tuple[int, int], mpp: float) -> UInt8[np.ndarray, "h w 3"]:
+    def read_region(self, xy: tuple[int, int], size: tuple[int, int], mpp: Real) -> UInt8[np.ndarray, "h w 3"]:
         """`size` (w, h) pixels at `mpp`, right and below of the level-0 pixel `xy`. Raises SlideError as `read_tiles` does."""
         level, step = self._choose(max(size), mpp)
         w, h = size
@@ -178,7 +180,7 @@ class Slide:
                 target[...] = piece[: target.shape[0], : target.shape[1]]
         return out
 
-    def thumbnail(self, mpp: float) -> UInt8[np.ndarray, "h w 3"]:
+    def thumbnail(self, mpp: Real) -> UInt8[np.ndarray, "h w 3"]:
         """The whole scan at `mpp` (or at its own resolution where that is coarser)."""
         scale = max(mpp / self._known_mpp(), 1.0)
         size = max(1, round(self.size[0] / scale)), max(1, round(self.size[1] / scale))
@@ -189,7 +191,7 @@ class Slide:
             raise SlideError(f"{self.path.name}: the file does not say its resolution; give it with --mpp-csv or --default-mpp")
         return self.mpp
 
-    def _choose(self, size: int, mpp: float) -> tuple[Level, float]:
+    def _choose(self, size: int, mpp: Real) -> tuple[Level, float]:
         """The level to read for `size` pixels at `mpp`, and its pixels per output pixel (exactly 1: no resampling)."""
         scale = mpp / self._known_mpp()  # level-0 pixels per output pixel
         for level in reversed(self.levels):
@@ -201,7 +203,7 @@ class Slide:
         raise SlideError(f"{self.path.name}: asked for {mpp:g} µm/px but the scan has {self.mpp:g}; use --mpp {self.mpp:.4g} or larger")
 
     def _read(
-        self, level: Level, corners: Float[np.ndarray, "N 2"], edge: float, out: UInt8[np.ndarray, "N h w 3"], pool: Executor | None
+        self, level: Level, corners: Float[np.ndarray, "N 2"], edge: Real, out: UInt8[np.ndarray, "N h w 3"], pool: Executor | None
     ) -> None:
         """Fill square `out` from squares of `edge` level pixels at `corners` (level pixels), resampling where sizes differ."""
         size = out.shape[1]
@@ -230,9 +232,13 @@ class Slide:
     def _fill(self, stored: Segments, level: int, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
         if self._file.closed:
             raise SlideError(f"{self.path.name}: the slide is closed; open it again")
-        carried_level, carry = self._carry  # never changed in place, so threads may swap it freely
-        carry = stored.read(self._file.fileno(), corners, out, carry if carried_level == level else {}, pool)
-        self._carry = (level, carry)
+        try:
+            carried, carry = self._carries.pop()
+        except IndexError:  # none yet, or other threads have them
+            carried, carry = level, Carry()
+        carry = carry if carried == level else Carry()
+        stored.read(self._file.fileno(), corners, out, carry, pool)
+        self._carries.append((level, carry))
 
 
 @dataclass(frozen=True)
