@@ -80,7 +80,7 @@ def refreshed_residuals(
     Args:
         bank: None: a slide is its fresh tiles.
         slides: ids of the B slides.
-        tiles: for each slide the distinct tile indices that `fresh` holds, in its order; lengths may differ.
+        tiles: for each slide the distinct tile indices that `fresh` holds, in its order; lengths may differ, and be zero.
         fresh: features of all drawn tiles, slide after slide, N = Σ lengths.
         codewords: the bank's codebook, on the device of `fresh`.
         bank_tiles: use only so many bank rows of a slide, drawn from its other tiles; 0: all.
@@ -91,7 +91,7 @@ def refreshed_residuals(
         rng: draws `bank_tiles` and `stale_dropout`; needed for these two.
     """
     B, (K, D), device = len(slides), codewords.shape, fresh.device
-    drawn = np.array([len(index) for index in tiles])
+    drawn = np.array([len(index) for index in tiles], np.int64)
     assert drawn.sum() == len(fresh) and len(tiles) == B, f"{len(fresh)} features for {drawn.tolist()} tiles"
     base = torch.zeros(B, K, D)
     base_counts = torch.zeros(B, K)
@@ -105,7 +105,7 @@ def refreshed_residuals(
             if bank_tiles and bank_tiles < len(stale):
                 stale = np.sort(rng.choice(stale, bank_tiles, replace=False))
             kept = stale[rng.random(len(stale)) >= stale_dropout] if stale_dropout else stale
-            weights[b] = (len(index) + len(stale) - len(kept)) / len(index)
+            weights[b] = (len(index) + len(stale) - len(kept)) / max(len(index), 1)
             totals[b] = len(index) + len(stale)
             if soft:
                 rows = torch.from_numpy(bank.gather(slide, kept)).to(device)
@@ -120,7 +120,7 @@ def refreshed_residuals(
     with torch.autocast(device.type, enabled=False):
         fresh = fresh.float()
         if gradient_scale == "full":
-            factor = torch.from_numpy(totals / (drawn * weights)).float().to(device)[slide_of]
+            factor = torch.from_numpy(totals / np.maximum(drawn * weights, 1)).float().to(device)[slide_of]
             fresh = fresh.detach() + factor[:, None] * (fresh - fresh.detach())  # the value stays, bit for bit
         if soft:
             parts = [encode_residuals(part, codewords, soft) for part in fresh.split(drawn.tolist())]
