@@ -5,16 +5,17 @@ E joint space · S slides. The paper (arXiv 2511.05034) does not publish K, T, B
 temperature where we can read them: these defaults are ours.
 """
 
+import ast
+import inspect
+import itertools
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from .errors import ConfigError
 from .files import write_text
-
-C = TypeVar("C")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -232,8 +233,8 @@ class RunConfig:
         write_text(path, "\n\n".join(blocks) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "RunConfig":
-        """Read what `save` wrote; a part or knob that is absent keeps its default.
+    def load(cls, path: Path, base: "RunConfig | None" = None) -> "RunConfig":
+        """Read what `save` wrote; a part or knob that is absent stays as in `base` (by default at its default).
 
         Raises:
             ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
@@ -242,18 +243,49 @@ class RunConfig:
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
-        parts = {"encoder": EncoderConfig, "model": ModelConfig, "train": TrainConfig}
-        for name in tables:
-            _require(name in parts and isinstance(tables[name], dict), f"{path}: unknown table [{name}]; there are {', '.join(parts)}")
-        return cls(**{name: _from_table(part, tables.get(name, {}), f"{path} [{name}]") for name, part in parts.items()})
+        parts = [f.name for f in fields(cls)]
+        for name, table in tables.items():
+            _require(name in parts and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(parts)}")
+            _check_types(getattr(base or cls(), name), table, f"{path} [{name}]")
+        return updated(base or cls(), **tables)
 
 
-def _from_table(cls: type[C], table: dict[str, Any], where: str) -> C:
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
+    """The configuration with some knobs changed: part name -> {knob: value}.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+    """
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
+
+
+def _check_types(part: Any, table: dict[str, Any], where: str) -> None:
+    known = {f.name: f.default for f in fields(part)}
     for key, value in table.items():
         _require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
-        default = known[key].default
-        same = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
-        whole = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        _require(default is None or same or whole, f"{where}: {key} should be of type {type(default).__name__}, got {value!r}")
-    return cls(**table)
+        default = known[key]
+        same = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        _require(default is None or same, f"{where}: {key} should be of type {type(default).__name__}, got {value!r}")
+
+
+def knob_help(config: type) -> dict[str, str]:
+    """The docstring below each field of a configuration class: the one place that says what a knob does."""
+    body = ast.parse(inspect.getsource(config)).body[0].body  # type: ignore[attr-defined]
+    pairs = itertools.pairwise(body)
+    return {
+        field.target.id: text.value.value
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+PRESETS = {
+    "paper": RunConfig(
+        EncoderConfig(name="ViT-S-16", text="frozen"),
+        ModelConfig(codewords=32, width=256),
+        TrainConfig(tiles=64, batch=32, encoder_lr=1e-5),
+    ),
+    "tiny": RunConfig(),
+    "clip-b32": RunConfig(EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(width=256), TrainConfig(encoder_lr=1e-5)),
+}
+"""Known settings; `paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults) with frozen text."""

@@ -3,15 +3,26 @@
 torch loads inside the functions that need it: `evaluation.py` reads `Embeddings` on machines that have no torch.
 """
 
+import json
+import logging
+import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
 from jaxtyping import Float32
 
-from .errors import StoreError
+from .errors import ConfigError, ModelError, StoreError
 from .files import atomic
+
+if TYPE_CHECKING:
+    from .cohort import Cohort
+    from .config import EncoderConfig
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -86,3 +97,178 @@ class Embeddings:
         except (OSError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: not an embeddings file of dreslcl ({error})") from error
         return cls(texts["slide_id"], texts["patient_id"], vectors, mean, frozenset(texts["seen"]), model)
+
+    def by_patient(self) -> "Embeddings":
+        """One row per patient: the mean of its slides' vectors at unit norm, and of their mean features; ids are the patients.
+
+        A patient counts as seen where pretraining saw any of its slides.
+        """
+        patients = sorted(set(self.patients))
+        rows = [np.flatnonzero(np.array(self.patients) == p) for p in patients]
+        vectors = np.stack([self.vectors[r].mean(0) for r in rows])
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
+        seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
+        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model)
+
+
+def embed(
+    cohort: "Cohort",
+    out: Path,
+    *,
+    model: Path | None = None,
+    encoder: "EncoderConfig | None" = None,
+    batch: int = 128,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    workers: int = 2,
+    by: Literal["slide", "patient"] = "slide",
+    force: bool = False,
+) -> Embeddings:
+    """Embed every slide of a cohort from all its tiles; memory does not depend on how many there are.
+
+    Each slide's file is written when it is done, so a killed run goes on with the next slide. Under torchrun the ranks
+    share the slides.
+
+    Args:
+        cohort: tiled slides, or files of tile features.
+        out: gets embeddings.h5 and slide_features/<slide_id>.h5 (TRIDENT's slide-feature layout).
+        model: folder of a trained model; without one, a slide's vector is the mean of its tile features.
+        encoder: which encoder makes those tile features, where there is no model.
+        batch: tiles in one pass of the encoder.
+        by: slide, or patient: the normalised mean of a patient's slide vectors.
+        force: embed slides again that are done.
+
+    Raises:
+        ModelError: no model there, or features of a width it does not know.
+    """
+    from .distributed import ranks
+    from .encoder import Encoder
+    from .files import fingerprint
+    from .model import DRESLCL, encode_members, pick_device
+
+    device = pick_device()
+    trained = DRESLCL.load(model).to(device) if model else None
+    towers = trained.encoder if trained else Encoder.create(encoder).to(device) if encoder and cohort.work else None
+    name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
+    if trained and (cohort.work is None) != (trained.about["tiles"] == "features"):
+        raise ModelError(f"{model}: was trained on {trained.about['tiles']}, so it cannot embed {'pixels' if cohort.work else 'features'}")
+    folder = Path(out) / "slide_features"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{m.slide_id}.h5" for m in cohort.members]
+    with ranks(device) as group:
+        marks = [fingerprint(name, mark) for mark in cohort.marks()]
+        todo = [i for i, file in enumerate(files) if force or _mark(file) != marks[i]][group.rank :: group.world]
+        if len(todo) < len(files):
+            log.info("%d of %d slides are to do", len(todo), len(files))
+        stream = encode_members(towers, cohort, todo, batch=batch, precision=precision, workers=workers, title="embedding")
+        for i, parts in stream:
+            mean = _Mean()
+            if trained:
+                vector = trained.embed_features(mean.watch(parts))
+            else:
+                for _ in mean.watch(parts):
+                    pass
+                vector = mean.value / max(float(np.linalg.norm(mean.value)), 1e-12)
+            _write_slide(files[i], vector, mean.value, cohort.coordinates(i), marks[i])
+        group.wait()
+        vectors, means = zip(*(_read_slide(file) for file in files))
+        ids, patients = tuple(m.slide_id for m in cohort.members), tuple(m.patient_id for m in cohort.members)
+        seen = frozenset(trained.about["seen"]) if trained else frozenset()
+        result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name)
+        if by == "patient":
+            result = result.by_patient()
+        if group.first:
+            result.save(Path(out) / "embeddings.h5")
+    return result
+
+
+class _Mean:
+    """The mean feature of a stream of parts that somebody else reads."""
+
+    def __init__(self) -> None:
+        self._sum: Any = 0.0
+        self._tiles = 0
+
+    def watch(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for part in parts:
+            self._sum = self._sum + part.sum(axis=0, dtype=np.float64)
+            self._tiles += len(part)
+            yield part
+
+    @property
+    def value(self) -> Float32[np.ndarray, "D"]:
+        return (self._sum / self._tiles).astype(np.float32)
+
+
+def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.ndarray | None, mark: str) -> None:
+    with atomic(path) as part, h5py.File(part, "w") as file:
+        file["features"] = vector
+        file["mean_features"] = mean
+        if coords is not None:
+            file["coords"] = coords
+        file.attrs["fingerprint"] = mark
+
+
+def _read_slide(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with h5py.File(path, "r") as file:
+        return file["features"][()], file["mean_features"][()]
+
+
+def _mark(path: Path) -> str:
+    """What made the slide's file; "" where there is none or it cannot be read."""
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file.attrs.get("fingerprint", ""))
+    except OSError:
+        return ""
+
+
+def report_rows(
+    reports: Path | None, vectors: Path | None, model: Path | None
+) -> tuple[list[dict[str, str]], Float32[np.ndarray, "rows E"]]:
+    """Rows slide_id, patient_id, report for `evaluate(task="retrieval")`, and each row's vector in the model's joint space.
+
+    Raises:
+        ConfigError: no model, or neither reports nor vectors.
+        TableError: the reports cannot be read.
+    """
+    import torch
+
+    from .cohort import read_report_vectors, read_reports
+    from .model import DRESLCL
+
+    if model is None or (reports is None and vectors is None):
+        raise ConfigError("--task retrieval needs --model RUN/model and --reports TABLE (or --report-embeddings FILE)")
+    trained = DRESLCL.load(model)
+    if vectors is not None:
+        arrays = read_report_vectors(vectors)
+        rows = [{"slide_id": key, "patient_id": "", "report": f"vector {key}"} for key in arrays]
+        means = torch.from_numpy(np.stack([array.mean(0) for array in arrays.values()]))
+        if means.shape[1] != trained.text_dim:
+            raise ModelError(f"{vectors}: vectors have width {means.shape[1]}, the model was trained on width {trained.text_dim}")
+        with torch.inference_mode():
+            return rows, trained.project_text(means).numpy()
+    rows = [{"slide_id": slide, "patient_id": patient, "report": text} for slide, patient, text in read_reports(reports)]
+    return rows, trained.embed_text([row["report"] for row in rows])
+
+
+def prompt_vectors(prompts: Path | None, model: Path | None) -> dict[str, Float32[np.ndarray, "P E"]]:
+    """Class -> vectors of its prompts, from a JSON or TOML file {class: [prompt, ...]}, for `evaluate(task="zeroshot")`.
+
+    Raises:
+        ConfigError: no model or prompts, or a file of another layout.
+    """
+    from .model import DRESLCL
+
+    if prompts is None or model is None:
+        raise ConfigError("--task zeroshot needs --prompts FILE and --model RUN/model")
+    try:
+        text = prompts.read_text(encoding="utf-8")
+        table = json.loads(text) if prompts.suffix.lower() == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{prompts}: neither JSON nor TOML ({error})") from error
+    lists = {name: [value] if isinstance(value, str) else value for name, value in table.items()}
+    if not lists or any(not isinstance(v, list) or not v or not all(isinstance(p, str) for p in v) for v in lists.values()):
+        raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
+    trained = DRESLCL.load(model)
+    return {name: trained.embed_text(list(texts)) for name, texts in lists.items()}

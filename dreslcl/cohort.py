@@ -1,0 +1,343 @@
+"""Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
+
+import json
+import logging
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import h5py
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from .errors import ConfigError, TableError
+from .features import read_features
+from .files import file_stamp, read_table
+from .grid import TileGrid
+from .slide import Slide
+from .tiles import grid_path, read_slides
+
+log = logging.getLogger(__name__)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|png|jpe?g|h5|pt)$", re.IGNORECASE)
+_TCGA = re.compile(r"^TCGA-\w{2}-\w{4}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One slide of a cohort."""
+
+    slide_id: str
+    patient_id: str
+    tiles: int
+    """M."""
+    source: Path
+    """The scan, or its file of features."""
+    report: int = -1
+    """Index into Cohort.reports; -1: none. Slides with equal reports share the index."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Slides with their patients and reports.
+
+    Attributes:
+        members: one per slide, ordered by slide id.
+        reports: the distinct reports: texts, or arrays (n, E) of vectors made elsewhere (n windows of one report).
+        notes: what the join of slides and reports found, one line each.
+        work: the folder that `dreslcl tile` wrote (None where tile features stand in for pixels).
+    """
+
+    members: tuple[Member, ...]
+    reports: tuple[str | np.ndarray, ...] = ()
+    notes: tuple[str, ...] = ()
+    work: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @classmethod
+    def load(cls, work: Path, *, patients: Path | None = None) -> "Cohort":
+        """The tiled slides of WORK, without reports.
+
+        A slide's patient comes from `patients` (a table with slide_id and patient_id), else from its TCGA barcode, else is
+        the slide itself.
+
+        Raises:
+            TableError: no slide in WORK has tiles.
+        """
+        rows = read_slides(work)
+        known = _patients(patients) if patients else {}
+        members = []
+        for row in rows:
+            if row["status"] == "ok":
+                slide = row["slide_id"]
+                members.append(Member(slide, known.get(_key(slide)) or patient_of(slide), int(row["tiles"]), Path(row["path"])))
+        if not members:
+            raise TableError(f"{work}: none of its {len(rows)} slides has tiles; see status and error in slides.csv")
+        without = len(rows) - len(members)
+        notes = (f"{len(members)} slides with {sum(m.tiles for m in members):,} tiles" + (f"; {without} empty or failed" * (without > 0)),)
+        return cls(tuple(sorted(members, key=lambda m: m.slide_id)), (), notes, Path(work))
+
+    @classmethod
+    def of_features(cls, files: dict[str, tuple[Path, int]], *, patients: Path | None = None) -> "Cohort":
+        """Slides known by files of tile features: slide id -> (file, tiles)."""
+        known = _patients(patients) if patients else {}
+        members = [Member(s, known.get(_key(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
+        return cls(tuple(members), (), (f"{len(members)} slides with {sum(m.tiles for m in members):,} tile features",))
+
+    def with_reports(self, reports: Path | None, vectors: Path | None = None) -> "Cohort":
+        """Keep the slides that have a report, joined by slide id or else by patient.
+
+        Args:
+            reports: CSV or TSV with slide_id and/or patient_id and report; TCGA_Reports.csv; or HistGen's JSON.
+            vectors: HDF5 or npz keyed by slide or patient id with report vectors (E,) or (n, E), in place of texts.
+
+        Raises:
+            TableError: no report matches any slide (examples of both sides are shown), or vectors differ in width.
+        """
+        rows: Sequence[tuple[str, str, str | np.ndarray]]
+        if vectors is not None:
+            rows = [(key, key, array) for key, array in read_report_vectors(vectors).items()]
+        elif reports is not None:
+            rows = read_reports(reports)
+        else:
+            raise ConfigError("pretraining needs reports: --reports TABLE or --report-embeddings FILE")
+        source = vectors or reports
+        by_slide = {_key(s): (p, r) for s, p, r in rows if s}
+        by_patient = {p: (p, r) for s, p, r in rows if p and (not s or s == p)}
+        twice = [k for k, n in Counter(_key(s) if s else p for s, p, _ in rows).items() if n > 1]
+        if twice:
+            raise TableError(f"{source}: {len(twice)} ids come more than once, first {twice[0]!r}; keep one report for each")
+        members, texts, index, used = [], [], {}, set()
+        for m in self.members:
+            found = by_slide.get(_key(m.slide_id)) or by_patient.get(m.patient_id)
+            if found is None:
+                continue
+            patient, report = found
+            used.add(id(report))
+            key = report if isinstance(report, str) else id(report)
+            if key not in index:
+                index[key] = len(texts)
+                texts.append(report)
+            members.append(replace(m, patient_id=patient or m.patient_id, report=index[key]))
+        if not members:
+            here, there = [m.slide_id for m in self.members[:3]], [s or p for s, p, _ in rows[:3]]
+            raise TableError(f"{source}: no report matches a slide; slides are like {', '.join(here)}; reports are like {', '.join(there)}")
+        notes = (
+            *self.notes,
+            f"{len(members)} of {len(self)} slides have a report; {len(rows) - len(used)} of {len(rows)} reports have no slide",
+            f"{len(texts)} distinct reports; {len({m.patient_id for m in members})} patients",
+        )
+        return replace(self, members=tuple(members), reports=tuple(texts), notes=notes)
+
+    def grid(self, member: int) -> TileGrid:
+        """Where a member's tiles lie."""
+        assert self.work is not None, "a cohort of features has no grids"
+        return TileGrid.load(grid_path(self.work, self.members[member].slide_id))
+
+    def marks(self) -> list[str]:
+        """For each member, what its tiles are: the grid's fingerprint, or the size and time of its file of features."""
+        if self.work is None:
+            return [str(file_stamp(m.source)) for m in self.members]
+        return [self.grid(i).fingerprint for i in range(len(self))]
+
+    def coordinates(self, member: int) -> np.ndarray | None:
+        """Top-left corners (M, 2) of a member's tiles, where known."""
+        return read_features(self.members[member].source)[1] if self.work is None else self.grid(member).xy
+
+    def split(self, rule: str | None, table: Path | None) -> tuple["Cohort", "Cohort"]:
+        """Part the cohort into (kept, taken out) by a rule; a patient with one slide taken out is out with all of them.
+
+        Args:
+            rule: a file with one slide or patient id per line, or `column=value` of the table; None takes nothing out.
+            table: CSV with slide_id or patient_id and the rule's column.
+
+        Raises:
+            TableError: the column is absent, or the rule names nothing in the cohort.
+        """
+        if rule is None:
+            return self, replace(self, members=())
+        if Path(rule).is_file():
+            named = {line.strip() for line in Path(rule).read_text(encoding="utf-8").splitlines() if line.strip()}
+        elif "=" in rule and table is not None:
+            column, value = rule.split("=", 1)
+            rows = read_table(table, [column])
+            named = {row.get(key, "") for row in rows if row[column] == value for key in ("slide_id", "patient_id")} - {""}
+        else:
+            raise ConfigError(f"{rule!r} is neither a file of ids nor column=value")
+        keys = {_key(n) for n in named}
+        out = {m.patient_id for m in self.members if _key(m.slide_id) in keys or m.patient_id in named}
+        if not out:
+            raise TableError(f"{rule!r} names none of the {len(self)} slides, which are like {self.members[0].slide_id}")
+        kept = tuple(m for m in self.members if m.patient_id not in out)
+        gone = tuple(m for m in self.members if m.patient_id in out)
+        notes = (*self.notes, f"{rule}: {len(gone)} slides of {len(out)} patients kept out, {len(kept)} slides stay")
+        return replace(self, members=kept, notes=notes), replace(self, members=gone)
+
+
+def patient_of(slide_id: str) -> str:
+    """The patient in a TCGA barcode (its first 12 characters), else the slide id itself."""
+    return slide_id[:12] if _TCGA.match(slide_id) else slide_id
+
+
+def _key(slide_id: str) -> str:
+    return _SUFFIX.sub("", slide_id)
+
+
+def _patients(table: Path) -> dict[str, str]:
+    return {_key(row["slide_id"]): row["patient_id"] for row in read_table(table, ["slide_id", "patient_id"])}
+
+
+def read_reports(path: Path) -> list[tuple[str, str, str]]:
+    """Reports as (slide id or "", patient id or "", text) from our table, TCGA_Reports.csv or HistGen's JSON; empty ones left out.
+
+    Raises:
+        TableError: none of the three layouts.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        try:
+            parts = json.loads(path.read_text(encoding="utf-8"))
+            rows = [(str(r["id"]), "", str(r["report"])) for part in parts.values() for r in part]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise TableError(f"{path}: not HistGen's layout {{split: [{{id, report}}]}} ({error!r})") from error
+    else:
+        table = read_table(path)
+        columns = set(table[0]) if table else set()
+        if {"patient_filename", "text"} <= columns:
+            rows = [("", r["patient_filename"].split(".")[0], r["text"]) for r in table]
+        elif "report" in columns and columns & {"slide_id", "patient_id"}:
+            rows = [(r.get("slide_id", ""), r.get("patient_id", ""), r["report"]) for r in table]
+        else:
+            raise TableError(f"{path}: needs columns report and slide_id or patient_id; there are {', '.join(sorted(columns)) or 'none'}")
+    return [row for row in rows if row[2].strip() and (row[0] or row[1])]
+
+
+def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
+    """Report vectors (n, E) float32 by slide or patient id, from HDF5 (one dataset per id) or npz.
+
+    Raises:
+        TableError: cannot be read, an array is neither (E,) nor (n, E), or widths differ.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+        else:
+            with h5py.File(path, "r") as file:
+                arrays = {key: value[()] for key, value in file.items() if isinstance(value, h5py.Dataset)}
+        arrays = {key: np.atleast_2d(np.asarray(value, np.float32)) for key, value in arrays.items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise TableError(f"{path}: not an HDF5 or npz file of report vectors ({error})") from error
+    widths = Counter(value.shape[-1] for value in arrays.values() if value.ndim == 2 and len(value))
+    if len(widths) != 1 or any(value.ndim != 2 or not len(value) for value in arrays.values()):
+        raise TableError(f"{path}: report vectors must be (E,) or (n, E) with one width; found widths {sorted(widths) or 'none'}")
+    return arrays
+
+
+# batches
+
+
+def deal_patients(members: Sequence[Member], shards: int) -> list[int]:
+    """A shard for each slide: all slides of a patient in one, shards of about equal size."""
+    slides = Counter(m.patient_id for m in members)
+    sizes = [0] * shards
+    home = {}
+    for patient in sorted(slides, key=lambda p: (-slides[p], p)):
+        home[patient] = sizes.index(min(sizes))
+        sizes[home[patient]] += slides[patient]
+    return [home[m.patient_id] for m in members]
+
+
+def plan_epoch(members: Sequence[Member], which: Sequence[int], batches: int, rng: np.random.Generator) -> list[Int64[np.ndarray, "_"]]:
+    """Deal the slides `which` into batches of sizes equal within one; a batch never holds two slides of one patient.
+
+    A patient with more slides than there are batches sits out with the surplus, drawn anew each epoch.
+    """
+    patients = sorted({members[i].patient_id for i in which})
+    place = dict(zip(patients, rng.permutation(len(patients))))
+    order = sorted(rng.permutation(np.asarray(which)), key=lambda i: place[members[i].patient_id])  # a patient's slides side by side
+    taken: Counter[str] = Counter()
+    dealt = []
+    for i in order:
+        taken[members[i].patient_id] += 1
+        if taken[members[i].patient_id] <= batches:
+            dealt.append(i)
+    shuffled = [np.array(dealt[j::batches], dtype=np.int64) for j in range(batches)]
+    return [shuffled[j] for j in rng.permutation(batches)]
+
+
+def draw_tiles(tiles: int, count: int, rng: np.random.Generator) -> Int64[np.ndarray, "T"]:
+    """Indices of `count` of the slide's tiles, uniformly without replacement, ascending; all of them where it has fewer."""
+    return np.sort(rng.choice(tiles, min(count, tiles), replace=False)).astype(np.int64)
+
+
+def window_tiles(order: Int64[np.ndarray, "M"], count: int, visit: int) -> Int64[np.ndarray, "T"]:
+    """The tiles of visit number `visit`: the next `count` along `order`, going round; ascending."""
+    take = min(count, len(order))
+    return np.sort(order[(visit * count + np.arange(take)) % len(order)])
+
+
+# pixels
+
+
+class TileReader:
+    """Reads tiles of a cohort's slides on threads, in the order asked for, ahead of the caller.
+
+    Keeps a bounded number of scans open, and decoded tiles in memory while they fit in `cache_bytes`.
+    """
+
+    def __init__(self, cohort: Cohort, *, workers: int = 2, cache_bytes: int = 0):
+        self.cohort, self.workers = cohort, max(1, workers)
+        self._open = lru_cache(maxsize=128)(self._open_scan)
+        self.grid = lru_cache(maxsize=1024)(cohort.grid)
+        sizes = [m.tiles for m in cohort.members]
+        pixels = sum(sizes) * self.grid(0).size ** 2 * 3 if sizes else 0
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if pixels <= cache_bytes else None
+
+    def _open_scan(self, member: int) -> Slide:
+        grid = self.grid(member)
+        return Slide.open(self.cohort.members[member].source, mpp=grid.mpp_level0)
+
+    def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
+        """Pixels of the member's tiles `index`."""
+        grid = self.grid(member)
+        if self._cache is None:
+            return self._open(member).read_tiles(grid.xy[index], grid.size, grid.mpp)
+        if member not in self._cache:  # setdefault: two threads may both get here, one pair of arrays wins
+            self._cache.setdefault(member, (np.empty((len(grid), grid.size, grid.size, 3), np.uint8), np.zeros(len(grid), bool)))
+        store, have = self._cache[member]
+        missing = index[~have[index]]
+        if len(missing):
+            store[missing] = self._open(member).read_tiles(grid.xy[missing], grid.size, grid.mpp)
+            have[missing] = True
+        return store[index]
+
+    def stream(self, jobs: Iterable[tuple[int, Int64[np.ndarray, "n"]]], ahead: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        """Pixels of each job (member, tile indices) in turn; up to `ahead` jobs are read before they are asked for."""
+        return prefetch(lambda job: self.read(*job), jobs, self.workers, ahead)
+
+
+def prefetch(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ahead: int) -> Iterator[Result]:
+    """Results of `work` on each job, in order, computed on threads up to `ahead` jobs early."""
+    with ThreadPoolExecutor(workers) as pool:
+        queue: deque[Future[Result]] = deque()
+        try:
+            for job in jobs:
+                queue.append(pool.submit(work, job))
+                if len(queue) > ahead:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+        finally:
+            for future in queue:
+                future.cancel()

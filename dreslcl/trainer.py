@@ -1,0 +1,638 @@
+"""Pretraining: fill the bank, fit the codebook, then the loop of design steps 1-5, one line per epoch.
+
+One step. Draw B slides of distinct patients and T tiles of each; encode the B·T tiles with gradient; take each slide's
+residuals over *all* its M tiles, T fresh and the rest from the bank; aggregate, contrast with the reports, back-propagate;
+write the fresh features back. Beyond `tile_batch` tiles the gradient is cached (Gao et al. 2021, arXiv 2101.06983): features
+without graph, loss gradient with respect to the features, then each micro-batch again with graph. Same gradients, flat memory.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from .bank import MemoryBank, bank_bytes
+from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, window_tiles
+from .config import RunConfig
+from .distributed import Ranks, ranks
+from .encoder import Augmentation, Encoder, forecast_tile_megabytes
+from .errors import ConfigError, DreslclError, StoreError
+from .features import read_features
+from .files import atomic, fingerprint, hold, write_table
+from .grid import hilbert_order
+from .metrics import first_hits, retrieval_metrics
+from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pick_device
+from .progress import progress
+from .residual import Codebook, refreshed_residuals
+
+log = logging.getLogger(__name__)
+
+CODEBOOK_ROWS = 20_000
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One slide in one step: its T drawn tiles and the R extra ones to refresh."""
+
+    member: int
+    tiles: Int64[np.ndarray, "T"]
+    extra: Int64[np.ndarray, "R"]
+
+
+class Trainer:
+    """State of one pretraining run on one rank. `pretrain` is the way in."""
+
+    def __init__(self, cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, group: Ranks, *, shards: int | None = None):
+        self.cohort, self.held_out, self.config, self.out, self.group = cohort, held_out, config, out, group
+        self.train = train = config.train
+        self.shards = shards or group.world
+        if train.batch % self.shards:
+            raise ConfigError(f"batch must be a multiple of the {self.shards} ranks, got {train.batch}")
+        self.device = pick_device()
+        self.pixels = cohort.work is not None
+        vectors = not isinstance(cohort.reports[0], str)
+        self.encoder = Encoder.create(config.encoder, seed=train.seed) if self.pixels or not vectors else None
+        if self.encoder is not None:
+            self.encoder.to(self.device)
+        self.tune_text = not vectors and (
+            config.encoder.text == "tune" or (config.encoder.text == "auto" and self.encoder is not None and not self.encoder.pretrained)
+        )
+        self.reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if self.pixels else None
+        dim = self.encoder.dim if self.pixels and self.encoder else read_features(cohort.members[0].source)[0].shape[1]
+        text_dim = cohort.reports[0].shape[1] if vectors else self.encoder.text_dim
+        about = {
+            "text": "vectors" if vectors else "tower",
+            "tiles": "pixels" if self.pixels else "features",
+            "seen": [m.slide_id for m in cohort.members],
+            "seen_reports": [r for r in cohort.reports if isinstance(r, str)],
+            "mpp": self.reader.grid(0).mpp if self.reader else None,
+            "size": self.reader.grid(0).size if self.reader else None,
+        }
+        torch.manual_seed(train.seed)
+        self.model = DRESLCL(
+            self.encoder,
+            config.model,
+            dim=dim,
+            text_dim=text_dim,
+            frozen_text=not self.tune_text,
+            temperature=train.temperature,
+            about=about,
+        ).to(self.device)
+        if self.encoder is not None:
+            self.encoder.set_trainable(config.encoder.tune if self.pixels else "none", text=self.tune_text)
+        self.encoder_name = self.encoder.fingerprint() if self.pixels and self.encoder else f"features of width {dim}"
+        self.grids_name = fingerprint([m.slide_id for m in cohort.members], cohort.marks())
+        self.shard_of = deal_patients(cohort.members, self.shards)
+        self.mine = [i for i, shard in enumerate(self.shard_of) if shard % group.world == group.rank]
+        self.visits = np.zeros(len(cohort), np.int64)
+        self.epoch = self.step = 0
+        self.rows: list[dict[str, float]] = []
+        self.best, self.waited = -math.inf, 0
+        self.pieces = self._split_reports()
+        self.orders: dict[int, np.ndarray] = {}
+
+    # before the loop
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch: B slides at most, alike on all ranks, none empty."""
+        sizes = np.bincount(self.shard_of, minlength=self.shards)
+        return int(min(-(-sizes.max() * self.shards // self.train.batch), sizes.min()))
+
+    def _split_reports(self) -> list[list[str]] | list[Tensor]:
+        """Pieces of each report: texts where the tower learns, vectors (n, X) where it is frozen (encoded once)."""
+        reports = self.cohort.reports
+        if not isinstance(reports[0], str):
+            pieces = [torch.from_numpy(r) for r in reports]
+        else:
+            texts = [self.encoder.split_report(r, sentences=self.train.report_part < 1) for r in reports]
+            longer = sum(len(self.encoder.split_report(r)) > 1 for r in reports)
+            log.info("%d of %d reports are longer than the text tower's %d tokens", longer, len(reports), self.encoder.context)
+            if self.tune_text:
+                return texts
+            with inference(self.encoder), autocast(self.device, self.train.precision):
+                pieces = [self.encoder.encode_texts(t).cpu().clone() for t in texts]
+        means = torch.stack([p.mean(0) for p in pieces])
+        self.model.text_centre.copy_(means.mean(0))
+        return [p.clone().to(self.device) for p in pieces]
+
+    def make_bank(self) -> None:
+        """Open the run's bank or make it; fill what is missing; fit the codebook where there is none."""
+        spans = {m.slide_id: m.tiles for m in self.cohort.members}
+        folder, K = self.out / "bank", self.config.model.codewords
+        checks = {"encoder": self.encoder_name, "grids": self.grids_name, "dim": self.model.dim, "codewords": K}
+        if self.group.first:
+            homes = dict(zip(spans, self.shard_of))
+            if not (folder / "bank.json").exists():
+                MemoryBank.create(folder, spans, self.model.dim, K, encoder=self.encoder_name, grids=self.grids_name, shards=homes)
+            bank = MemoryBank.open(folder, **checks)
+            if any(bank.shard_of(slide) != home for slide, home in homes.items()):
+                MemoryBank.reshard(folder, homes)
+        self.group.wait()
+        own = [s for s in range(self.shards) if s % self.group.world == self.group.rank]
+        self.bank = MemoryBank.open(folder, **checks, shards=own)
+        self._fill([i for i in self.mine if not self.bank.is_filled(self._id(i))])
+        words = self.model.aggregator.codewords.cpu().numpy()
+        if not words.any():
+            self.fit_codebook()
+        else:
+            book = Codebook(words, self.encoder_name)
+            if self.bank.codebook != book.fingerprint:
+                self.bank.set_codebook(words, book.fingerprint)
+
+    def _started(self) -> bool:
+        return (self.out / "checkpoint.pt").exists()
+
+    def _id(self, member: int) -> str:
+        return self.cohort.members[member].slide_id
+
+    def _fill(self, members: Sequence[int]) -> None:
+        for m, parts in self._features(self.cohort, members, self.reader, "filling the bank"):
+            self.bank.fill(self._id(m), parts, self.step)
+
+    def _features(self, cohort: Cohort, members: Sequence[int], reader: TileReader | None, title: str) -> Iterator[tuple[int, Any]]:
+        train = self.train
+        return encode_members(
+            *(self.encoder, cohort, members),
+            batch=train.tile_batch,
+            precision=train.precision,
+            workers=train.workers,
+            title=title,
+            reader=reader,
+        )
+
+    def fit_codebook(self) -> None:
+        """K-means over the same number of rows from each slide; a re-fit keeps the meaning of each codeword."""
+        per_slide = max(1, CODEBOOK_ROWS // len(self.cohort))
+        rows = np.concatenate(self.group.collect(self.bank.sample(per_slide, self.train.seed)))
+        aggregator = self.model.aggregator
+        book = Codebook.fit(rows, self.config.model.codewords, seed=self.train.seed, encoder=self.encoder_name)
+        if aggregator.codewords.any():
+            book = book.match(Codebook(aggregator.codewords.cpu().numpy(), self.encoder_name))
+        self.bank.set_codebook(book.codewords, book.fingerprint)
+        means = np.concatenate(self.group.collect(self.bank.slide_means()))
+        aggregator.set_codebook(book.codewords, means)
+
+    def make_optimizer(self) -> None:
+        """AdamW with a learning rate for each part; no decay on vectors (biases, norms, embeddings of one row)."""
+        train, parts = self.train, [(self.model.head_parameters(), self.train.lr)]
+        if self.encoder is not None:
+            parts += [(self.encoder.tower_parameters(), train.encoder_lr), (self.encoder.text_parameters(), train.text_lr)]
+        groups = []
+        for parameters, lr in parts:
+            learning = [p for p in parameters if p.requires_grad]
+            for decay in (True, False):
+                chosen = [p for p in learning if (p.ndim >= 2) == decay]
+                if chosen:
+                    groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": train.weight_decay * decay})
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+
+    def _set_learning_rates(self) -> None:
+        total = self.steps_per_epoch * self.train.epochs
+        rise = max(1, round(total * self.train.warmup))
+        factor = (self.step + 1) / rise if self.step < rise else 0.5 * (1 + math.cos(math.pi * (self.step - rise) / max(1, total - rise)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+    # the loop
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.train.seed, self.epoch, *key])
+
+    @property
+    def live(self) -> bool:
+        """Whether the tile encoder learns in this epoch; else a slide is read from the bank alone."""
+        return self.pixels and self.config.encoder.tune != "none" and self.epoch >= self.train.freeze_epochs
+
+    def plan(self) -> list[list[Int64[np.ndarray, "_"]]]:
+        """The epoch's batches, each a list with one array of members per rank; every rank knows all of it."""
+        shards = [[i for i, s in enumerate(self.shard_of) if s == shard] for shard in range(self.shards)]
+        dealt = [plan_epoch(self.cohort.members, which, self.steps_per_epoch, self._rng(s)) for s, which in enumerate(shards)]
+        world = self.group.world
+        return [[np.concatenate([d[step] for d in dealt[r::world]]) for r in range(world)] for step in range(self.steps_per_epoch)]
+
+    def _visit(self, member: int) -> Visit:
+        M, T, rng = self.cohort.members[member].tiles, self.train.tiles, self._rng(1, member)
+        if not self.live:
+            return Visit(member, np.empty(0, np.int64), np.empty(0, np.int64))
+        if self.train.sampling == "window":
+            if member not in self.orders:
+                grid = self.reader.grid(member)
+                self.orders[member] = hilbert_order(grid.xy, grid.extent_px)
+            tiles = window_tiles(self.orders[member], T, int(self.visits[member]))
+        else:
+            tiles = draw_tiles(M, T, rng)
+        extra = self.bank.oldest(self._id(member), self.train.refresh, tiles) if self.train.refresh else np.empty(0, np.int64)
+        return Visit(member, tiles, np.sort(extra))
+
+    def run_epoch(self) -> dict[str, float]:
+        """One pass over the slides; returns the epoch's means."""
+        self.model.train()
+        torch.manual_seed(hash((self.train.seed, self.epoch, self.group.rank)) % 2**31)
+        plan = self.plan()
+        flow = self._flow(self._visit(int(m)) for step in plan for m in step[self.group.rank])
+        measured: list[dict[str, float]] = []
+        vectors: list[Tensor] = []
+        with progress(f"epoch {self.epoch + 1}", len(plan), "steps") as bar:
+            for step in plan:
+                batch = [next(flow) for _ in step[self.group.rank]]
+                self._set_learning_rates()
+                values, z = self.train_step([v for v, _ in batch], [p for _, p in batch], step)
+                measured.append(values)
+                vectors.append(z)
+                self.step += 1
+                bar.advance(bar.task_ids[0])
+        for members in (m for step in plan for m in step):
+            self.visits[members] += 1
+        means = {key: float(np.mean([m[key] for m in measured])) for key in measured[0]}
+        return means | {"effective_rank": effective_rank(torch.cat(vectors))}
+
+    def _flow(self, visits: Iterable[Visit]) -> Iterator[tuple[Visit, np.ndarray | None]]:
+        """Visits with their pixels, read ahead by two steps; without pixels where the encoder rests."""
+        if not self.live:
+            yield from ((visit, None) for visit in visits)
+            return
+        waiting: deque[Visit] = deque()
+
+        def jobs() -> Iterator[tuple[int, np.ndarray]]:
+            for visit in visits:
+                waiting.append(visit)
+                yield visit.member, np.concatenate([visit.tiles, visit.extra])
+
+        for pixels in self.reader.stream(jobs(), ahead=2 * -(-self.train.batch // self.group.world)):
+            yield waiting.popleft(), pixels
+
+    def train_step(
+        self, visits: list[Visit], pixels: list[np.ndarray | None], plan: list[Int64[np.ndarray, "_"]]
+    ) -> tuple[dict[str, float], Float[Tensor, "B E"]]:
+        """One optimiser step on this rank's visits; `plan` holds all ranks' members. Returns measurements and all z."""
+        train, slides = self.train, [self._id(v.member) for v in visits]
+        values: dict[str, float] = {}
+        for v, p in zip(visits, pixels):
+            if len(v.extra):
+                with inference(self.encoder), autocast(self.device, train.precision):
+                    self.bank.write(self._id(v.member), v.extra, self._encode(p[len(v.tiles) :], None).cpu().numpy(), self.step)
+        index = [v.tiles for v in visits]
+        if self.live:
+            tiles = np.concatenate([p[: len(v.tiles)] for v, p in zip(visits, pixels)])
+            views = self._views(visits) if train.augment else None
+            fresh, encode_again = self._fresh(tiles, views)
+        else:
+            index, fresh, encode_again = *self._from_bank(slides, visits), None
+        z = self._slide_vectors(slides, index, fresh)
+        u = self._report_vectors(visits)
+        sizes = [len(members) for members in plan]
+        z_all, u_all = self.group.gather_rows(z, sizes), self.group.gather_rows(u, sizes)
+        reports = torch.tensor([self.cohort.members[i].report for members in plan for i in members], device=self.device)
+        scale = self.group.own_share(self.model.logit_scale).clamp(max=math.log(100)).exp()
+        bias = self.group.own_share(self.model.logit_bias) if train.loss == "siglip" else None
+        loss = contrastive_loss(z_all, u_all, reports, scale, bias=bias, label_smoothing=train.label_smoothing)
+        if train.view_weight:
+            loss = loss + train.view_weight * self._view_loss(slides, index, fresh, sizes, scale)
+        if not torch.isfinite(loss):
+            self._stop_on_nan("loss", slides)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if encode_again is not None:
+            encode_again()
+        self.group.sum_gradients(self.parameters)
+        if self.live:
+            values["grad_encoder"] = _norm(p.grad for p in self.encoder.tower_parameters() if p.grad is not None)
+        total = torch.nn.utils.clip_grad_norm_(self.parameters, train.clip_grad or math.inf)
+        if not torch.isfinite(total):
+            self._stop_on_nan("gradient", slides)
+        self.optimizer.step()
+        if self.live:
+            drift = self._write_back(slides, index, fresh)
+            values["row_cosine"] = self.group.mean([drift], len(fresh), self.device)[0]
+        similar = (z_all @ u_all.T).detach().cpu().numpy()
+        hit = (reports[:, None] == reports).cpu().numpy()
+        values |= {
+            "loss": float(loss.detach()),
+            "batch_recall@1": float((first_hits(similar, hit) == 1).mean()),
+            "grad": float(total),
+            "temperature": float(1 / scale.detach()),
+        }
+        return values, z_all.detach()
+
+    def _encode(self, tiles: np.ndarray, views: Augmentation | None) -> Float[Tensor, "n D"]:
+        """Features of any number of tiles, a micro-batch at a time."""
+        step = self.train.tile_batch
+        parts = [
+            self.encoder.encode_tiles(self._to_device(tiles[i : i + step]), views.part(i, i + step) if views else None)
+            for i in range(0, len(tiles), step)
+        ]
+        return torch.cat(parts)
+
+    def _to_device(self, tiles: np.ndarray) -> Tensor:
+        batch = torch.from_numpy(tiles)
+        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
+
+    def _views(self, visits: list[Visit]) -> Augmentation:
+        drawn = []
+        for v in visits:
+            seed = int(self._rng(2, v.member).integers(2**31))
+            drawn.append(Augmentation.draw(len(v.tiles), torch.Generator().manual_seed(seed)))
+        return Augmentation(torch.cat([d.turns for d in drawn]), torch.cat([d.stain for d in drawn]))
+
+    def _fresh(self, tiles: np.ndarray, views: Augmentation | None) -> tuple[Float[Tensor, "N D"], Any]:
+        """Features with gradient, and the second pass that gradient caching owes once the loss was back-propagated (or None)."""
+        step, precision = self.train.tile_batch, self.train.precision
+        if len(tiles) <= step:
+            with autocast(self.device, precision):
+                return self._encode(tiles, views), None
+        starts = range(0, len(tiles), step)
+        states = []
+
+        def chunk(i: int) -> Tensor:
+            with autocast(self.device, precision):
+                return self._encode(tiles[i : i + step], views.part(i, i + step) if views else None)
+
+        parts = []
+        with torch.no_grad():
+            for i in starts:
+                states.append(torch.get_rng_state())  # a tower with dropout must drop the same in both passes
+                parts.append(chunk(i))
+        fresh = torch.cat(parts).requires_grad_()
+
+        def encode_again() -> None:
+            after = torch.get_rng_state()
+            for i, state in zip(starts, states):
+                torch.set_rng_state(state)
+                chunk(i).backward(fresh.grad[i : i + step])
+            torch.set_rng_state(after)
+
+        return fresh, encode_again
+
+    def _from_bank(self, slides: list[str], visits: list[Visit]) -> tuple[list[np.ndarray], Float[Tensor, "N D"]]:
+        """Where the tile encoder rests: each slide's rows, thinned by `stale_dropout` and `bank_tiles`, in the place of fresh ones."""
+        train, index, rows = self.train, [], []
+        if train.bank and not (train.stale_dropout or train.bank_tiles or train.view_weight):
+            return [np.empty(0, np.int64) for _ in slides], torch.empty(0, self.model.dim, device=self.device)
+        for slide, visit in zip(slides, visits):
+            M, rng = self.bank.tiles(slide), self._rng(3, visit.member)
+            most = train.bank_tiles if train.bank and train.bank_tiles else M if train.bank else train.tiles
+            keep = max(2, round(min(most, M) * (1 - train.stale_dropout)))
+            index.append(draw_tiles(M, keep, rng))
+            rows.append(torch.from_numpy(self.bank.gather(slide, index[-1])))
+        return index, torch.cat(rows).to(self.device).float()
+
+    def _slide_vectors(self, slides: list[str], index: list[np.ndarray], fresh: Float[Tensor, "N D"]) -> Float[Tensor, "B E"]:
+        train = self.train
+        whole = train.bank and (self.live or not len(fresh))
+        rng = self._rng(4, self.step, self.group.rank)
+        sums, counts = refreshed_residuals(
+            self.bank if whole else None,
+            slides,
+            index,
+            fresh,
+            self.model.aggregator.codewords,
+            bank_tiles=train.bank_tiles if self.live else 0,
+            stale_dropout=train.stale_dropout if self.live else 0.0,
+            gradient_scale=train.gradient_scale,
+            rng=rng,
+        )
+        return self.model.aggregator(sums, counts)
+
+    def _report_vectors(self, visits: list[Visit]) -> Float[Tensor, "B X"]:
+        """u of each slide: the mean of its report's pieces, or of a random `report_part` of them."""
+        chosen: list[Any] = []
+        for v in visits:
+            pieces = self.pieces[self.cohort.members[v.member].report]
+            keep = max(1, round(len(pieces) * self.train.report_part))
+            picked = np.sort(self._rng(5, v.member).choice(len(pieces), keep, replace=False))
+            chosen.append([pieces[i] for i in picked] if isinstance(pieces, list) else pieces[torch.from_numpy(picked).to(self.device)])
+        if self.tune_text:
+            with autocast(self.device, self.train.precision):
+                vectors = self.encoder.encode_texts([text for texts in chosen for text in texts])
+            chosen = list(vectors.split([len(texts) for texts in chosen]))
+        return self.model.project_text(torch.stack([c.mean(0) for c in chosen]))
+
+    def _view_loss(self, slides: list[str], index: list[np.ndarray], fresh: Tensor, sizes: list[int], scale: Tensor) -> Tensor:
+        """Two disjoint halves of a slide's drawn tiles as a positive pair: a contrast that needs no report."""
+        lengths, halves = [len(i) for i in index], []
+        for half in (0, 1):
+            parts = [part[half::2] for part in fresh.split(lengths)]
+            places = [i[half::2] for i in index]
+            sums, counts = refreshed_residuals(None, slides, places, torch.cat(parts), self.model.aggregator.codewords)
+            halves.append(self.group.gather_rows(self.model.aggregator(sums, counts), sizes))
+        one_each = torch.arange(sum(sizes), device=self.device)
+        return contrastive_loss(halves[0], halves[1], one_each, scale)
+
+    def _write_back(self, slides: list[str], index: list[np.ndarray], fresh: Tensor) -> float:
+        rows = fresh.detach().cpu().numpy()
+        ends = np.cumsum([len(i) for i in index])
+        parts = np.split(rows, ends[:-1])
+        drift = [self.bank.write(slide, i, part, self.step) for slide, i, part in zip(slides, index, parts)]
+        return float(np.concatenate(drift).mean())
+
+    def _stop_on_nan(self, what: str, slides: list[str]) -> None:
+        last = f"epoch {len(self.rows)} in checkpoint.pt is whole" if self._started() else "there is no checkpoint yet"
+        raise DreslclError(
+            f"{self.out}: the {what} is not finite at step {self.step} (slides {', '.join(slides[:4])}, ...); {last}; "
+            "lower --lr or --encoder-lr, or use --precision fp32, and go on with --resume"
+        )
+
+    # between epochs
+
+    def end_epoch(self, values: dict[str, float]) -> bool:
+        """Refresh, re-fit, measure, save. Returns whether patience has run out."""
+        train, moved = self.train, self.live
+        self.epoch += 1
+        last = self.epoch == train.epochs
+        if moved and train.refresh_every and self.epoch % train.refresh_every == 0 and not last:
+            self._fill(self.mine)
+        if train.codebook_refit and self.epoch % train.codebook_refit == 0 and not last:
+            self.fit_codebook()
+        elif moved:
+            for i in self.mine:
+                self.bank.rebuild(self._id(i))
+        ages = self.bank.age(self.step)
+        values |= {"row_age": ages["mean"], "row_age_p95": ages["p95"], "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= self.held_out_retrieval()
+        score = values.get("held_out_recall@10", 0.0)
+        better = not self.held_out.members or score > self.best
+        self.best, self.waited = (score, 0) if better else (self.best, self.waited + 1)
+        self.rows.append({"epoch": self.epoch, "step": self.step, **values})
+        self.bank.flush()
+        if self.group.first:
+            if better:
+                self.model.save(self.out / "model")
+            self.save_checkpoint()
+            self.write_metrics()
+        self.group.wait()
+        return bool(train.patience and self.waited >= train.patience)
+
+    def held_out_retrieval(self) -> dict[str, float]:
+        """Report → slide retrieval among the held-out patients, all of whose tiles are encoded anew."""
+        members = self.held_out.members
+        if not members:
+            return {}
+        mine = range(self.group.rank, len(members), self.group.world)
+        own = {m: self.model.embed_features(parts) for m, parts in self._features(self.held_out, mine, None, "held-out slides")}
+        z = {m: vector for part in self.group.collect(own) for m, vector in part.items()}
+        reports = self.held_out.reports
+        with inference(self.model):
+            if isinstance(reports[0], str):
+                vectors = self.encoder.encode_reports([str(reports[m.report]) for m in members])
+            else:
+                vectors = torch.from_numpy(np.stack([reports[m.report].mean(0) for m in members])).to(self.device)
+            u = self.model.project_text(vectors).cpu().numpy()
+        number = np.array([m.report for m in members])
+        ranks_found = first_hits(u @ np.stack([z[m] for m in range(len(members))]).T, number[:, None] == number)
+        found = retrieval_metrics(ranks_found, np.ones((1, len(members))))
+        return {f"held_out_{key}": float(value[0]) for key, value in found.items()}
+
+    def save_checkpoint(self) -> None:
+        """All that is needed to go on, loadable with weights_only=True."""
+        state = {
+            "version": CHECKPOINT_VERSION,
+            "encoder": self.encoder_name,
+            "grids": self.grids_name,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "visits": torch.from_numpy(self.visits),
+            "rows": self.rows,
+            "best": self.best,
+            "waited": self.waited,
+        }
+        with atomic(self.out / "checkpoint.pt") as part:
+            torch.save(state, part)
+
+    def load_checkpoint(self) -> None:
+        """Go on where the last whole epoch ended.
+
+        Raises:
+            StoreError: no checkpoint, a damaged one, or one of another encoder, cohort or model shape.
+        """
+        path = self.out / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            for key, here in (("encoder", self.encoder_name), ("grids", self.grids_name)):
+                if state[key] != here:
+                    raise StoreError(f"{path}: made with {key} {state[key]}, asked for {here}; use another --out, or the same inputs")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except StoreError:
+            raise
+        except Exception as error:  # torch raises many types for a damaged or hostile file
+            raise StoreError(f"{path}: cannot be resumed ({str(error).splitlines()[0]}); start anew without --resume") from error
+        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+        self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
+
+    def write_metrics(self) -> None:
+        """metrics.csv, one row per epoch, and curves.png."""
+        from .report import curves
+
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        write_table(self.out / "metrics.csv", columns, [[row.get(c, "") for c in columns] for row in self.rows])
+        curves(self.out / "metrics.csv", self.out / "curves.png")
+
+
+def effective_rank(vectors: Float[Tensor, "S E"]) -> float:
+    """exp of the entropy of the centred vectors' normalised singular values (Roy & Vetterli 2007): 1 is collapse."""
+    values = torch.linalg.svdvals((vectors - vectors.mean(0)).double().cpu())
+    share = values / values.sum().clamp_min(1e-12)
+    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+
+def _norm(gradients: Iterable[Tensor]) -> float:
+    return float(torch.stack([g.norm() for g in gradients]).norm())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take."""
+
+    slides: int
+    tiles: int
+    steps_per_epoch: int
+    bank_gb: float
+    tile_memory_mb: float
+    """Memory of one micro-batch of tiles with gradient."""
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        return [
+            f"{self.slides} slides, {self.tiles:,} tiles; {self.steps_per_epoch} steps per epoch",
+            f"the bank takes {self.bank_gb:.3g} GB on disk; a micro-batch of tiles with gradient takes about {self.tile_memory_mb:,.0f} MB",
+        ]
+
+
+def forecast(trainer: Trainer) -> Forecast:
+    """Disk and memory that the run will need."""
+    members, config = trainer.cohort.members, trainer.config
+    size = bank_bytes({m.slide_id: m.tiles for m in members}, trainer.model.dim, config.model.codewords)
+    each = forecast_tile_megabytes(trainer.encoder) if trainer.pixels else 0.0
+    count = min(config.train.tile_batch, config.train.batch * config.train.tiles)
+    return Forecast(len(members), sum(m.tiles for m in members), trainer.steps_per_epoch, size / 1e9, each * count)
+
+
+def pretrain(
+    cohort: Cohort,
+    out: Path,
+    config: RunConfig,
+    *,
+    held_out: Cohort | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    shards: int | None = None,
+) -> Path:
+    """Train on a cohort with reports; returns the model's folder, `out/model`.
+
+    Args:
+        cohort: slides with reports (`Cohort.load(...).with_reports(...)`), or files of tile features.
+        out: the run's folder.
+        held_out: slides for the retrieval measured after each epoch; the best epoch's model is kept.
+        resume: go on from out/checkpoint.pt where there is one.
+        dry_run: forecast only.
+        shards: files the bank is dealt into, a multiple of the ranks; default one per rank.
+
+    Raises:
+        ConfigError, StoreError, ModelError, DreslclError: see the modules; the message says what to do.
+    """
+    out = Path(out)
+    with ranks(pick_device()) as group:
+        if dry_run:
+            for line in forecast(Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)).lines():
+                log.info(line)
+            return out / "model"
+        with hold(out) if group.first else nullcontext():
+            if (out / "checkpoint.pt").exists() and not resume:
+                raise StoreError(f"{out}: holds a run already; go on with --resume, or choose another --out")
+            trainer = Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)
+            for line in forecast(trainer).lines():
+                log.info(line)
+            trainer.make_optimizer()
+            if resume and (out / "checkpoint.pt").exists():
+                trainer.load_checkpoint()
+                log.info("resuming after epoch %d of %d", trainer.epoch, config.train.epochs)
+            if group.first:
+                config.save(out / "config.toml")
+            trainer.make_bank()
+            if group.first and not (out / "checkpoint.pt").exists():
+                trainer.save_checkpoint()  # from here on the bank holds rows of a trained encoder: go on, never start over
+            while trainer.epoch < config.train.epochs:
+                start = time.monotonic()
+                stop = trainer.end_epoch(trainer.run_epoch())
+                row = trainer.rows[-1]
+                shown = ", ".join(f"{k} {row[k]:.3g}" for k in ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10") if k in row)
+                log.info("epoch %d/%d: %s (%.1f s)", trainer.epoch, config.train.epochs, shown, time.monotonic() - start)
+                if stop:
+                    log.info("stopping: no better held-out retrieval for %d epochs", config.train.patience)
+                    break
+    return out / "model"
