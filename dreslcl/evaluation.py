@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
+from threadpoolctl import threadpool_limits
 
 from .config import EvalConfig
 from .embedding import Embeddings
@@ -76,7 +77,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """What `evaluate` found: `save` writes it, `report.evaluation_page` draws it."""
+    """What `evaluate` found: `save` writes it, `figures.evaluation_page` draws it."""
 
     task: str
     protocol: list[str]
@@ -186,6 +187,7 @@ def _softmax(cosine: np.ndarray) -> Matrix:
     return e / e.sum(1, keepdims=True)
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # lbfgs steps are tiny: a second thread made them five times slower
 def evaluate(
     embeddings: Embeddings,
     labels: Rows | Path,
@@ -402,7 +404,7 @@ def _protocol(plan: _Plan, parts: list[str], outcomes: list[Outcome]) -> list[st
         split = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
     probes = (
         "Linear probe: scikit-learn's LogisticRegression (lbfgs, classes weighted equally) on features standardised on the training part; "
-        f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part, else in {config.inner_folds} folds by patient "
+        f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {config.inner_folds} folds by patient "
         f"inside the training part. {config.neighbours}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of "
         f"n training patients per class, averaged over {config.draws} draws. mean-pool: the same on the mean of each slide's tile features."
     )

@@ -249,7 +249,7 @@ def leave_out_seen(folds: list[Fold], slides: Slides, include_seen: bool, column
         raise TableError(f"{column}: pretraining saw the patients of all {len(tested)} slides to test, so none can be held out; {how}")
     if seen:
         warnings.append(
-            f"{column}: {len(seen)} of {len(tested)} slides are of patients seen in pretraining and left out of test: {some(seen, 5)}"
+            f"{column}: {len(seen)} of {len(tested)} slides are of patients seen in pretraining and left out of test: {some(seen)}"
         )
     return [fold._replace(test=fold.test[~slides.seen[fold.test]]) for fold in folds], seen
 
