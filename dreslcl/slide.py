@@ -34,6 +34,7 @@ BLOCK = 512
 """Edge of the pieces a region is read in, output pixels."""
 
 CONVERT = "convert it to a tiled pyramidal TIFF (for example: bfconvert, or vips tiffsave --tile --pyramid)"
+OVERVIEW = re.compile(r"^(label|macro|thumbnail|overview|probability)", re.IGNORECASE | re.MULTILINE)
 VENDORS = {
     "svs": "aperio", "ndpi": "hamamatsu", "scn": "leica", "philips": "philips", "bif": "ventana", "qpi": "akoya", "ome": "ome",
 }  # fmt: skip
@@ -135,7 +136,7 @@ class Slide:
     def extent(self, size: int, mpp: Real) -> int:
         """Edge of a tile of `size` pixels at `mpp`, in level-0 pixels.
 
-        A stored level that differs from `mpp` by less than one pixel over the tile counts as equal: it is read without resampling.
+        A stored level that differs from `mpp` by less than one pixel over the tile, and 2 %, counts as equal: it is not resampled.
         """
         level, step = self._choose(size, mpp)
         return round(size * step * level.downsample)
@@ -196,7 +197,7 @@ class Slide:
         scale = mpp / self._known_mpp()  # level-0 pixels per output pixel
         for level in reversed(self.levels):
             step = scale / level.downsample
-            if abs(step - 1) * size < 1:
+            if abs(step - 1) < min(0.02, 1 / size):
                 return level, 1.0
             if step >= 1:
                 return level, step
@@ -306,7 +307,7 @@ def _pyramid(tif: TiffFile, name: str) -> Any:
     elif first.kind == "ndpi":
         scan = next((s for s in tif.series if s.keyframe.tags.valueof(65421, 0) > 0), None)  # magnification; macro -1, map -2
     else:
-        images = [s for s in tif.series if not re.search("label|macro|thumb|overview", s.name, re.IGNORECASE)]
+        images = [s for s in tif.series if not OVERVIEW.search(s.name) and not OVERVIEW.search(s.keyframe.description)]
         scan = max(images, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength, default=None)
     if scan is None:
         raise SlideError(f"{name}: holds no scan, only label or overview images; {DAMAGED}")
@@ -332,7 +333,8 @@ def _metadata(tif: TiffFile, series: Any) -> Metadata:
     if kind == "bif":
         text = " ".join(str(p.tags.valueof(700, b"")) for p in tif.pages)
     if kind == "ome":
-        text = re.split("<Image[ >]", text)[tif.series.index(series) + 1 :][:1][0] + text
+        images = re.split("<Image[ >]", text)[1:]  # one per series; the objective stands before them
+        text = "".join(images[tif.series.index(series) :][:1]) + text
     mpp, source, objective = read(text)
     if kind == "ndpi":
         objective = float(series.keyframe.tags.valueof(65421))
