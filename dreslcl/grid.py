@@ -47,7 +47,7 @@ class TileGrid:
             coords = file.create_dataset("coords", data=self.xy)
             coords.attrs.update(
                 patch_size=self.size, patch_size_level0=self.extent_px, level0_magnification=10 / self.mpp_level0,
-                target_magnification=10 / self.mpp, overlap=self.overlap, name=self.slide_id, savetodir=str(path.parent),
+                target_magnification=10 / self.mpp, overlap=self.overlap, name=self.slide_id, savetodir=path.parent.name,
                 level0_width=self.level0_size[0], level0_height=self.level0_size[1], mpp_level0=self.mpp_level0, mpp=self.mpp,
                 mpp_source=self.mpp_source, fingerprint=self.fingerprint, dreslcl_version=__version__,
             )  # fmt: skip

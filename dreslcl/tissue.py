@@ -185,8 +185,8 @@ def read_geojson(path: Path) -> list[list[np.ndarray]]:
         raise SlideError(f"no tissue annotation {path} ({error.strerror}); export one from QuPath under that name") from error
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise SlideError(f"{path}: not GeoJSON as QuPath exports it ({error})") from error
-    if not polygons:
-        raise SlideError(f"{path}: holds no polygon; draw the tissue as an area annotation")
+    if not polygons or not all(np.isfinite(ring).all() for rings in polygons for ring in rings):
+        raise SlideError(f"{path}: holds no polygon, or one without finite corners; draw the tissue as an area annotation")
     return polygons
 
 
@@ -200,16 +200,24 @@ def _areas(geometry: dict[str, Any]) -> Iterator[list]:
 
 
 def draw_polygons(polygons: list[list[np.ndarray]], shape: tuple[int, int], level0_size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """A mask of `shape` (h, w) that is true inside the polygons and false in their holes."""
-    scale = np.array([shape[1] / level0_size[0], shape[0] / level0_size[1]])
+    """A mask of `shape` (h, w) that is true where a pixel's centre lies inside a polygon and in none of its holes.
+
+    Even-odd scan lines: Pillow's polygons have whole-number corners, scikit-image's visit every edge for every pixel.
+    """
+    h, w = shape
     mask = np.zeros(shape, bool)
     for rings in polygons:
-        image = Image.new("1", (shape[1], shape[0]))
-        draw = ImageDraw.Draw(image)
-        for n, ring in enumerate(rings):
-            if len(ring) > 2:
-                draw.polygon([(float(x), float(y)) for x, y in ring * scale - 0.5], fill=int(n == 0))
-        mask |= np.asarray(image)
+        rings = [ring * np.array([w / level0_size[0], h / level0_size[1]]) - 0.5 for ring in rings]  # pixel centres are whole
+        (x0, y0), (x1, y1) = np.concatenate(rings).T, np.concatenate([np.roll(ring, -1, axis=0) for ring in rings]).T
+        first, last = (np.clip(np.ceil(y), 0, h).astype(np.int64) for y in (np.minimum(y0, y1), np.maximum(y0, y1)))
+        edge = np.repeat(np.arange(len(first)), last - first)  # each edge once for each row that it crosses
+        row = np.arange(len(edge)) - np.repeat(np.cumsum(last - first) - last, last - first)
+        across = x0[edge] + (row - y0[edge]) * ((x1 - x0)[edge] / (y1 - y0)[edge])
+        column = np.clip(np.ceil(across), 0, w).astype(np.int64)
+        if len(row):
+            top, height = row.min(), np.ptp(row) + 1
+            crossings = np.bincount((row - top) * (w + 1) + column, minlength=height * (w + 1)).reshape(height, w + 1)
+            mask[top : top + height] |= np.cumsum(crossings, axis=1)[:, :w] % 2 == 1
     return mask
 
 
@@ -221,9 +229,9 @@ def draw_overlay(
     level0_size: tuple[int, int],
     longest_px: int = 1600,
 ) -> Image.Image:
-    """The thumbnail with the outline of the tissue (green) and the kept tiles (tinted, with a thin edge)."""
+    """The thumbnail, at most doubled, with the outline of the tissue (green) and the kept tiles (tinted, with a thin edge)."""
     image = Image.fromarray(thumbnail)
-    grow = longest_px / max(image.size)
+    grow = min(2.0, longest_px / max(image.size))
     size = (max(1, round(image.width * grow)), max(1, round(image.height * grow)))
     image = image.resize(size, Image.Resampling.BOX if grow < 1 else Image.Resampling.BICUBIC)
     scale = np.array(size) / level0_size

@@ -143,8 +143,23 @@ def test_a_mask_survives_the_way_through_geojson(seed):
     back = draw_polygons(polygons, mask.shape, size)
     around = np.ones((3, 3), bool)
     edge = ndimage.binary_dilation(mask, around, 2) & ~ndimage.binary_erosion(mask, around, 2, border_value=1)
-    assert (back ^ mask)[~edge].sum() == 0
-    assert (back ^ mask).sum() <= 0.2 * edge.sum() + 2
+    assert not (back ^ mask)[~edge].any()  # simplified outlines stay within two pixels
+    assert (back ^ mask).sum() <= 0.08 * edge.sum() + 2
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.lists(st.lists(st.tuples(st.integers(-30, 130), st.integers(-30, 130)), min_size=3, max_size=7), min_size=1, max_size=2))
+def test_a_drawn_polygon_holds_the_pixels_whose_centres_are_inside_by_the_even_odd_rule(corners):
+    rings = [np.array(ring, float) + 0.25 for ring in corners]
+    mask = draw_polygons([rings], (20, 25), (100, 100))
+    for row in range(20):
+        for column in range(25):
+            x, y, inside = (column + 0.5) * 4, (row + 0.5) * 5, False
+            for ring in rings:
+                for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0)):
+                    if (y0 > y) != (y1 > y) and x < x0 + (y - y0) * (x1 - x0) / (y1 - y0):
+                        inside = not inside
+            assert mask[row, column] == inside
 
 
 def test_a_ring_keeps_its_hole_and_its_place_in_level_0_pixels(tmp_path):

@@ -1,0 +1,436 @@
+"""Grids against plain loops, a folder of good and bad scans, and runs that are killed, repeated, shared out and doubled."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+
+from dreslcl.config import TileConfig
+from dreslcl.errors import BusyError, ConfigError, StoreError, TableError
+from dreslcl.files import hold
+from dreslcl.grid import TileGrid, aligned_extent, grid_corners, hilbert_order, thin_out
+from dreslcl.slide import Slide
+from dreslcl.synthetic import write_scan
+from dreslcl.tiles import grid_path, read_slides, tile_slides
+
+SMALL = TileConfig(size=64)
+
+
+def picture(width=1024, height=768, seed=0) -> np.ndarray:
+    """Glass with a textured purple rectangle over the middle half."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), 243, np.uint8)
+    h, w = height // 2, width // 2
+    grain = rng.integers(-30, 30, (h // 4, w // 4, 1)).repeat(4, 0).repeat(4, 1)
+    image[height // 4 : height // 4 + h, width // 4 : width // 4 + w] = np.array((150, 80, 160)) + grain
+    return image
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    """Eight small scans in two folders; the same name occurs in both."""
+    folder = tmp_path_factory.mktemp("scans")
+    for n in range(8):
+        path = folder / ("a" if n < 4 else "b") / f"{n % 4}.svs"
+        path.parent.mkdir(exist_ok=True)
+        write_scan(path, picture(1024, 768 + 64 * n, seed=n))
+    return folder
+
+
+def outputs(work: Path) -> dict[str, bytes]:
+    """Every file of a WORK folder but the locks, without the time each slide took."""
+    files = {}
+    for path in sorted(work.rglob("*")):
+        if path.is_file() and not path.name.startswith(".lock"):
+            files[str(path.relative_to(work))] = path.read_bytes()
+    for name in files:
+        if name.startswith("rows/"):
+            value = json.loads(files[name])
+            value["row"]["seconds"] = 0
+            files[name] = json.dumps(value).encode()
+    with (work / "slides.csv").open() as file:
+        files["slides.csv"] = json.dumps([row | {"seconds": 0} for row in csv.DictReader(file)]).encode()
+    return files
+
+
+# -- grid maths -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50), st.integers(1, 60))
+def test_grid_corners_equal_a_plain_loop(w, h, extent, step):
+    loop = [(x, y) for y in range(0, h, step) for x in range(0, w, step) if x + extent <= w and y + extent <= h]
+    assert grid_corners((w, h), extent, step).tolist() == [list(p) for p in loop]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5])
+def test_neighbours_along_the_hilbert_curve_are_neighbours_on_the_slide(bits):
+    xy = grid_corners((2**bits * 10, 2**bits * 10), 10, 10)
+    order = hilbert_order(xy, 10)
+    assert sorted(order.tolist()) == list(range(4**bits))
+    assert (np.abs(np.diff(xy[order], axis=0)).sum(axis=1) == 10).all()
+
+
+def test_thinned_out_tiles_cover_the_slide_evenly():
+    xy = grid_corners((6400, 6400), 100, 100)
+    rows = thin_out(xy, 100, 64)
+    assert len(set(rows.tolist())) == 64 and (np.diff(rows) > 0).all()
+    assert set(Counter((xy[rows] // 1600 @ [1, 10]).tolist()).values()) <= {3, 4, 5}
+    assert (thin_out(xy, 100, 64) == rows).all()
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(0, 50), st.floats(0.1, 4), st.floats(0.1, 4), st.integers(16, 4096))
+def test_a_grid_survives_the_way_to_disk_and_back(tmp_path_factory, count, mpp, mpp0, size):
+    rng = np.random.default_rng(count)
+    grid = TileGrid(
+        "007", rng.integers(0, 10**6, (count, 2)), rng.random(count, np.float32), 3 * size, size, mpp, mpp0, "x", (9, 8), "f", 3
+    )
+    path = tmp_path_factory.mktemp("g") / "tiles" / "007.h5"
+    grid.save(path)
+    back = TileGrid.load(path)
+    assert (back.xy == grid.xy).all() and (back.tissue == grid.tissue).all() and len(back) == count
+    for name in ("slide_id", "extent_px", "size", "mpp", "mpp_level0", "mpp_source", "level0_size", "fingerprint", "overlap"):
+        assert getattr(back, name) == getattr(grid, name)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_a_file_that_is_no_grid_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "x.h5"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StoreError, match="dreslcl tile"):
+        TileGrid.load(path)
+
+
+@pytest.mark.parametrize("level0", [0.125, 0.25, 0.5])
+def test_nearly_equal_resolutions_give_the_same_field_of_view(tmp_path, level0):
+    write_scan(tmp_path / "a.svs", picture(), mpp=level0 - 0.0001)
+    write_scan(tmp_path / "b.svs", picture(), mpp=level0)
+    for config in (TileConfig(size=64, mpp=2 * level0), TileConfig(size=64, mpp=1.3 * level0)):
+        tile_slides(tmp_path, tmp_path / "w", config)
+        a, b = (TileGrid.load(grid_path(tmp_path / "w", s)) for s in "ab")
+        assert abs(a.extent_px * a.mpp_level0 - b.extent_px * b.mpp_level0) <= level0
+        assert abs(a.extent_px * a.mpp_level0 - 64 * config.mpp) <= level0
+
+
+def test_align_moves_the_tile_edge_by_two_percent_at_most_to_whole_stored_tiles(tmp_path):
+    for name, mpp, tile, asked, extent in [
+        ("a", 0.2527, 256, TileConfig(), 512),  # 506 px becomes two stored tiles
+        ("b", 0.2527, 256, TileConfig(size=64, mpp=0.5), 128),  # 127 px becomes half a stored tile
+        ("c", 0.2527, 240, TileConfig(), 506),  # 480 px is too far off
+        ("d", 0.25, 256, TileConfig(mpp=0.7), 717),
+    ]:
+        write_scan(tmp_path / f"{name}.svs", picture(), mpp=mpp, tile=tile)
+        with Slide.open(tmp_path / f"{name}.svs") as slide:
+            assert abs(aligned_extent(slide, asked) - extent) <= 1
+            assert aligned_extent(slide, TileConfig(overlap=8)) == slide.extent(256, 0.5)
+    tile_slides(tmp_path / "a.svs", tmp_path / "w", TileConfig(align=True))
+    grid = TileGrid.load(grid_path(tmp_path / "w", "a"))
+    with Slide.open(tmp_path / "a.svs") as slide:
+        assert grid.extent_px == slide.extent(grid.size, grid.mpp) == 512 and (grid.xy % 512 == 0).all()
+
+
+# -- a folder of scans ------------------------------------------------------------------------------------------------
+
+
+def test_every_slide_of_a_mixed_batch_gets_the_right_row(tmp_path):
+    source, work = tmp_path / "in", tmp_path / "work"
+    source.mkdir()
+    write_scan(source / "good.svs", picture())
+    write_scan(source / "white.tiff", np.full((600, 600, 3), 255, np.uint8))
+    write_scan(source / "black.tiff", np.zeros((600, 600, 3), np.uint8))
+    write_scan(source / "tiny.svs", picture(48, 48))
+    write_scan(source / "nompp.svs", picture(), mpp=None)
+    (source / "zero.svs").touch()
+    (source / "text.svs").write_text("not a scan")
+    (source / "slide.mrxs").write_bytes(b"x")
+    (source / "notes.txt").write_text("skip me")
+    (source / "labels.csv").write_text("skip,me")
+    (source / ".hidden.svs").write_text("skip me")
+    rows = {row["slide_id"]: row for row in tile_slides(source, work, SMALL)}
+    assert {s for s, row in rows.items() if row["status"] == "empty"} == {"white", "black", "tiny"}
+    assert {s for s, row in rows.items() if row["status"] == "error"} == {"nompp", "zero", "text", "slide"}
+    assert rows["good"]["status"] == "ok" and len(rows) == 8
+    assert rows["good"]["tiles"] == 48 and rows["good"]["tissue_mm2"] == pytest.approx(1024 * 768 / 4 * 0.25e-6, rel=0.1)
+    for name, reason in {
+        "white": "no tissue",
+        "tiny": "smaller than one tile",
+        "nompp": "--mpp-csv",
+        "zero": "empty file",
+        "text": "text file",
+    }.items():
+        assert reason in rows[name]["error"] and "\n" not in rows[name]["error"]
+    assert read_slides(work) == [{k: str(v) for k, v in row.items()} for row in rows.values()]
+    assert len(TileGrid.load(grid_path(work, "white"))) == 0
+    with h5py.File(grid_path(work, "white")) as file:
+        assert file["coords"].shape == (0, 2)
+    assert {p.stem for p in (work / "overlays").iterdir()} == {"good", "white", "black", "tiny"}
+    assert json.loads((work / "tissue" / "good.geojson").read_text())["features"][0]["properties"]["tissue_id"] == 0
+    assert Image.open(work / "contact_sheet.jpg").size[0] > 100
+
+
+def test_real_scans_get_their_rows(test_data, tmp_path):
+    rows = tile_slides(test_data / "slides", tmp_path)
+    assert [(row["status"], row["vendor"], row["tiles"] > 30) for row in rows] == [
+        ("ok", "aperio", True), ("error", "", False), ("ok", "hamamatsu", True)
+    ]  # fmt: skip
+    assert "DICOM" in rows[1]["error"]
+
+
+def test_coordinates_read_as_trident_reads_them(scans, tmp_path):
+    tile_slides(scans / "a" / "0.svs", tmp_path, TileConfig(size=64, mpp=1.0))
+    with h5py.File(grid_path(tmp_path, "0")) as file:  # formats.md: needs patch_size and the two magnifications
+        xy, at = file["coords"][:], file["coords"].attrs
+        assert xy.dtype == np.int64 and at["name"] == "0"
+        ratio = at["level0_magnification"] / at["target_magnification"]
+        assert round(at["patch_size"] * ratio) == at["patch_size_level0"] == 128 and 10 / at["target_magnification"] == 1.0
+        assert (at["level0_width"], at["level0_height"]) == (1024, 768)
+        assert file["tissue_fraction"].shape == (len(xy),)
+    assert xy.tolist() == sorted(xy.tolist(), key=lambda p: (p[1], p[0]))
+
+
+def test_same_names_in_two_folders_stay_apart_and_colliding_ones_are_told(scans, tmp_path):
+    assert [row["slide_id"] for row in tile_slides(scans, tmp_path / "w", SMALL)] == [f"{f}__{n}" for f in "ab" for n in range(4)]
+    source = tmp_path / "in"
+    (source / "x").mkdir(parents=True)
+    for name in ("a.svs", "a.tiff", "b.svs", "x__c.svs", "x/c.svs"):
+        shutil.copy(scans / "a" / "0.svs", source / name)
+    rows = tile_slides(source, tmp_path / "w2", SMALL)
+    assert [(row["slide_id"], row["status"]) for row in rows] == [("a", "error"), ("b", "ok"), ("x__c", "error")]
+    assert "a.svs and a.tiff" in rows[0]["error"]
+
+
+def test_results_inside_the_input_folder_are_not_taken_for_scans(scans, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(scans / "a", source)
+    (source / "loop").symlink_to(source)
+    for _ in range(2):
+        assert len(tile_slides(source, source / "work", SMALL)) == 4
+    with pytest.raises(ConfigError, match="among the scans"):
+        tile_slides(source, source, SMALL)
+
+
+def test_nothing_to_do_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="no scan in there"):
+        tile_slides(tmp_path, tmp_path / "w")
+    with pytest.raises(ConfigError, match="no such file"):
+        tile_slides(tmp_path / "x", tmp_path / "w")
+    with pytest.raises(TableError, match="dreslcl tile"):
+        read_slides(tmp_path)
+
+
+def test_ids_that_look_like_formulas_come_back_as_they_are(scans, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("=1+1", "-a", "007"):
+        shutil.copy(scans / "a" / "0.svs", source / f"{name}.svs")
+    tile_slides(source, tmp_path / "w", SMALL)
+    assert [row["slide_id"] for row in read_slides(tmp_path / "w")] == ["-a", "007", "=1+1"]
+    assert "\n'-a," in (tmp_path / "w" / "slides.csv").read_text()
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_set_resolution_and_knobs_per_slide(scans, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_scan(tmp_path / "in" / "x.svs", picture(), mpp=None)
+    shutil.copy(scans / "a" / "0.svs", tmp_path / "in" / "y.svs")
+    (tmp_path / "mpp.csv").write_text("slide_id,mpp\nx,0.25\n")
+    (tmp_path / "o.csv").write_text("slide_id,min_tissue,max_tiles\ny.svs,,5\n")
+    rows = tile_slides(tmp_path / "in", tmp_path / "w", SMALL, mpp_csv=tmp_path / "mpp.csv", overrides=tmp_path / "o.csv")
+    assert [(r["mpp"], r["mpp_source"]) for r in rows] == [(0.25, "mpp-csv"), (0.5, "Aperio MPP")]
+    assert rows[1]["tiles"] == 5
+    [row] = tile_slides(tmp_path / "in" / "x.svs", tmp_path / "w2", TileConfig(size=64, default_mpp=0.125))
+    assert (row["mpp"], row["mpp_source"]) == (0.125, "default-mpp")
+    for text, message in [
+        ("slide_id,colour\nx,1", "unknown column 'colour'"),
+        ("slide_id,mpp\nx,abc", "line 2"),
+        ("id,mpp\nx,1", "slide_id"),
+    ]:
+        (tmp_path / "o.csv").write_text(text)
+        with pytest.raises(TableError, match=message):
+            tile_slides(tmp_path / "in", tmp_path / "w", SMALL, overrides=tmp_path / "o.csv")
+
+
+def test_annotations_replace_the_mask(scans, tmp_path):
+    box = [[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]
+    (tmp_path / "0.geojson").write_text(
+        json.dumps({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [box]}, "properties": {}})
+    )
+    rows = tile_slides(scans / "a", tmp_path / "w", SMALL, tissue_geojson=tmp_path)
+    assert rows[0]["tiles"] == 16 and [row["status"] for row in rows] == ["ok", "error", "error", "error"]
+    assert "no tissue annotation" in rows[1]["error"]
+    assert (TileGrid.load(grid_path(tmp_path / "w", "0")).xy < 256).all()
+
+
+@pytest.mark.parametrize("tool", ["trident", "clam"])
+def test_coordinates_of_other_tools_replace_the_grid(scans, tmp_path, tool):
+    xy = np.array([[512, 300], [10, 20]])
+    name = "patches/0_patches.h5" if tool == "trident" else "0.h5"
+    (tmp_path / "patches").mkdir()
+    with h5py.File(tmp_path / name, "w") as file:
+        file["coords"] = xy
+        trident = {"patch_size": 96, "patch_size_level0": 192, "level0_magnification": 20, "target_magnification": 10}
+        file["coords"].attrs.update(trident if tool == "trident" else {"patch_size": 96, "patch_level": 1, "downsample": [2.0, 2.0]})
+    [row] = tile_slides(scans / "a" / "0.svs", tmp_path / "w", SMALL, coords=tmp_path)
+    grid = TileGrid.load(grid_path(tmp_path / "w", "0"))
+    assert row["tiles"] == 2 and grid.xy.tolist() == xy.tolist()
+    assert (grid.extent_px, grid.size, grid.mpp) == (192, 96, 1.0) and grid.tissue.tolist() == [1, 0]
+    rows = tile_slides(scans / "a", tmp_path / "w", SMALL, coords=tmp_path)
+    assert [r["status"] for r in rows] == ["ok", "error", "error", "error"] and "TRIDENT or CLAM" in rows[1]["error"]
+
+
+def test_blurry_tiles_and_surplus_tiles_are_left_out(tmp_path):
+    image = picture()
+    blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(6)))
+    image[:, 512:] = blurred[:, 512:]
+    write_scan(tmp_path / "a.svs", image)
+    counts = [tile_slides(tmp_path, tmp_path / "w", config)[0]["tiles"] for config in (SMALL, TileConfig(size=64, min_sharpness=20.0))]
+    assert counts[1] == counts[0] / 2 and (TileGrid.load(grid_path(tmp_path / "w", "a")).xy[:, 0] < 512).all()
+    assert tile_slides(tmp_path, tmp_path / "w", TileConfig(size=64, max_tiles=7))[0]["tiles"] == 7
+
+
+def test_overlap_makes_the_grid_denser(scans, tmp_path):
+    tile_slides(scans / "a" / "0.svs", tmp_path, TileConfig(size=64, overlap=32))
+    grid = TileGrid.load(grid_path(tmp_path, "0"))
+    assert set(np.diff(np.unique(grid.xy[:, 0]))) == {32} and grid.overlap == 32
+
+
+def test_a_dry_run_tells_what_would_be_and_writes_nothing(scans, tmp_path):
+    rows = tile_slides(scans, tmp_path / "w", SMALL, dry_run=True)
+    assert not (tmp_path / "w").exists() and [row["levels"] for row in rows] == [1] * 8
+    assert [row["tiles"] for row in rows] == [row["tiles"] for row in tile_slides(scans, tmp_path / "w", SMALL)]
+
+
+# -- runs that are repeated, killed, shared out, doubled -----------------------------------------------------------------
+
+
+def test_a_second_run_does_only_what_is_missing_or_changed(scans, tmp_path):
+    source, work = tmp_path / "in", tmp_path / "w"
+    shutil.copytree(scans / "a", source)
+    (source / "bad.svs").write_text("no scan")
+    tile_slides(source, work, SMALL)
+    (source / "new.svs").write_bytes((source / "0.svs").read_bytes())
+    os.utime(source / "1.svs")
+    grid_path(work, "2").unlink()
+    write_scan(source / "bad.svs", picture())
+    made = {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
+    assert len(tile_slides(source, work, SMALL)) == 6
+
+    def fresh() -> set[str]:
+        return {p.stem for p in (work / "rows").glob("*.json") if p.stat().st_mtime_ns != made.get(p.stem)}
+
+    assert fresh() == {"1", "2", "bad", "new"}
+    assert {row["status"] for row in read_slides(work)} == {"ok"}
+    made = {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
+    tile_slides(source, work, TileConfig(size=64, min_tissue=0.5))
+    assert len(fresh()) == 6
+    made = {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
+    tile_slides(source, work, TileConfig(size=64, min_tissue=0.5), force=True)
+    assert len(fresh()) == 6
+
+
+def test_rows_of_earlier_folders_stay_but_failures_of_scans_that_are_gone_go(scans, tmp_path):
+    (tmp_path / "bad.svs").write_text("no scan")
+    tile_slides(tmp_path / "bad.svs", tmp_path / "w", SMALL)
+    tile_slides(scans / "a" / "0.svs", tmp_path / "w", SMALL)
+    assert [row["slide_id"] for row in read_slides(tmp_path / "w")] == ["0", "bad"]
+    (tmp_path / "bad.svs").unlink()
+    tile_slides(scans / "a" / "1.svs", tmp_path / "w", SMALL)
+    assert [row["slide_id"] for row in read_slides(tmp_path / "w")] == ["0", "1"]
+
+
+RUN = """
+import sys, pathlib
+from dreslcl.tiles import tile_slides, TileConfig
+tile_slides(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), TileConfig(size=64), workers=2)
+"""
+
+
+@pytest.mark.parametrize("tries", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_is_completed_by_the_next_one(scans, tmp_path, tries):
+    tile_slides(scans, tmp_path / "whole", SMALL)
+    expected = outputs(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    for n in range(tries):
+        work = tmp_path / f"killed{n}"
+        process = subprocess.Popen([sys.executable, "-c", RUN, scans, work])
+        while not (work / "rows").exists() and process.poll() is None:  # past its imports
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in work.glob("tiles/*.h5"):  # what is there is whole
+            TileGrid.load(path)
+        tile_slides(scans, work, SMALL)
+        assert outputs(work) == expected
+
+
+def test_shards_together_do_what_one_run_does(scans, tmp_path, monkeypatch):
+    tile_slides(scans, tmp_path / "whole", SMALL)
+    rows = [tile_slides(scans, tmp_path / "w", SMALL, shard=(i, 3)) for i in (2, 0, 1)]
+    assert sorted(len(r) for r in rows) == [2, 3, 3]
+    assert outputs(tmp_path / "w") == outputs(tmp_path / "whole")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [row["slide_id"] for row in tile_slides(scans, tmp_path / "w", SMALL)] == ["a__1", "b__1"]
+    with pytest.raises(ConfigError, match="numbered from 0 to 2"):
+        tile_slides(scans, tmp_path / "w", SMALL, shard=(3, 3))
+
+
+def test_shards_running_at_once_leave_a_whole_table(scans, tmp_path):
+    tile_slides(scans, tmp_path / "whole", SMALL)
+    env = [os.environ | {"RANK": str(i), "WORLD_SIZE": "3"} for i in range(3)]
+    processes = [subprocess.Popen([sys.executable, "-c", RUN, scans, tmp_path / "w"], env=e) for e in env]
+    assert [p.wait() for p in processes] == [0, 0, 0]
+    assert outputs(tmp_path / "w") == outputs(tmp_path / "whole")
+
+
+def test_a_second_run_on_the_same_folder_is_told_who_holds_it(scans, tmp_path):
+    with hold(tmp_path):
+        for shard in (None, (0, 2)):
+            with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
+                tile_slides(scans, tmp_path, SMALL, shard=shard)
+    code = "import sys, time; from dreslcl.files import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(BusyError, match=f"process {process.pid} on"):
+        tile_slides(scans, tmp_path, SMALL)
+    process.kill()
+    process.wait()
+    assert len(tile_slides(scans, tmp_path, SMALL)) == 8
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_the_next_one_completes_it(scans, tmp_path):
+    code = RUN.replace("import sys, pathlib", "import sys, pathlib, resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))")
+    done = subprocess.run([sys.executable, "-c", code, scans, tmp_path / "w"], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("dreslcl.errors.StoreError") and "run the same command again" in done.stderr
+    assert not list((tmp_path / "w").rglob("*.part"))
+    tile_slides(scans, tmp_path / "w", SMALL)
+    tile_slides(scans, tmp_path / "whole", SMALL)
+    assert outputs(tmp_path / "w") == outputs(tmp_path / "whole")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be written"):
+        tile_slides(scans, tmp_path / "file", SMALL)
+
+
+def test_tiling_loads_no_torch():
+    code = "import sys, dreslcl.tiles; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
