@@ -113,7 +113,7 @@ def test_a_blurred_tile_is_less_sharp_and_a_plain_one_is_not_sharp_at_all():
     assert values[0] > 20 * values[1] > 0 and values[2] == 0
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(3, 40), st.integers(3, 40), st.floats(0.7, 9), st.integers(2, 60))
 def test_box_fractions_equal_a_plain_loop_over_pixels(seed, h, w, scale, extent):
     rng = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def test_box_fractions_equal_a_plain_loop_over_pixels(seed, h, w, scale, extent)
     np.testing.assert_allclose(box_fractions(mask, xy, extent, size), expected, atol=1e-5)
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_a_mask_survives_the_way_through_geojson(seed):
     from scipy import ndimage
@@ -142,12 +142,12 @@ def test_a_mask_survives_the_way_through_geojson(seed):
     polygons = mask_polygons(mask, size)
     back = draw_polygons(polygons, mask.shape, size)
     around = np.ones((3, 3), bool)
-    edge = ndimage.binary_dilation(mask, around, 2) & ~ndimage.binary_erosion(mask, around, 2, border_value=1)
-    assert not (back ^ mask)[~edge].any()  # simplified outlines stay within two pixels
+    edge = ndimage.binary_dilation(mask, around) & ~ndimage.binary_erosion(mask, around)
+    assert not (back ^ mask)[~edge].any()  # simplified outlines stay within a pixel
     assert (back ^ mask).sum() <= 0.08 * edge.sum() + 2
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.lists(st.lists(st.tuples(st.integers(-30, 130), st.integers(-30, 130)), min_size=3, max_size=7), min_size=1, max_size=2))
 def test_a_drawn_polygon_holds_the_pixels_whose_centres_are_inside_by_the_even_odd_rule(corners):
     rings = [np.array(ring, float) + 0.25 for ring in corners]
