@@ -105,34 +105,32 @@ class Segments:
         Raises:
             SlideError: it cannot be read or decoded, or is not of the stated size.
         """
-        where = f"{self.name}: stored tile {index}"
-        columns, rows = self.grid
-        planes = [self._bytes(fd, i, where) for i in range(index, len(self.offsets), columns * rows)]
-        if not all(planes):
-            return None
         try:
             if self.planes == 1:
-                pixels = self.decode(planes[0], index, buffer)
+                data = self._bytes(fd, index)
+                pixels = self.decode(data, index, buffer) if data else None
             else:
-                pixels = np.concatenate([self.decode(data, index, buffer) for data in planes], axis=2)
+                planes = [self._bytes(fd, i) for i in range(index, len(self.offsets), len(self.offsets) // self.planes)]
+                pixels = np.concatenate([self.decode(data, index, buffer) for data in planes], axis=2) if all(planes) else None
+            if pixels is not None and pixels.shape != buffer.shape:
+                self._check_cut(index, pixels.shape)
         except Exception as error:  # codecs raise what they like
-            raise SlideError(f"{where} cannot be decoded ({error}); {DAMAGED}") from error
-        corner = index % columns * self.edge[0], index // columns * self.edge[1]
-        for axis, got in enumerate((pixels.shape[1], pixels.shape[0])):  # whole, or cut at the border
-            if got not in (self.edge[axis], self.size[axis] - corner[axis]):
-                found = f"{pixels.shape[1]} x {pixels.shape[0]} px"
-                raise SlideError(f"{where} decodes to {found} instead of {self.edge[0]} x {self.edge[1]}; {DAMAGED}")
+            raise SlideError(f"{self.name}: stored tile {index} cannot be decoded ({error}); {DAMAGED}") from error
         return pixels
 
-    def _bytes(self, fd: int, index: int, where: str) -> bytes:
+    def _bytes(self, fd: int, index: int) -> bytes:
         count = int(self.counts[index])
-        try:
-            data = os.pread(fd, count, int(self.offsets[index])) if count else b""
-        except OSError as error:
-            raise SlideError(f"{where} cannot be read ({error.strerror})") from error
+        data = os.pread(fd, count, int(self.offsets[index])) if count else b""
         if len(data) != count:
-            raise SlideError(f"{where} runs past the end of the file; {DAMAGED}")
+            raise EOFError("it runs past the end of the file")
         return data
+
+    def _check_cut(self, index: int, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless pixels of `shape` are a whole segment or one cut at the border of the level."""
+        corner = index % self.grid[0] * self.edge[0], index // self.grid[0] * self.edge[1]
+        for axis, got in enumerate((shape[1], shape[0])):
+            if got not in (self.edge[axis], self.size[axis] - corner[axis]) or shape[2] != 3:
+                raise ValueError(f"it holds {shape[1]} x {shape[0]} px of {shape[2]} colours, not {self.edge[0]} x {self.edge[1]} of 3")
 
     def read(
         self,
@@ -177,7 +175,7 @@ class Segments:
         edge, size, grid = np.array(self.edge), np.array(self.size), np.array(self.grid)
         first = np.maximum(corners // edge, 0)
         spans = np.maximum(np.minimum((corners + shape - 1) // edge, grid - 1) - first + 1, 0)
-        count = spans.prod(axis=1)
+        count = spans.prod(axis=1) * (corners < size).all(axis=1)  # a last segment reaches beyond the level
         window = np.repeat(np.arange(len(corners)), count)
         nth = np.arange(len(window)) - np.repeat(count.cumsum() - count, count)
         place = first[window] + np.stack([nth % spans[window, 0], nth // spans[window, 0]], axis=1)

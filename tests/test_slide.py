@@ -13,7 +13,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -113,6 +113,7 @@ def test_the_real_svs_describes_itself(cmu):
     size=st.integers(1, 150),
     threads=st.sampled_from([1, 2]),
 )
+@example(places=[(0, 1001), (1301, 0), (-2, 0)], size=2, threads=1)  # just outside, within the last stored tile
 def test_any_windows_equal_the_source_pixels_in_the_callers_order(drawn, places, size, threads):
     path, image = drawn
     xy = np.array(places, np.int64).reshape(-1, 2)

@@ -4,8 +4,8 @@
 
 256 px tissue tiles of level 0 in raster order. For every two tile rows, ours, openslide (one thread) and the floor (decoding only the
 segments that the rows need anew, from memory, into one reused buffer) are timed in turn, so that a busy machine slows all of them; the
-ratios are medians over these rounds. All pixels are compared with openslide's. Without SLIDE three scans of 20,000 x 20,000 px are built: pixels
-of the CMU slide, mirrored (DRESLCL_TEST_DATA), else a drawn texture; 240 px tiles stored as RGB 4:4:4, YCbCr 4:2:2 and YCbCr 4:2:0.
+ratios are medians over these rounds. All pixels are compared with openslide's. Without SLIDE three scans of 20,000 x 20,000 px are built:
+pixels of the CMU slide, mirrored (DRESLCL_TEST_DATA), else a drawn texture; 240 px tiles as RGB 4:4:4, YCbCr 4:2:2 and YCbCr 4:2:0.
 """
 
 import argparse
