@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
+from zipfile import BadZipFile
 
 import h5py
 import numpy as np
 from jaxtyping import Int64, UInt8
 
 from .errors import ConfigError, TableError
-from .features import read_features
+from .features import read_corners
 from .files import file_stamp, read_table
 from .grid import TileGrid
 from .slide import Slide
@@ -88,10 +89,18 @@ class Cohort:
 
     @classmethod
     def of_features(cls, files: dict[str, tuple[Path, int]], *, patients: Path | None = None) -> "Cohort":
-        """Slides known by files of tile features: slide id -> (file, tiles)."""
+        """Slides known by files of tile features: slide id -> (file, tiles), as `find_features` gives them.
+
+        Raises:
+            TableError: no file holds a tile.
+        """
         known = _patients(patients) if patients else {}
         members = [Member(s, known.get(_key(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
-        return cls(tuple(members), (), (f"{len(members)} slides with {sum(m.tiles for m in members):,} tile features",))
+        if not members:
+            raise TableError(f"none of the {len(files)} files of features holds a tile")
+        without = len(files) - len(members)
+        notes = (f"{len(members)} slides with {sum(m.tiles for m in members):,} tile features" + (f"; {without} empty" * (without > 0)),)
+        return cls(tuple(members), (), notes)
 
     def with_reports(self, reports: Path | None, vectors: Path | None = None) -> "Cohort":
         """Keep the slides that have a report, joined by slide id or else by patient.
@@ -111,29 +120,28 @@ class Cohort:
         else:
             raise ConfigError("pretraining needs reports: --reports TABLE or --report-embeddings FILE")
         source = vectors or reports
-        by_slide = {_key(s): (p, r) for s, p, r in rows if s}
-        by_patient = {p: (p, r) for s, p, r in rows if p and (not s or s == p)}
-        twice = [k for k, n in Counter(_key(s) if s else p for s, p, _ in rows).items() if n > 1]
-        if twice:
-            raise TableError(f"{source}: {len(twice)} ids come more than once, first {twice[0]!r}; keep one report for each")
-        members, texts, index, used = [], [], {}, set()
+        by_slide = _index([(_key(s), i) for i, (s, _, _) in enumerate(rows) if s], rows, source)
+        by_patient = _index([(p, i) for i, (s, p, _) in enumerate(rows) if p and s in ("", p)], rows, source)
+        members, texts, numbers, used, bare = [], [], {}, set(), []
         for m in self.members:
-            found = by_slide.get(_key(m.slide_id)) or by_patient.get(m.patient_id)
-            if found is None:
+            row = by_slide.get(_key(m.slide_id), by_patient.get(m.patient_id))
+            if row is None:
+                bare.append(m.slide_id)
                 continue
-            patient, report = found
-            used.add(id(report))
-            key = report if isinstance(report, str) else id(report)
-            if key not in index:
-                index[key] = len(texts)
+            _, patient, report = rows[row]
+            used.add(row)
+            key = report if isinstance(report, str) else row
+            if key not in numbers:
+                numbers[key] = len(texts)
                 texts.append(report)
-            members.append(replace(m, patient_id=patient or m.patient_id, report=index[key]))
+            members.append(replace(m, patient_id=m.patient_id if vectors else patient or m.patient_id, report=numbers[key]))
+        lost = [s or p for i, (s, p, _) in enumerate(rows) if i not in used]
         if not members:
-            here, there = [m.slide_id for m in self.members[:3]], [s or p for s, p, _ in rows[:3]]
-            raise TableError(f"{source}: no report matches a slide; slides are like {', '.join(here)}; reports are like {', '.join(there)}")
+            raise TableError(f"{source}: no report matches a slide; slides are{_like(bare)}; reports are{_like(lost)}")
         notes = (
             *self.notes,
-            f"{len(members)} of {len(self)} slides have a report; {len(rows) - len(used)} of {len(rows)} reports have no slide",
+            f"{len(members)} of {len(self)} slides have a report" + (f"; without:{_like(bare)}" if bare else ""),
+            f"{len(used)} of {len(rows)} reports have a slide" + (f"; without:{_like(lost)}" if lost else ""),
             f"{len(texts)} distinct reports; {len({m.patient_id for m in members})} patients",
         )
         return replace(self, members=tuple(members), reports=tuple(texts), notes=notes)
@@ -151,14 +159,14 @@ class Cohort:
 
     def coordinates(self, member: int) -> np.ndarray | None:
         """Top-left corners (M, 2) of a member's tiles, where known."""
-        return read_features(self.members[member].source)[1] if self.work is None else self.grid(member).xy
+        return read_corners(self.members[member].source) if self.work is None else self.grid(member).xy
 
     def split(self, rule: str | None, table: Path | None) -> tuple["Cohort", "Cohort"]:
         """Part the cohort into (kept, taken out) by a rule; a patient with one slide taken out is out with all of them.
 
         Args:
             rule: a file with one slide or patient id per line, or `column=value` of the table; None takes nothing out.
-            table: CSV with slide_id or patient_id and the rule's column.
+            table: the table of reports, or another with slide_id or patient_id and the rule's column.
 
         Raises:
             TableError: the column is absent, or the rule names nothing in the cohort.
@@ -169,8 +177,7 @@ class Cohort:
             named = {line.strip() for line in Path(rule).read_text(encoding="utf-8").splitlines() if line.strip()}
         elif "=" in rule and table is not None:
             column, value = rule.split("=", 1)
-            rows = read_table(table, [column])
-            named = {row.get(key, "") for row in rows if row[column] == value for key in ("slide_id", "patient_id")} - {""}
+            named = {row.get(key, "") for row in _rows(table, column) if row[column] == value for key in ("slide_id", "patient_id")} - {""}
         else:
             raise ConfigError(f"{rule!r} is neither a file of ids nor column=value")
         keys = {_key(n) for n in named}
@@ -196,29 +203,56 @@ def _patients(table: Path) -> dict[str, str]:
     return {_key(row["slide_id"]): row["patient_id"] for row in read_table(table, ["slide_id", "patient_id"])}
 
 
-def read_reports(path: Path) -> list[tuple[str, str, str]]:
-    """Reports as (slide id or "", patient id or "", text) from our table, TCGA_Reports.csv or HistGen's JSON; empty ones left out.
+def _like(names: Sequence[str]) -> str:
+    return f" like {', '.join(names[:3])}" if names else " none"
+
+
+def _index(keys: Sequence[tuple[str, int]], rows: Sequence[tuple[str, str, str | np.ndarray]], source: Path | None) -> dict[str, int]:
+    """Key -> row. The same report twice counts once.
 
     Raises:
-        TableError: none of the three layouts.
+        TableError: two reports for one key.
     """
+    found: dict[str, int] = {}
+    for key, row in keys:
+        if not np.array_equal(rows[found.setdefault(key, row)][2], rows[row][2]):
+            raise TableError(f"{source}: {key!r} has more than one report; keep one for each slide or patient")
+    return found
+
+
+def _rows(path: Path, *required: str) -> list[dict[str, str]]:
+    """Rows of a table of reports or labels with slide_id and/or patient_id, from any of the layouts of `read_reports`."""
     path = Path(path)
-    if path.suffix.lower() == ".json":
-        try:
-            parts = json.loads(path.read_text(encoding="utf-8"))
-            rows = [(str(r["id"]), "", str(r["report"])) for part in parts.values() for r in part]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise TableError(f"{path}: not HistGen's layout {{split: [{{id, report}}]}} ({error!r})") from error
-    else:
-        table = read_table(path)
-        columns = set(table[0]) if table else set()
-        if {"patient_filename", "text"} <= columns:
-            rows = [("", r["patient_filename"].split(".")[0], r["text"]) for r in table]
-        elif "report" in columns and columns & {"slide_id", "patient_id"}:
-            rows = [(r.get("slide_id", ""), r.get("patient_id", ""), r["report"]) for r in table]
-        else:
-            raise TableError(f"{path}: needs columns report and slide_id or patient_id; there are {', '.join(sorted(columns)) or 'none'}")
-    return [row for row in rows if row[2].strip() and (row[0] or row[1])]
+    if path.suffix.lower() != ".json":
+        rows = read_table(path, required)
+        if rows and "patient_filename" in rows[0]:
+            rows = [row | {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")} for row in rows]
+        return rows
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        return [{"slide_id": str(r["id"]), "split": part, "report": str(r["report"])} for part, records in parts.items() for r in records]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TableError(f"{path}: not HistGen's layout {{split: [{{id, report}}]}} ({error!r})") from error
+
+
+def read_reports(path: Path) -> list[tuple[str, str, str]]:
+    """Reports as (slide id or "", patient id or "", text); empty ones are left out.
+
+    Reads our table (slide_id and/or patient_id, report), TCGA_Reports.csv (patient_filename, text) and HistGen's JSON
+    ({split: [{id, report}]}; the split counts as a column).
+
+    Raises:
+        TableError: none of the three, or no report in it.
+    """
+    rows = _rows(path)
+    columns = set(rows[0]) if rows else set()
+    if not ("report" in columns and columns & {"slide_id", "patient_id"}):
+        raise TableError(f"{path}: needs columns report and slide_id or patient_id; there are {', '.join(sorted(columns)) or 'none'}")
+    found = [(r.get("slide_id", ""), r.get("patient_id", ""), r["report"]) for r in rows if r["report"].strip()]
+    found = [row for row in found if row[0] or row[1]]
+    if not found:
+        raise TableError(f"{path}: none of its {len(rows)} rows has a report and an id")
+    return found
 
 
 def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
@@ -236,11 +270,13 @@ def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
             with h5py.File(path, "r") as file:
                 arrays = {key: value[()] for key, value in file.items() if isinstance(value, h5py.Dataset)}
         arrays = {key: np.atleast_2d(np.asarray(value, np.float32)) for key, value in arrays.items()}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         raise TableError(f"{path}: not an HDF5 or npz file of report vectors ({error})") from error
     widths = Counter(value.shape[-1] for value in arrays.values() if value.ndim == 2 and len(value))
     if len(widths) != 1 or any(value.ndim != 2 or not len(value) for value in arrays.values()):
         raise TableError(f"{path}: report vectors must be (E,) or (n, E) with one width; found widths {sorted(widths) or 'none'}")
+    if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
+        raise TableError(f"{path}: {len(bad)} report vectors are not finite, first {bad[0]!r}")
     return arrays
 
 

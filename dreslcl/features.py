@@ -1,44 +1,103 @@
 """Tile features that other tools extracted: TRIDENT, CLAM (h5 and pt) and STAMP layouts, with or without coordinates."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Int64
 
 from .errors import StoreError, TableError
 from .files import check_id
 
+_NAMES = ("features", "feats")  # TRIDENT and CLAM; STAMP
+_FOLDERS = ("pt_files", "h5_files")  # CLAM's folder of features holds both
 
-def read_features(path: Path) -> tuple[Float32[np.ndarray, "M D"], Float64[np.ndarray, "M 2"] | None]:
-    """Unit-norm features of a slide's tiles, and their top-left corners where the file has them (level-0 px; STAMP: µm).
+
+def read_features(path: Path) -> Float32[np.ndarray, "M D"]:
+    """Unit-norm features of a slide's tiles.
 
     Raises:
         StoreError: not such a file, not (M, D), or values that are not finite. A .pt must hold one plain tensor; pickled
             code in it is never run.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".pt":
-            features, coords = _read_pt(path), None
-        else:
-            with h5py.File(path, "r") as file:
-                name = next((n for n in ("features", "feats") if n in file), None)
-                if name is None:
-                    raise StoreError(f"{path}: holds {', '.join(file) or 'nothing'}; tile features are a dataset named features or feats")
-                features = file[name][()]
-                coords = file["coords"][()].astype(np.float64) if "coords" in file and file["coords"].shape == (len(features), 2) else None
-    except (OSError, TypeError, ValueError) as error:
-        raise StoreError(f"{path}: not a readable file of tile features ({str(error).splitlines()[0]})") from error
-    features = np.asarray(features)
+    if path.suffix == ".pt":
+        features = _read_pt(path)
+    else:
+        with _opened(path) as file:
+            features = file[_dataset(file, path)][()]
     if features.ndim == 3 and len(features) == 1:
         features = features[0]
-    if features.ndim != 2:
-        raise StoreError(f"{path}: features have shape {features.shape}; (tiles, width) is needed")
+    if features.ndim != 2 or features.dtype.kind not in "fiu":
+        raise StoreError(f"{path}: features are {features.dtype} of shape {features.shape}; numbers (tiles, width) are needed")
     features = features.astype(np.float32)
     if not np.isfinite(features).all():
         raise StoreError(f"{path}: holds features that are not finite; extract them anew")
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12), coords
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def read_corners(path: Path) -> Int64[np.ndarray, "M 2"] | None:
+    """Top-left corners of a file's tiles in level-0 pixels, where it has them; not STAMP's, which are µm."""
+    if Path(path).suffix == ".pt":
+        return None
+    with _opened(path) as file:
+        if "features" not in file or not isinstance(file.get("coords"), h5py.Dataset):
+            return None
+        xy = file["coords"][()]
+    return xy.astype(np.int64) if xy.ndim == 2 and xy.shape[1] == 2 else None
+
+
+def find_features(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Slide id -> (file, M) for each .h5 or .pt file of features in a folder (or CLAM's folders in it); of two for one slide: the .h5.
+
+    Raises:
+        StoreError: a file there does not hold features.
+        TableError: none there, or their widths differ.
+    """
+    folder = Path(folder)
+    places = [folder, *(folder / name for name in _FOLDERS)]
+    paths = {p.stem: p for suffix in ("*.pt", "*.h5") for place in places for p in sorted(place.glob(suffix))}
+    found, widths = {}, {}
+    for name, path in sorted(paths.items()):
+        tiles, width = _shape(path)
+        found[check_id(name, str(folder))] = (path, tiles)
+        widths.setdefault(width, path.name)
+    if not found:
+        raise TableError(f"{folder}: no .h5 or .pt files of tile features")
+    if len(widths) > 1:
+        raise TableError(f"{folder}: features of several widths: {', '.join(f'{w} ({n})' for w, n in widths.items())}")
+    return found
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """(M, D) without reading the features where the file allows it."""
+    if path.suffix == ".pt":
+        shape = _read_pt(path).shape
+    else:
+        with _opened(path) as file:
+            shape = file[_dataset(file, path)].shape
+    shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    if len(shape) != 2:
+        raise StoreError(f"{path}: features have shape {shape}; (tiles, width) is needed")
+    return shape[0], shape[1]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, ValueError, TypeError, MemoryError) as error:
+        raise StoreError(f"{path}: not a readable file of tile features ({' '.join(str(error).split())})") from error
+
+
+def _dataset(file: h5py.File, path: Path) -> str:
+    name = next((n for n in _NAMES if isinstance(file.get(n), h5py.Dataset)), None)
+    if name is None:
+        raise StoreError(f"{path}: holds {', '.join(file) or 'nothing'}; tile features are a dataset named {' or '.join(_NAMES)}")
+    return name
 
 
 def _read_pt(path: Path) -> np.ndarray:
@@ -46,28 +105,8 @@ def _read_pt(path: Path) -> np.ndarray:
 
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(value, torch.Tensor):
+            return value.detach().float().numpy()
     except Exception as error:  # torch raises many types for files that are no plain tensors
         raise StoreError(f"{path}: not a plain tensor file ({type(error).__name__}); pickled objects are not read") from error
-    if not isinstance(value, torch.Tensor):
-        raise StoreError(f"{path}: holds a {type(value).__name__}; a plain (tiles, width) tensor is needed")
-    return value.float().numpy()
-
-
-def find_features(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Slide id -> (file, M) for each .h5 or .pt file of features in a folder; both for one slide: the .h5.
-
-    Raises:
-        TableError: none there, or their widths differ.
-    """
-    folder = Path(folder)
-    paths = {p.stem: p for suffix in ("*.pt", "*.h5") for p in sorted(folder.glob(suffix))}
-    found, widths = {}, {}
-    for name, path in paths.items():
-        features, _ = read_features(path)
-        found[check_id(name, str(folder))] = (path, len(features))
-        widths.setdefault(features.shape[1], path.name)
-    if not found:
-        raise TableError(f"{folder}: no .h5 or .pt files of tile features")
-    if len(widths) > 1:
-        raise TableError(f"{folder}: features of several widths: {', '.join(f'{w} ({n})' for w, n in widths.items())}")
-    return found
+    raise StoreError(f"{path}: holds a {type(value).__name__}; a plain (tiles, width) tensor is needed")

@@ -259,7 +259,7 @@ def encode_members(
     if cohort.work is None:
         with progress(title, len(members), "slides") as bar:
             for m in members:
-                yield m, iter([read_features(cohort.members[m].source)[0]])
+                yield m, iter([read_features(cohort.members[m].source)])
                 bar.advance(bar.task_ids[0])
         return
     assert encoder is not None, "pixels need a tile encoder"

@@ -69,7 +69,7 @@ class Trainer:
             config.encoder.text == "tune" or (config.encoder.text == "auto" and self.encoder is not None and not self.encoder.pretrained)
         )
         self.reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if self.pixels else None
-        dim = self.encoder.dim if self.pixels and self.encoder else read_features(cohort.members[0].source)[0].shape[1]
+        dim = self.encoder.dim if self.pixels and self.encoder else read_features(cohort.members[0].source).shape[1]
         text_dim = cohort.reports[0].shape[1] if vectors else self.encoder.text_dim
         about = {
             "text": "vectors" if vectors else "tower",
