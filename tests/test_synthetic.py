@@ -15,7 +15,7 @@ from dreslcl.synthetic import BACKGROUND, FIELD, KINDS, TUMOUR, TUMOUR_MEAN, _dr
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cohort")
-    write_cohort(out, 24, seed=3, side=(4, 6))
+    write_cohort(out, 15, seed=3, side=(4, 6))
     return out
 
 
@@ -70,7 +70,7 @@ def test_a_level_is_the_mean_of_whole_blocks(tmp_path, image):
 
 def test_every_table_names_the_slides_that_are_there(cohort):
     files = {path.stem for path in (cohort / "slides").iterdir()}
-    assert len(files) == 24
+    assert len(files) == 15
     for name in ("reports", "labels", "cells"):
         assert {row["slide_id"] for row in read_table(cohort / f"{name}.csv")} == files
 
@@ -109,10 +109,10 @@ def test_a_patient_has_one_class_and_one_mutation_state(cohort):
 
 def test_classes_are_balanced_and_only_tumour_mutates(cohort):
     labels = read_table(cohort / "labels.csv")
-    assert sum(row["split"] == "train" for row in labels) == 14
+    assert sum(row["split"] == "train" for row in labels) == 9
     for subtype, kind in TUMOUR.items():
         mine = [row for row in labels if row["subtype"] == subtype]
-        assert len(mine) == pytest.approx(8, abs=1)
+        assert len(mine) == 5
         assert {row["recognition"] for row in mine} == {"1" if kind else "0"}
         assert {row["mutation"] for row in mine} == ({"0", "1"} if kind else {"0"})
 
@@ -148,10 +148,11 @@ def test_tumour_sheets_of_every_kind_have_the_same_mean_stain():
         assert sheet.mean((1, 2)) == pytest.approx(TUMOUR_MEAN, abs=1.5)
 
 
-def test_the_smallest_cohort_has_every_class_in_both_splits_and_is_the_same_again(tmp_path):
+def test_the_smallest_cohort_has_every_class_in_both_splits_and_is_the_same_again(tmp_path, monkeypatch):
     done = []
     write_cohort(tmp_path / "a", 6, seed=1, side=(3, 4), progress=lambda n, total: done.append((n, total)))
     write_cohort(tmp_path / "b", 6, seed=1, side=(3, 4))
+    monkeypatch.setattr("dreslcl.synthetic._draw", lambda kind, rng: np.zeros((2, 896, 896), np.uint8))
     write_cohort(tmp_path / "c", 6, seed=2, side=(3, 4))
     assert done == [(n, 6) for n in range(1, 7)]
     labels = read_table(tmp_path / "a" / "labels.csv")
