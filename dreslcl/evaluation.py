@@ -38,7 +38,18 @@ from .labels import (
     some,
     split_table,
 )
-from .metrics import Interval, classification_metrics, confusion, first_hits, interval, resamples, retrieval_chance, retrieval_metrics, show
+from .metrics import (
+    NAMES,
+    Interval,
+    classification_metrics,
+    confusion,
+    first_hits,
+    interval,
+    resamples,
+    retrieval_chance,
+    retrieval_metrics,
+    show,
+)
 
 Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 Matrix = Float[np.ndarray, "n C"]
@@ -77,7 +88,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """What `evaluate` found: `save` writes it, `figures.evaluation_page` draws it."""
+    """What `evaluate` found: `save` writes it, `report.evaluation_page` draws it."""
 
     task: str
     protocol: list[str]
@@ -95,7 +106,7 @@ class Result:
             for features, probes in o.differences.items():
                 probe = next(iter(probes))
                 rows.append([o.column, f"embedding − {features}", probe, *(show(probes[probe].get(name)) for name in names)])
-        return ["label", "features", "probe", *names], rows
+        return ["label", "features", "probe", *(NAMES.get(name, name) for name in names)], rows
 
     def save(self, out: Path) -> None:
         """Write `metrics.json` and `predictions.csv` into a folder."""
@@ -399,7 +410,7 @@ def _protocol(plan: _Plan, parts: list[str], outcomes: list[Outcome]) -> list[st
         "ties count against the model. Chance is a random order. Resamples draw queries; what is searched stays whole.",
     }
     fitted = plan.task not in what
-    split = f"The split is given by {', '.join(parts)}; no patient is in two parts." if parts else "All slides are tested."
+    split = f"The split is given by {', '.join(parts)}; no patient is in two parts." if parts else "All labelled slides are tested."
     if fitted and not parts:
         split = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
     probes = (
@@ -412,7 +423,7 @@ def _protocol(plan: _Plan, parts: list[str], outcomes: list[Outcome]) -> list[st
         f"Metrics run over all held-out predictions at once; intervals are the 2.5 and 97.5 percentiles of {config.bootstrap} resamples of "
         "patients; differences are paired (same folds, same resamples)."
     )
-    seen = f"Slides of patients seen in pretraining are {'tested too' if plan.include_seen else 'never tested'}."
+    seen = f"Slides of patients seen in pretraining are {'tested too' if plan.include_seen else 'left out of test'}."
     positive = [(o, o.classes[1], o.counts["classes"][o.classes[1]]["slides"]) for o in outcomes if len(o.classes) == 2]
     counts = [f"{o.column}: positive is {name!r}, {n} of {o.counts['slides']} slides." for o, name, n in positive]
     return [split, seen, what.get(plan.task, probes), intervals, *counts]

@@ -1,8 +1,7 @@
-"""The pictures and the page of an evaluation. Drawn on Figure itself, so that no backend and no global state is touched."""
+"""The pictures of an evaluation, as PNG bytes. Drawn on Figure itself, so that no backend and no global state is touched."""
 
 import io
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
-from .evaluation import Outcome, Result
-from .metrics import CUTS, operating_points, resamples, show
-from .report import Block, Code, Notice, Picture, Table, page, shrunk, versions
+from .evaluation import Outcome
+from .metrics import CUTS, operating_points, resamples
 
 BAND_DRAWS = 200
 MAX_CURVES = 10
@@ -40,17 +39,23 @@ def _colours(count: int) -> list:
     return list(colormaps["tab10" if count <= 10 else "tab20"].colors)
 
 
+def _short(name: str) -> str:
+    """A class name as matplotlib text: cut, with its special meanings of $ and of a leading _ undone."""
+    name = name if len(name) <= 22 else name[:21] + "…"
+    return (" " * name.startswith("_") + name).replace("$", r"\$")
+
+
 def _lines(outcome: Outcome) -> list[tuple[str, int, str]]:
     """The curves to draw: features, class, label. Two classes: every feature set, positive class; more: the embedding, each class."""
     if len(outcome.classes) == 2:
         return [(name, 1, name) for name in outcome.probabilities if name in STYLE]
-    return [("embedding", c, name) for c, name in enumerate(outcome.classes[:MAX_CURVES])]
+    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.classes[:MAX_CURVES])]
 
 
-def _curve(outcome: Outcome, kind: str) -> bytes:
+def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
     """ROC or PR curves of the held-out predictions with a 95 % band from resampled patients."""
-    ax = _axes(
-        *(("ROC", "false positive rate", "true positive rate") if kind == "roc" else ("Precision and recall", "recall", "precision"))
+    ax = (
+        _axes("ROC", "false positive rate", "true positive rate") if kind == "roc" else _axes("Precision and recall", "recall", "precision")
     )
     weights = resamples(outcome.patients, BAND_DRAWS, 0)
     for i, (features, c, label) in enumerate(_lines(outcome)):
@@ -83,7 +88,7 @@ def _sampled(true: np.ndarray, false: np.ndarray, kind: str) -> np.ndarray:
     return (true / np.maximum(true + false, 1e-12))[at]
 
 
-def _confusion(outcome: Outcome) -> bytes:
+def confusion_matrix(outcome: Outcome) -> bytes:
     """Counts, coloured by the share of each label's row."""
     counts = outcome.confusion
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -91,7 +96,7 @@ def _confusion(outcome: Outcome) -> bytes:
     ax = _axes("Confusion (held-out predictions)", "predicted", "label", (side + 0.4, side))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ax.spines[:].set_visible(False)
-    ticks = [name if len(name) <= 18 else name[:17] + "…" for name in outcome.classes]
+    ticks = [_short(name) for name in outcome.classes]
     ax.set_xticks(range(len(ticks)), ticks, rotation=45 if len(ticks) > 2 else 0, ha="right" if len(ticks) > 2 else "center", fontsize=8)
     ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for i, j in np.ndindex(*counts.shape):
@@ -99,9 +104,9 @@ def _confusion(outcome: Outcome) -> bytes:
     return _png(ax)
 
 
-def _calibration(outcome: Outcome) -> bytes:
+def calibration(outcome: Outcome) -> bytes:
     """Observed share against mean probability in bins of equal size; classes count equally, as in the probe's fit."""
-    ax = _axes("Calibration (classes weighted equally)", "mean probability", "observed share")
+    ax = _axes("Calibration", "mean probability", "observed share")
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
     balance = 1 / np.bincount(outcome.y, minlength=len(outcome.classes))[outcome.y]
     draws = resamples(outcome.patients, BAND_DRAWS, 0) * balance
@@ -119,25 +124,26 @@ def _calibration(outcome: Outcome) -> bytes:
     return _png(ax)
 
 
-def _scatter(outcome: Outcome) -> bytes:
+def scatter(outcome: Outcome) -> bytes:
     """The embedding in two dimensions, coloured by label: t-SNE, or PCA for few or very many slides."""
     first = np.unique(outcome.ids, return_index=True)[1]
     vectors, y = outcome.vectors[first], outcome.y[first]
     name = "t-SNE" if 30 <= len(first) <= 3000 else "PCA"
     model = TSNE(perplexity=min(30, len(first) / 4), init="pca", random_state=0) if name == "t-SNE" else PCA(2)
-    points = model.fit_transform(vectors) if min(vectors.shape) >= 2 else np.zeros((len(first), 2))
+    with threadpool_limits(1):  # with two threads on two busy cores t-SNE waits more than it works
+        points = model.fit_transform(vectors) if min(vectors.shape) >= 2 else np.zeros((len(first), 2))
     ax = _axes(f"Slide embeddings, {name}")
     for c, label in enumerate(outcome.classes):
-        ax.scatter(*points[y == c].T, s=14, color=_colours(len(outcome.classes))[c % 20], alpha=0.75, linewidths=0, label=label)
+        ax.scatter(*points[y == c].T, s=14, color=_colours(len(outcome.classes))[c % 20], alpha=0.75, linewidths=0, label=_short(label))
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
     return _png(ax)
 
 
-def _recall(outcome: Outcome) -> bytes:
+def recall(outcome: Outcome) -> bytes:
     """Recall at 1, 5, 10 in both directions, with intervals and the chance line."""
-    ax = _axes("Retrieval", "", "recall", (6, 4))
+    ax = _axes("", "", "recall", (6, 4))
     for i, (direction, score) in enumerate(outcome.scores["embedding"].items()):
         bars = [score[f"recall@{k}"] for k in CUTS]
         x = np.arange(len(CUTS)) + 0.4 * i
@@ -148,61 +154,5 @@ def _recall(outcome: Outcome) -> bytes:
         ax.hlines(chance, x - 0.18, x + 0.18, color="black", linewidth=1.5, label="chance" if i == 0 else None)
     ax.set_xticks(np.arange(len(CUTS)) + 0.2, [f"@{k}" for k in CUTS])
     ax.set_ylim(0, 1.02)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return _png(ax)
-
-
-def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mapping[str, Path] | None = None) -> None:
-    """Write report.html of an evaluation.
-
-    Args:
-        command: the exact command line, shown as it is.
-        pictures: slide id -> picture (a heatmap) for the examples of each class.
-    """
-    header, rows = result.table()
-    sections: dict[str, list[Block]] = {"": [_headline(outcome) for outcome in result.outcomes]}
-    if result.warnings:
-        sections["Warnings"] = [Notice(text) for text in result.warnings]
-    for outcome in result.outcomes:
-        blocks: list[Block] = [Table(header[1:], [row[1:] for row in rows if row[0] == outcome.column], "Value and 95 % interval.")]
-        if outcome.classes:
-            counted = outcome.counts["classes"].items()
-            blocks.append(Table(["class", "slides", "patients", "tested"], [[name, *map(str, n.values())] for name, n in counted]))
-            drawn = [_curve(outcome, "roc"), _curve(outcome, "pr"), _confusion(outcome), _calibration(outcome), _scatter(outcome)]
-            captions = [
-                "Band: 95 %, patients resampled.",
-                "Dotted: share of the class.",
-                "Colour: share of the label's row.",
-                "",
-                "Tested slides.",
-            ]
-            blocks += [[Picture(data, caption) for data, caption in zip(drawn, captions)], *_examples(outcome, pictures or {})]
-        else:
-            blocks.append([Picture(_recall(outcome), "Bars: 95 % intervals.")])
-        sections[f"{result.task}: {outcome.column}" if outcome.column != result.task else result.task] = blocks
-    sections["Protocol"] = list(result.protocol)
-    sections["Command and versions"] = [Code(command), versions()]
-    page(path, f"dreslcl evaluation: {result.task}", sections)
-
-
-def _headline(outcome: Outcome) -> str:
-    """The first probe's first metric, of all features, as a sentence."""
-    first = {features: next(iter(probes.items())) for features, probes in outcome.scores.items()}
-    probe, score = first["embedding"]
-    metric = next(iter(score))
-    others = [f"{features} {show(values[metric])}" for features, (_, values) in first.items() if features != "embedding"]
-    return f"{outcome.column}, {probe}: {metric} {show(score[metric])}; {'; '.join(others)}."
-
-
-def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
-    """Of each class, the two surest right predictions and the surest wrong one that have a picture."""
-    chosen = []
-    p = outcome.probabilities["embedding"]
-    for c, name in enumerate(outcome.classes):
-        mine = [i for i in np.argsort(-p[:, c]) if outcome.y[i] == c and outcome.ids[i] in pictures]
-        right = [i for i in mine if p[i].argmax() == c][:2]
-        wrong = [i for i in mine[::-1] if p[i].argmax() != c][:1]
-        for i in right + wrong:
-            caption = f"{outcome.ids[i]}: {name}, predicted {outcome.classes[int(p[i].argmax())]} (probability of {name} {p[i, c]:.2f})"
-            chosen.append(Picture(shrunk(pictures[outcome.ids[i]]), caption))
-    return [chosen] if chosen else []

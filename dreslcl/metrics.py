@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 Weights = Float[np.ndarray, "R n"]
 Values = Float[np.ndarray, "R"]
 CUTS = (1, 5, 10)
+NAMES = {"auroc": "AUROC", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auprc": "AUPRC", "median_rank": "median rank"}
 
 
 class Interval(NamedTuple):

@@ -15,8 +15,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from . import figures
 from .errors import TableError
+from .evaluation import Outcome, Result
 from .files import atomic, read_table, write_text
+from .metrics import NAMES, show
 
 PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 
@@ -28,6 +31,8 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    lead: bool = False
+    """The first row is the one that counts."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,12 @@ def curves(metrics_csv: Path, path: Path) -> None:
     rows = read_table(metrics_csv, ["epoch"])
     groups: dict[str, list[str]] = defaultdict(list)
     for name in rows[0] if rows else []:
-        if name != "epoch" and any(_number(row[name]) is not None for row in rows):
+        if name not in ("epoch", "step") and any(_number(row[name]) is not None for row in rows):
             groups[re.split("[/@]", name)[0].removeprefix("train_").removeprefix("val_")].append(name)
     if not groups:
         raise TableError(f"{metrics_csv}: no numbers to draw")
     across = min(4, len(groups))
-    figure = Figure(figsize=(3.4 * across, 2.5 * -(-len(groups) // across)), layout="constrained")
+    figure = Figure(figsize=(3.4 * across, 2.5 * -(-len(groups) // across)), layout="tight")
     panels = figure.subplots(-(-len(groups) // across), across, squeeze=False).ravel()
     for ax, (group, names) in zip(panels, groups.items()):
         for name in names:
@@ -130,3 +135,59 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if np.isfinite(value) else None
+
+
+def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mapping[str, Path] | None = None) -> None:
+    """Write report.html of an evaluation.
+
+    Args:
+        command: the exact command line, shown as it is.
+        pictures: slide id -> picture (a heatmap) for the examples of each class.
+    """
+    header, rows = result.table()
+    sections: dict[str, list[Block]] = {"": [_headline(outcome) for outcome in result.outcomes]}
+    if result.warnings:
+        sections["Warnings"] = [Notice(text) for text in result.warnings]
+    for outcome in result.outcomes:
+        scores = [row[1:] for row in rows if row[0] == outcome.column]
+        blocks: list[Block] = [Table(header[1:], scores, "Value and 95 % interval.", lead=True)]
+        if outcome.classes:
+            counted = outcome.counts["classes"].items()
+            blocks.append(Table(["class", "slides", "patients", "tested"], [[name, *map(str, n.values())] for name, n in counted]))
+            drawn = [
+                Picture(figures.curve(outcome, "roc"), "Band: 95 %, patients resampled."),
+                Picture(figures.curve(outcome, "pr"), "Dotted: share of the class."),
+                Picture(figures.confusion_matrix(outcome), "Colour: share of the label's row."),
+                Picture(figures.calibration(outcome), "Bins of equal size; classes weighted equally."),
+                Picture(figures.scatter(outcome), "Tested slides."),
+            ]
+            blocks += [drawn, *_examples(outcome, pictures or {})]
+        else:
+            blocks.append([Picture(figures.recall(outcome), "Bars: 95 % intervals.")])
+        sections[f"{result.task}: {outcome.column}" if outcome.column != result.task else result.task] = blocks
+    sections["Protocol"] = list(result.protocol)
+    sections["Command and versions"] = [Code(command), versions()]
+    page(path, f"dreslcl evaluation: {result.task}", sections)
+
+
+def _headline(outcome: Outcome) -> str:
+    """The first probe's first metric, of all features, as a sentence."""
+    first = {features: next(iter(probes.items())) for features, probes in outcome.scores.items()}
+    probe, score = first["embedding"]
+    metric = next(iter(score))
+    others = [f"{features} {show(values[metric])}" for features, (_, values) in first.items() if features != "embedding"]
+    return f"{outcome.column}, {probe}: {NAMES.get(metric, metric)} {show(score[metric])}; {'; '.join(others)}."
+
+
+def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
+    """Of each class, the two surest right predictions and the surest wrong one that have a picture."""
+    chosen = []
+    p = outcome.probabilities["embedding"]
+    for c, name in enumerate(outcome.classes):
+        mine = [i for i in np.argsort(-p[:, c]) if outcome.y[i] == c and outcome.ids[i] in pictures]
+        right = [i for i in mine if p[i].argmax() == c][:2]
+        wrong = [i for i in mine[::-1] if p[i].argmax() != c][:1]
+        for i in right + wrong:
+            caption = f"{outcome.ids[i]}: {name}, predicted {outcome.classes[int(p[i].argmax())]} (probability of {name} {p[i, c]:.2f})"
+            chosen.append(Picture(shrunk(pictures[outcome.ids[i]]), caption))
+    return [chosen] if chosen else []
