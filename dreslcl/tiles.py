@@ -27,6 +27,7 @@ from .config import TileConfig
 from .errors import ConfigError, DreslclError, StoreError, TableError
 from .files import atomic, check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_json, write_table
 from .grid import TileGrid, aligned_extent, grid_corners, read_coords, thin_out
+from .pack import pack_path, packed_fingerprint, write_pack
 from .progress import progress
 from .slide import Slide
 from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, polygons_to_geojson, read_geojson, sharpness, tissue_mask
@@ -135,6 +136,8 @@ def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
                 overlay = draw_overlay(thumbnail, polygons, grid.xy, grid.extent_px, slide.size)
                 with atomic(job.out / "overlays" / f"{job.slide_id}.jpg") as part:
                     overlay.save(part, "JPEG", quality=85)
+                if job.pack and write_pack(slide, grid, pack_path(job.out, job.slide_id)):
+                    log.info("%s: packed without encoding anew", job.slide_id)
     except (DreslclError, MemoryError) as error:
         row |= {"status": "error", "tiles": 0, "error": " ".join(str(error).split()) or "not enough memory"}
     except OSError as error:
@@ -339,7 +342,8 @@ def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
 def _is_done(job: _Job, made: dict[str, Any] | None) -> bool:
     if made is None or made["fingerprint"] != job.fingerprint or made["row"]["status"] == "error":
         return False
-    return grid_path(job.out, job.slide_id).exists() and made["row"]["path"] == str(job.path)
+    packed = not job.pack or not made["row"]["tiles"] or packed_fingerprint(pack_path(job.out, job.slide_id)) == job.fingerprint
+    return packed and grid_path(job.out, job.slide_id).exists() and made["row"]["path"] == str(job.path)
 
 
 def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None:
