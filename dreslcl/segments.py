@@ -14,6 +14,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import simplejpeg
 from jaxtyping import Integer, UInt8
@@ -84,8 +85,9 @@ class Segments:
             w, h = self.edge
             raise SlideError(f"{self.name}: one stored piece has {w} x {h} px, too much to decode at once; convert it to a tiled TIFF")
         expected = self.planes * self.grid[0] * self.grid[1]
-        if not len(self.offsets) == len(self.counts) == expected:
-            raise SlideError(f"{self.name}: {len(self.offsets)} stored tiles where its size asks for {expected}; {DAMAGED}")
+        found = min(len(self.offsets), len(self.counts))
+        if not found == max(len(self.offsets), len(self.counts)) == expected:
+            raise SlideError(f"{self.name}: {found} whole entries of stored tiles where its size asks for {expected}; {DAMAGED}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -210,18 +212,20 @@ def from_page(page: Any, name: str) -> Segments:
     if key.photometric == 3:
         raise SlideError(f"{name}: palette colours are not read; convert it to 8-bit RGB")
     if samples not in (3, 4) or key.photometric not in (RGB, YCBCR):
+        kind = getattr(key.photometric, "name", key.photometric)
         raise SlideError(
-            f"{name}: {samples} channel(s) per page, not RGB; only 8-bit RGB scans can be tiled (convert or choose a brightfield scan)"
+            f"{name}: {samples} channel(s), {kind}, not RGB; only 8-bit RGB scans can be tiled (convert it or take a brightfield scan)"
         )
     if bits != 8 or key.dtype != np.uint8:
-        raise SlideError(f"{name}: {bits}-bit pixels; only 8-bit RGB scans can be tiled (convert it to 8-bit)")
+        raise SlideError(f"{name}: {str(bits)[:20]}-bit pixels; only 8-bit RGB scans can be tiled (convert it to 8-bit)")
     if key.imagedepth != 1 or key.tiledepth != 1:
         raise SlideError(f"{name}: a volume, not an image; only flat 8-bit RGB scans can be tiled")
     planes = 3 if key.planarconfig == 2 else 1
+    edge = (key.tilewidth, key.tilelength) if key.is_tiled else (key.imagewidth, min(key.rowsperstrip, key.imagelength))
     if key.compression == JPEG and planes == 1 and samples == 3:
         decode = _jpeg_strips(key.jpegheader) if key.jpegheader else _jpeg(key.jpegtables, key.photometric == RGB and not key.is_jfif)
     elif key.compression in JPEG2000 and planes == 1:
-        decode = _jpeg2000(key.decode, (key.tilewidth, key.tilelength), key.compression == JPEG2000_YCBCR)
+        decode = _jpeg2000(edge, key.compression == JPEG2000_YCBCR)
     elif key.compression in LOSSLESS and key.photometric == RGB:
         decode = _lossless(key.decode)
     else:
@@ -229,7 +233,6 @@ def from_page(page: Any, name: str) -> Segments:
         raise SlideError(
             f"{name}: {kind} compression (photometric {int(key.photometric)}, planar {key.planarconfig}) is not read; convert it"
         )
-    edge = (key.tilewidth, key.tilelength) if key.is_tiled else (key.imagewidth, min(key.rowsperstrip, key.imagelength))
     offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
     if planes == 3:  # an alpha plane is left out
         wanted = 3 * (len(offsets) // samples)
@@ -243,7 +246,6 @@ def from_image(data: bytes, name: str) -> Segments:
     Raises:
         SlideError: not 8-bit colour, or damaged.
     """
-    import imagecodecs
 
     def png(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
         return imagecodecs.png_decode(data)[..., :3]
@@ -302,14 +304,19 @@ def _strict_jpeg(stream: bytes, buffer: np.ndarray) -> np.ndarray:
         return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer, strict=False)
 
 
-def _jpeg2000(decode_page: Any, edge: tuple[int, int], is_ycbcr: bool) -> Decoder:
-    def decode(data: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
-        start = data.find(b"\xff\x4f\xff\x51")  # codestream, then its size
+def _jpeg2000(edge: tuple[int, int], is_ycbcr: bool) -> Decoder:
+    """JPEG 2000 tiles. Aperio's 33003 is YCbCr and says so nowhere in the stream; OpenJPEG converts it where chroma is subsampled."""
+
+    def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
+        start = data.find(b"\xff\x4f\xff\x51")  # codestream, then its size and components
         right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
-        if start < 0 or right - left > edge[0] or bottom - top > edge[1]:
+        components, *steps = struct.unpack_from(">H9B", data, start + 40)
+        if start < 0 or right - left > edge[0] or bottom - top > edge[1] or components not in (3, 4):
             raise ValueError("no JPEG 2000 stream of the stated size")
-        pixels = decode_page(data, index)[0][0, ..., :3]
-        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels), mode="YCbCr").convert("RGB")) if is_ycbcr else pixels
+        pixels = imagecodecs.jpeg2k_decode(data)[..., :3]
+        if is_ycbcr and steps[4] == 1:  # chroma as wide as luma
+            pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels), mode="YCbCr").convert("RGB"))
+        return pixels
 
     return decode
 
