@@ -6,6 +6,7 @@ which is what makes killed, repeated and shared-out runs end in the same files.
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,7 @@ def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
                 grid.save(grid_path(job.out, job.slide_id))
                 write_json(job.out / "tissue" / f"{job.slide_id}.geojson", polygons_to_geojson(polygons))
                 overlay = draw_overlay(thumbnail, polygons, grid.xy, grid.extent_px, slide.size)
-                with atomic(job.out / "overlays" / f"{job.slide_id}.jpg") as part:
-                    overlay.save(part, "JPEG", quality=85)
+                _save_jpeg(overlay, job.out / "overlays" / f"{job.slide_id}.jpg")
                 if job.pack and write_pack(slide, grid, pack_path(job.out, job.slide_id)):
                     log.info("%s: packed without encoding anew", job.slide_id)
     except (DreslclError, MemoryError) as error:
@@ -335,8 +335,13 @@ def _run(jobs: list[_Job], threads: int, work: Callable[[_Job], dict[str, Any]],
 
 
 def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
-    """What `_tile` left of each slide: {"fingerprint", "row"}."""
-    return {path.stem: json.loads(path.read_bytes()) for path in sorted((out / "rows").glob("*.json"))}
+    """What `_tile` left of each slide: {"fingerprint", "row"}; a damaged file counts as not there."""
+    rows = {}
+    for path in sorted((out / "rows").glob("*.json")):
+        with suppress(ValueError, KeyError, TypeError):
+            made = json.loads(path.read_bytes())
+            rows[path.stem] = {"fingerprint": made["fingerprint"], "row": {column: made["row"][column] for column in COLUMNS}}
+    return rows
 
 
 def _is_done(job: _Job, made: dict[str, Any] | None) -> bool:
@@ -378,5 +383,11 @@ def _contact_sheet(out: Path) -> None:
                 overlay.thumbnail((cell - 4, cell - 4))
                 sheet.paste(overlay, (x, y + 12))
             draw.text((x, y), path.stem[-(cell // 6) :], fill="black")
-        with atomic(out / "contact_sheet.jpg") as part:
-            sheet.save(part, "JPEG", quality=80)
+        _save_jpeg(sheet, out / "contact_sheet.jpg")
+
+
+def _save_jpeg(image: Image.Image, path: Path) -> None:
+    memory = io.BytesIO()  # on a full disk Pillow itself would not say why it fails
+    image.save(memory, "JPEG", quality=85)
+    with atomic(path) as part:
+        part.write_bytes(memory.getvalue())

@@ -240,9 +240,9 @@ def draw_overlay(
     level0_size: tuple[int, int],
     longest_px: int = 1600,
 ) -> Image.Image:
-    """The thumbnail, at most doubled, with the outline of the tissue (green) and the kept tiles (tinted, with a thin edge)."""
+    """The thumbnail, at most three times as large, with the outline of the tissue (green) and the kept tiles (tinted, with a thin edge)."""
     image = Image.fromarray(thumbnail)
-    grow = min(2.0, longest_px / max(image.size))
+    grow = min(3.0, longest_px / max(image.size))
     size = (max(1, round(image.width * grow)), max(1, round(image.height * grow)))
     image = image.resize(size, Image.Resampling.BOX if grow < 1 else Image.Resampling.BICUBIC)
     scale = np.array(size) / level0_size

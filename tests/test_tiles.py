@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -417,15 +416,26 @@ def test_a_second_run_on_the_same_folder_is_told_who_holds_it(scans, tmp_path):
     assert len(tile_slides(scans, tmp_path, SMALL)) == 8
 
 
-def test_a_full_disk_stops_the_run_in_one_line_and_the_next_one_completes_it(scans, tmp_path):
-    code = RUN.replace("import sys, pathlib", "import sys, pathlib, resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))")
+@pytest.mark.parametrize("limit", [800, 4000, 12000])
+def test_a_full_disk_stops_the_run_in_one_line_and_the_next_one_completes_it(scans, tmp_path, limit):
+    code = RUN.replace(
+        "import sys, pathlib", f"import sys, pathlib, resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    )
     done = subprocess.run([sys.executable, "-c", code, scans, tmp_path / "w"], capture_output=True, text=True, check=False)
     assert done.stderr.strip().splitlines()[-1].startswith("dreslcl.errors.StoreError") and "run the same command again" in done.stderr
     assert not list((tmp_path / "w").rglob("*.part"))
     tile_slides(scans, tmp_path / "w", SMALL)
     tile_slides(scans, tmp_path / "whole", SMALL)
     assert outputs(tmp_path / "w") == outputs(tmp_path / "whole")
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_damaged_leftovers_and_a_file_in_the_way(scans, tmp_path):
+    tile_slides(scans, tmp_path / "w", SMALL)
+    expected = outputs(tmp_path / "w")
+    for name, text in [("a__0", ""), ("a__1", "[]"), ("a__2", '{"row": 3}')]:
+        (tmp_path / "w" / "rows" / f"{name}.json").write_text(text)
+    tile_slides(scans, tmp_path / "w", SMALL)
+    assert outputs(tmp_path / "w") == expected
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be written"):
         tile_slides(scans, tmp_path / "file", SMALL)
