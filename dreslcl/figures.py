@@ -143,7 +143,7 @@ def scatter(outcome: Outcome) -> bytes:
 
 def recall(outcome: Outcome) -> bytes:
     """Recall at 1, 5, 10 in both directions, with intervals and the chance line."""
-    ax = _axes("", "", "recall", (6, 4))
+    ax = _axes("", "", "recall", (6.0, 4.0))
     for i, (direction, score) in enumerate(outcome.scores["embedding"].items()):
         bars = [score[f"recall@{k}"] for k in CUTS]
         x = np.arange(len(CUTS)) + 0.4 * i

@@ -6,7 +6,7 @@ kept out of test, and pretraining's reports are scanned for the words that name 
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from .config import EvalConfig
 from .embedding import Embeddings
 from .errors import TableError
 from .files import read_table
+from .metrics import Names
 
 Rows = list[dict[str, str]]
 UNLABELLED = {"", "na", "nan", "n/a", "null"}
@@ -93,9 +94,9 @@ def split_table(path: Path, slides: Slides) -> dict[str, list[str]]:
     return {column: [row.get(column, "") for row in found] for column in columns}
 
 
-def some(values: Sequence[str], limit: int = 3) -> str:
+def some(values: Iterable[str], limit: int = 3) -> str:
     """The first few, and how many more there are."""
-    values = list(values)
+    values = [str(value) for value in values]
     return ", ".join(map(repr, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
 
@@ -170,7 +171,7 @@ def patient_folds(y: np.ndarray, patients: np.ndarray, count: int, seed: int) ->
     return [Fold(train, np.empty(0, int), test) for train, test in split]
 
 
-def fixed_folds(parts: Mapping[str, Sequence[str]], ids: Sequence[str], patients: Sequence[str], where: str) -> list[Fold]:
+def fixed_folds(parts: Mapping[str, Sequence[str]], ids: Names, patients: Names, where: str) -> list[Fold]:
     """Folds from the words train, val, test of one column per fold; slides with another fold's or no part ("") are left out of it.
 
     Raises:
@@ -189,7 +190,9 @@ def fixed_folds(parts: Mapping[str, Sequence[str]], ids: Sequence[str], patients
         both = [(patient, there) for patient, there in of.items() if len(there) > 1]
         if both:
             sides = " and ".join(f"{name} ({slide})" for name, slide in both[0][1].items())
-            raise TableError(f"{where}: column {column!r} puts patient {both[0][0]!r} into {sides}; {len(both)} patients are on two sides")
+            raise TableError(
+                f"{where}: column {column!r} puts patient {str(both[0][0])!r} into {sides}; {len(both)} patients are on two sides"
+            )
         fold = Fold(*(np.flatnonzero(part == name) for name in ("train", "val", "test")))
         if not len(fold.test):
             raise TableError(f"{where}: column {column!r} puts no labelled slide with an embedding into test")

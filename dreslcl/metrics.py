@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
+Names = Sequence[str] | Shaped[np.ndarray, "n"]
 Weights = Float[np.ndarray, "R n"]
 Values = Float[np.ndarray, "R"]
 CUTS = (1, 5, 10)
@@ -24,7 +25,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def resamples(patients: Sequence[str], draws: int, seed: int) -> Weights:
+def resamples(patients: Names, draws: int, seed: int) -> Weights:
     """Bootstrap weights over patients, R = 1 + draws: row 0 is all ones, the others say how often each prediction's patient was drawn."""
     unique, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(unique), size=(draws, len(unique)))
