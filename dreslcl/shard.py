@@ -25,7 +25,7 @@ from .files import atomic
 
 EMPTY, CLEAN, DIRTY = 0, 1, 2  # state of a slide
 CHUNK = 8192  # rows in memory at a time when many are read
-RESIDENT = 4096  # rows touched before mapped pages are let go: up to 256 MB
+RESIDENT = 8192  # rows touched before mapped pages are let go: up to 512 MB
 
 
 def file_layout(tiles: int, slides: int, dim: int, codewords: int) -> dict[str, tuple[type, tuple[int, ...], int]]:

@@ -81,7 +81,7 @@ def main() -> None:
         aggregator = ResidualAggregator(D, E, ModelConfig(codewords=K))
         aggregator.set_codebook(features[:K].copy(), banks[1_000].slide_means())
         result = {}
-        for name, bank_tiles, rounds in (("step", 0, options.rounds), ("gather_all", ROWS, max(2, options.rounds // 20))):
+        for name, bank_tiles, rounds in (("step", 0, options.rounds), ("gather_all", ROWS, max(2, options.rounds // 40))):
             small, large = (Step(bank, aggregator, features, bank_tiles) for bank in banks.values())
             ms = alternate(small, large, rounds)
             result |= {f"{name}_1k_ms": round(ms[0], 2), f"{name}_100k_ms": round(ms[1], 2), f"{name}_100k_over_1k": round(ms[2], 3)}
