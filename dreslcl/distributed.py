@@ -55,13 +55,13 @@ class Ranks:
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
 
-    def mean(self, values: Sequence[float], weight: float, device: torch.device) -> list[float]:
-        """Weighted mean of each value over ranks."""
+    def mean(self, value: float, weight: int, device: torch.device) -> float:
+        """Weighted mean of a value over ranks."""
         if self.world == 1:
-            return list(values)
-        total = torch.tensor([weight, *(weight * v for v in values)], dtype=torch.float32, device=device)
+            return value
+        total = torch.tensor([weight * value, weight], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
         dist.all_reduce(total)
-        return (total[1:] / total[0]).tolist()
+        return float(total[0] / total[1])
 
     def collect(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in rank order (between the ranks of one run only)."""

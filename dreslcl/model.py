@@ -96,7 +96,7 @@ class DRESLCL(nn.Module):
         return self._towers().encode_tiles(torch.from_numpy(tiles).to(self.text_centre.device)).cpu().numpy()
 
     @torch.no_grad()
-    def embed_features(self, parts: Iterable[Float[np.ndarray, "n D"]]) -> Float32[np.ndarray, "E"]:
+    def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
         """The slide vector of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
 
         Raises:

@@ -316,7 +316,7 @@ class Trainer:
         self.optimizer.step()
         if self.live:
             drift = self._write_back(slides, index, fresh)
-            values["row_cosine"] = self.group.mean([drift], len(fresh), self.device)[0]
+            values["row_cosine"] = self.group.mean(drift, len(fresh), self.device)
         similar = (z_all @ u_all.T).detach().cpu().numpy()
         hit = (reports[:, None] == reports).cpu().numpy()
         values |= {

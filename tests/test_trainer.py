@@ -1,0 +1,258 @@
+"""The training loop on a cohort of tiny scans: gradients, ranks, resume, sampling, telemetry."""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dreslcl.cohort import Cohort, deal_patients, draw_tiles, plan_epoch, window_tiles
+from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
+from dreslcl.distributed import Ranks
+from dreslcl.errors import ConfigError, DreslclError, StoreError
+from dreslcl.files import write_table
+from dreslcl.synthetic import write_scan
+from dreslcl.tiles import tile_slides
+from dreslcl.trainer import Trainer, effective_rank, pretrain
+
+SMALL = RunConfig(
+    EncoderConfig(),
+    ModelConfig(codewords=4, width=16, heads=2, depth=1, dropout=0.0),
+    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, warmup=0.0, encoder_lr=1e-3, report_part=0.5),
+)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """Eight scans of coloured noise on white glass, tiled, with reports; p0 has two slides."""
+    folder, rng = tmp_path_factory.mktemp("cohort"), np.random.default_rng(0)
+    (folder / "slides").mkdir()
+    for i in range(8):
+        image = np.full((640, 768, 3), 244, np.uint8)
+        image[64:576, 64:704] = rng.integers(60, 160, (512, 640, 3)) // (1, 2, 1) + np.array([i * 8, 0, 90 - i * 9])
+        write_scan(folder / "slides" / f"s{i}.svs", image, mpp=1.0)
+    tile_slides(folder / "slides", folder / "work", TileConfig(size=64, mpp=2.0, mask_mpp=8.0))
+    patients = ["p0", "p0", *(f"p{i}" for i in range(2, 8))]
+    rows = [
+        (f"s{i}", p, f"Report of {p}. Finding number {i}. Margins are free.", "val" if i > 5 else "train") for i, p in enumerate(patients)
+    ]
+    write_table(folder / "work" / "reports.csv", ["slide_id", "patient_id", "report", "split"], rows)
+    return folder / "work"
+
+
+@pytest.fixture
+def cohort(work) -> Cohort:
+    return Cohort.load(work).with_reports(work / "reports.csv")
+
+
+def train(cohort, out, settings=SMALL, **changes):
+    pretrain(cohort, out, replace(settings, train=replace(settings.train, **changes)))
+    with (out / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def trainer(cohort, out, settings=SMALL, **changes) -> Trainer:
+    made = Trainer(cohort, Cohort(()), replace(settings, train=replace(settings.train, **changes)), out, Ranks())
+    made.make_optimizer()
+    made.make_bank()
+    return made
+
+
+def gradients(made: Trainer) -> dict[str, torch.Tensor]:
+    """Gradients of the first step's loss, by parameter name (the optimiser is kept from moving)."""
+    made.optimizer.step = lambda *_: None
+    plan = made.plan()[0]
+    visits = [made._visit(int(m)) for m in plan[0]]
+    made.model.train()
+    made.train_step(visits, [made.reader.read(v.member, v.tiles) for v in visits], plan)
+    return {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_caching_gives_the_gradients_of_one_big_batch(cohort, tmp_path):
+    whole = gradients(trainer(cohort, tmp_path / "a", clip_grad=0.0))
+    parts = gradients(trainer(cohort, tmp_path / "b", clip_grad=0.0, tile_batch=3))
+    assert any(n.startswith("encoder.clip.visual") for n in whole)
+    for name, gradient in whole.items():
+        scale = max(float(gradient.norm()), 1e-3)
+        assert float((gradient - parts[name]).norm()) <= 1e-4 * scale, name
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(cohort, tmp_path):
+    first = train(cohort, tmp_path / "a")
+    assert first == train(cohort, tmp_path / "b")
+    assert first != train(cohort, tmp_path / "c", seed=1)
+
+
+def test_training_moves_the_encoder_and_writes_all_files(cohort, tmp_path):
+    rows = train(cohort, tmp_path / "run")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for column in ("loss", "row_cosine", "row_age", "grad_encoder", "batch_recall@1", "effective_rank", "temperature"):
+        assert np.isfinite(float(rows[-1][column])), column
+    assert 0 < float(rows[0]["row_cosine"]) < 0.99999
+    for name in (
+        "config.toml",
+        "curves.png",
+        "checkpoint.pt",
+        "bank/bank.json",
+        "model/config.json",
+        "model/open_clip/open_clip_config.json",
+    ):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    assert RunConfig.load(tmp_path / "run" / "config.toml") == SMALL
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": "window"},
+        {"bank": False},
+        {"bank_tiles": 3, "stale_dropout": 0.3},
+        {"gradient_scale": "full", "refresh": 3, "refresh_every": 1},
+        {"loss": "siglip", "codebook_refit": 1},
+        {"view_weight": 0.5, "label_smoothing": 0.1, "report_part": 1.0},
+        {"freeze_epochs": 1, "stale_dropout": 0.2},
+        {"precision": "bf16", "augment": False},
+    ],
+    ids=str,
+)
+def test_every_way_to_train_runs(cohort, tmp_path, changes):
+    rows = train(cohort, tmp_path, **changes)
+    assert len(rows) == 2 and all(np.isfinite(float(row["loss"])) for row in rows)
+
+
+def test_a_resting_encoder_keeps_its_weights_and_reads_no_pixels(cohort, tmp_path, monkeypatch):
+    settings = replace(SMALL, encoder=EncoderConfig(tune="none"))
+    made = trainer(cohort, tmp_path, settings)
+    before = made.encoder.fingerprint()
+    monkeypatch.setattr(made.reader, "read", lambda *_: pytest.fail("pixels were read"))
+    values = made.run_epoch()
+    assert made.encoder.fingerprint() == before and "grad_encoder" not in values
+
+
+def test_resuming_goes_on_after_the_last_whole_epoch(cohort, tmp_path):
+    made = trainer(cohort, tmp_path, epochs=2)
+    made.save_checkpoint()
+    made.end_epoch(made.run_epoch())  # killed here
+    del made
+    with pytest.raises(StoreError, match="--resume"):
+        pretrain(cohort, tmp_path, SMALL)
+    pretrain(cohort, tmp_path, SMALL, resume=True)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_another_encoder_is_refused_on_resume(cohort, tmp_path):
+    train(cohort, tmp_path, epochs=1)
+    with pytest.raises(StoreError, match="encoder"):
+        pretrain(cohort, tmp_path, replace(SMALL, train=replace(SMALL.train, seed=5)), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_slides(cohort, tmp_path):
+    made = trainer(cohort, tmp_path)
+    with torch.no_grad():
+        made.model.aggregator.head.bias.fill_(float("nan"))
+    with pytest.raises(DreslclError, match=r"step 0 \(slides s\d"):
+        made.run_epoch()
+
+
+def test_window_sampling_leaves_no_row_older_than_a_round(cohort, tmp_path):
+    made = trainer(cohort, tmp_path, sampling="window", tiles=7)
+    tiles = cohort.members[0].tiles
+    rounds = -(-tiles // 7)
+    for _ in range(rounds + 1):
+        made.run_epoch()
+        made.epoch += 1
+    for member in cohort.members:
+        oldest = made.bank.oldest(member.slide_id, 1)
+        shard, _, rows = made.bank._find(member.slide_id)
+        assert made.step - shard.step[rows][oldest[0]] <= rounds * made.steps_per_epoch + made.steps_per_epoch
+    first = np.concatenate([window_tiles(np.arange(tiles), 7, visit) for visit in range(rounds)])
+    assert set(first) == set(range(tiles))
+
+
+def test_a_batch_never_holds_two_slides_of_one_patient(cohort):
+    for seed in range(20):
+        batches = plan_epoch(cohort.members, range(8), 3, np.random.default_rng(seed))
+        assert sorted(np.concatenate(batches)) == list(range(8))
+        for batch in batches:
+            patients = [cohort.members[i].patient_id for i in batch]
+            assert len(set(patients)) == len(patients)
+    surplus = plan_epoch(cohort.members, range(8), 1, np.random.default_rng(0))
+    assert len(surplus[0]) == 7
+
+
+def test_a_patients_slides_lie_in_one_shard(cohort):
+    shards = deal_patients(cohort.members, 3)
+    assert shards[0] == shards[1] and set(shards) == {0, 1, 2}
+
+
+def test_draws_are_distinct_and_within_the_slide():
+    drawn = draw_tiles(10, 4, np.random.default_rng(0))
+    assert len(set(drawn)) == 4 and drawn.max() < 10
+    assert list(draw_tiles(3, 8, np.random.default_rng(0))) == [0, 1, 2]
+
+
+def test_effective_rank_counts_directions():
+    vectors = torch.eye(3).repeat(5, 1)
+    assert effective_rank(vectors) == pytest.approx(2.0, abs=1e-4)  # three points span a plane
+    assert effective_rank(torch.ones(6, 3)) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_held_out_retrieval_is_measured_and_the_best_epoch_is_kept(cohort, work, tmp_path):
+    kept, held_out = cohort.split("split=val", work / "reports.csv")
+    assert {m.slide_id for m in held_out.members} == {"s6", "s7"}
+    pretrain(kept, tmp_path, SMALL, held_out=held_out)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["held_out_recall@5"]) == 1.0  # two slides
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_batch_must_be_a_multiple_of_the_shards(cohort, tmp_path):
+    with pytest.raises(ConfigError, match="multiple"):
+        pretrain(cohort, tmp_path, SMALL, shards=3)
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from dreslcl.cohort import Cohort
+from dreslcl.config import RunConfig
+from dreslcl.trainer import pretrain
+work, out = Path(sys.argv[1]), Path(sys.argv[2])
+cohort = Cohort.load(work).with_reports(work / "reports.csv")
+pretrain(cohort, out, RunConfig.load(out.parent / "settings.toml"), shards=2, resume=len(sys.argv) > 3)
+"""
+
+
+def torchrun(script: Path, ranks: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", str(script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_train_as_one_process_with_the_same_batch(cohort, work, tmp_path):
+    settings = replace(SMALL, train=replace(SMALL.train, clip_grad=0.5))
+    settings.save(tmp_path / "settings.toml")
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS)
+    torchrun(script, 2, str(work), str(tmp_path / "two"))
+    pretrain(cohort, tmp_path / "one", settings, shards=2)
+    one, two = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two"))
+    for a, b in zip(one["rows"], two["rows"]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    moved = 0.0
+    for name, value in one["model"].items():
+        if value.is_floating_point():
+            assert float((value - two["model"][name]).norm()) <= 2e-4 * max(float(value.norm()), 1e-2), name
+            moved = max(moved, float((value - two["model"][name]).abs().max()))
+    assert moved < 1e-3
+    # and going on with another number of ranks
+    replace(settings, train=replace(settings.train, epochs=3)).save(tmp_path / "settings.toml")
+    torchrun(script, 1, str(work), str(tmp_path / "two"), "resume")
+    assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["epoch"] == 3
