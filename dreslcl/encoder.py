@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 TINY = "dreslcl-tiny"
 _SCHEMAS = ("hf-hub:", "local-dir:")
+_BLOCKS = re.compile(r"(transformer\.resblocks|trunk\.(blocks|stages|layers))$")
+_AFTER_BLOCKS = re.compile(r"(trunk\.)?(proj|ln_post|norm|fc_norm|head|attn_?pool|final_conv|conv_head)\b")
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,18 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]), _quiet_open_clip():
             torch.manual_seed(seed)
             try:
-                clip = open_clip.create_model(name, config.pretrained, require_pretrained=pretrained, pretrained_text=False)
-                tokenizer = open_clip.get_tokenizer(name)
                 model_cfg = open_clip.get_model_config(name)
+                tag = open_clip.get_pretrained_cfg(name, config.pretrained) if config.pretrained else {}
+                if tag.get("quick_gelu"):  # OpenCLIP only warns where a name and a tag differ in their activation
+                    model_cfg["quick_gelu"] = True
+                clip = open_clip.create_model(
+                    name,
+                    config.pretrained,
+                    force_quick_gelu=model_cfg.get("quick_gelu", False),
+                    require_pretrained=pretrained,
+                    pretrained_text=False,
+                )
+                tokenizer = open_clip.get_tokenizer(name)
             except Exception as error:  # OpenCLIP raises many types for the same few user mistakes
                 raise ModelError(_explain(config, error)) from error
         return cls(clip, tokenizer, model_cfg, name, pretrained)
@@ -116,19 +128,20 @@ class Encoder(nn.Module):
         images = tiles.permute(0, 3, 1, 2)
         (h, w), (height, width) = self.image_size, images.shape[2:]
         if (height, width) != (h, w):
+            longest = self.preprocess_cfg["resize_mode"] == "longest"
             if self.preprocess_cfg["resize_mode"] == "squash":
                 new = (h, w)
             else:
-                pick = min if self.preprocess_cfg["resize_mode"] == "longest" else max
-                scale = pick(h / height, w / width)
-                new = (round(height * scale), round(width * scale))
+                scale = min(h / height, w / width) if longest else max(h / height, w / width)
+                # OpenCLIP rounds the longest edge's partner, torchvision cuts the shortest's
+                new = tuple(round(n * scale) if longest else int(n * scale + 1e-6) for n in (height, width))
             mode = "bilinear" if self.preprocess_cfg["interpolation"] == "bilinear" else "bicubic"
             source = images if images.device.type == "cpu" else images.float()  # uint8 resizing exists on the CPU only
             resized = F.interpolate(source, new, mode=mode, antialias=True)
             images = resized.float().round_().clamp_(0, 255)  # OpenCLIP resizes 8-bit pictures, so values are whole
-            top, left = (new[0] - h) // 2, (new[1] - w) // 2
-            images = F.pad(images, (max(-left, 0), max(left + w - new[1], 0), max(-top, 0), max(top + h - new[0], 0)))
-            images = images[:, :, max(top, 0) :, max(left, 0) :][:, :, :h, :w]
+            middle = int if longest else round
+            top, left = middle((new[0] - h) / 2), middle((new[1] - w) / 2)  # negative padding crops
+            images = F.pad(images, (-left, left + w - new[1], -top, top + h - new[0]), value=self.preprocess_cfg["fill_color"])
         return images.float() / 255
 
     def encode_tiles(self, tiles: UInt8[Tensor, "N H W 3"], views: Augmentation | None = None) -> Float[Tensor, "N D"]:
@@ -199,30 +212,23 @@ class Encoder(nn.Module):
         """Choose what learns: `tune` is EncoderConfig.tune, `text` the text tower.
 
         Raises:
-            ModelError: the tower has no blocks to count for last:N.
+            ModelError: the tower has no blocks to count for last:N, or no projection for head.
         """
         for p in self.clip.parameters():
             p.requires_grad_(False)
         for p in self.text_parameters():
             p.requires_grad_(text)
         visual = self.clip.visual
-        if tune == "all":
-            chosen: Iterable[nn.Parameter] = visual.parameters()
-        elif tune == "none":
-            chosen = ()
-        else:
-            blocks = [m for m in visual.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
-            names = {id(m): n for n, m in visual.named_modules()}
-            towers = [m for m in blocks if names[id(m)].split(".")[-1] in ("resblocks", "blocks", "stages", "layers")]
+        tail = {n: p for n, p in visual.named_parameters() if _AFTER_BLOCKS.match(n)}
+        chosen = {"all": list(visual.parameters()), "none": []}.get(tune, list(tail.values()))
+        if tune.startswith("last:"):
+            towers = [m for n, m in visual.named_modules() if _BLOCKS.match(n)]
             if not towers:
-                raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use tune = all or none")
-            inside = {id(p) for p in towers[0].parameters()}
-            after = [
-                p for n, p in visual.named_parameters() if id(p) not in inside and re.search(r"proj$|head|ln_post|norm\.|attn_pool", n)
-            ]
-            last = int(tune[5:]) if tune.startswith("last:") else 0
-            tail = list(towers[0])[-last:] if last else []
-            chosen = [*after, *(p for block in tail for p in block.parameters())]
+                raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use --tune all, head or none")
+            last = int(tune[5:])
+            chosen += [p for block in list(towers[0].children())[-last:] * (last > 0) for p in block.parameters()]
+        if not chosen and tune != "none":
+            raise ModelError(f"{self.name}: cannot tell the tower's last projection; use --tune all or none")
         for p in chosen:
             p.requires_grad_(True)
 
@@ -236,7 +242,8 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of the image tower's architecture, weights and preprocessing (16 hex digits): what a tile feature depends on."""
-        digest = hashlib.sha256(json.dumps([self.model_cfg["vision_cfg"], self.preprocess_cfg], sort_keys=True, default=str).encode())
+        architecture = {k: v for k, v in self.model_cfg.items() if k != "text_cfg"}
+        digest = hashlib.sha256(json.dumps([architecture, self.preprocess_cfg], sort_keys=True, default=str).encode())
         for key, value in sorted(self.clip.visual.state_dict().items()):
             digest.update(key.encode())
             digest.update(np.ascontiguousarray(value.detach().cpu().view(-1).float().numpy()).data)
@@ -251,8 +258,7 @@ class Encoder(nn.Module):
             save_file(weights, part)
         if hasattr(self.tokenizer, "tokenizer"):
             self.tokenizer.save_pretrained(folder)
-        keep = ("mean", "std", "interpolation", "resize_mode")
-        preprocess = {k: self.preprocess_cfg[k] for k in keep}
+        preprocess = {k: v for k, v in self.preprocess_cfg.items() if k != "size"}  # the architecture says the size
         write_json(folder / "open_clip_config.json", {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess})
 
 
@@ -292,6 +298,43 @@ def list_encoders() -> list[str]:
     return [TINY, *(n for n in open_clip.list_models() if n != TINY)]
 
 
+def describe_encoder(name: str, *, measure: bool = False) -> dict[str, Any]:
+    """Width D, input edge (px), context (tokens), parameters (millions) of both towers and, where asked for, tiles/s here.
+
+    Nothing is downloaded. The parameters of an architecture that needs a package which is not installed are None.
+
+    Raises:
+        ModelError: unknown name, or an architecture to measure that cannot be built.
+    """
+    config = EncoderConfig(name)
+    _register_tiny()
+    _check_name(config)
+    cfg = open_clip.get_model_config(name)
+    row = {"name": name, "width": cfg["embed_dim"], "image_px": cfg["vision_cfg"].get("image_size", 224)}
+    row["tokens"] = cfg["text_cfg"].get("context_length", 77)
+    counts: tuple[float | None, ...] = (None, None)
+    try:
+        with torch.device("meta"), _quiet_open_clip():
+            clip = open_clip.create_model(name, device="meta", pretrained_text=False)
+        image, both = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (clip.visual, clip))
+        counts = image, both - image
+    except Exception as error:  # as in Encoder.create; here it only leaves two numbers out
+        log.debug("%s: %s", name, error)
+    row |= {"image_millions": counts[0], "text_millions": counts[1]}
+    if measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = Encoder.create(config).to(device).eval()
+        tiles = torch.zeros((64, *encoder.image_size, 3), dtype=torch.uint8, device=device)
+        with torch.inference_mode():
+            encoder.encode_tiles(tiles).cpu()  # the first pass warms up
+            start, done = time.perf_counter(), 0
+            while (spent := time.perf_counter() - start) < 1:
+                encoder.encode_tiles(tiles).cpu()
+                done += len(tiles)
+        row["tiles_per_s"] = done / spent
+    return row
+
+
 def _check_name(config: EncoderConfig) -> None:
     if config.name.startswith(_SCHEMAS):
         return
@@ -319,8 +362,8 @@ def _explain(config: EncoderConfig, error: Exception) -> str:
         )
     if config.name.startswith("hf-hub:") or config.pretrained:
         return (
-            f"encoder {config.name} cannot be loaded ({reason}); without a network, copy the model's folder "
-            "(open_clip_config.json and weights) from a machine that has it and use local-dir:FOLDER"
+            f"encoder {config.name} cannot be loaded ({reason}); log in where it is gated (`hf auth login`); without a network, copy "
+            "the model's folder (open_clip_config.json and weights) from a machine that has it and use local-dir:FOLDER"
         )
     return f"encoder {config.name} cannot be built ({reason})"
 
