@@ -156,8 +156,11 @@ def test_linear_probe_chooses_c_inside_and_equals_scikit_learns_fit():
 def test_few_shot_uses_one_slide_of_each_drawn_patient():
     x = np.r_[np.tile([1.0, 0], (3, 1)), [[-1.0, 0]], np.tile([0, 1.0], (2, 1))]
     y, groups = np.array([0, 0, 0, 0, 1, 1]), np.array(["a", "a", "a", "b", "c", "d"])
-    p = few_shot_probe(x, y, groups, np.array([[1.0, 0], [0, 1.0]]), 2, 2, 0)
-    assert p.shape == (2, 2) and p[1].argmax() == 1  # with patient a once and b once, class 0 has no direction left
+    drawn = [few_shot_probe(x, y, groups, np.array([[1.0, 0], [0, 1.0]]), 2, 2, seed) for seed in range(8)]
+    assert all((p == drawn[0]).all() for p in drawn)  # both patients are always drawn, and a's slides are equal
+    assert drawn[0][1].argmax() == 1
+    one = [few_shot_probe(x, y, groups, np.array([[1.0, 0]]), 2, 1, seed)[0, 0] for seed in range(8)]
+    assert min(one) < 0.5 < max(one)  # one shot: patient a or patient b
 
 
 def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_is_paired():
