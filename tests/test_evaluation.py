@@ -160,7 +160,7 @@ def test_few_shot_uses_one_slide_of_each_drawn_patient():
     assert all((p == drawn[0]).all() for p in drawn)  # both patients are always drawn, and a's slides are equal
     assert drawn[0][1].argmax() == 1
     one = [few_shot_probe(x, y, groups, np.array([[1.0, 0]]), 2, 1, seed)[0, 0] for seed in range(8)]
-    assert min(one) < 0.5 < max(one)  # one shot: patient a or patient b
+    assert len(set(np.round(one, 6))) == 2  # one shot: patient a or patient b
 
 
 def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_is_paired():
