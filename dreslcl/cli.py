@@ -7,6 +7,7 @@ stderr says what), 2 a mistake in the command, 130 stopped by Ctrl-C.
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 log = logging.getLogger(__name__)
 
+_UsageError = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
 _FLAGS = {("EncoderConfig", "name"): "encoder"}  # a knob whose flag says more than its field
 _PANELS = {
     "TileConfig": "Tiles",
@@ -161,7 +163,7 @@ def tile(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is there and would be done; write nothing.")] = False,
 ) -> None:
     """Find the tissue tiles of each scan: grids, overlays and slides.csv."""
-    from .tiles import COLUMNS, tile_slides
+    from .tiles import tile_slides
 
     rows = tile_slides(
         slides,
@@ -187,7 +189,6 @@ def tile(
         for row in [r for r in rows if r["status"] == "error"][:5]:
             print(f"  {row['slide_id']}: {row['error']}", file=sys.stderr)
         raise DreslclError(f"{counts['error']} of {len(rows)} slides failed; their rows in {out / 'slides.csv'} say why")
-    assert COLUMNS
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -229,7 +230,6 @@ def pretrain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cohort, memory, disk and time forecast; train nothing.")] = False,
 ) -> None:
     """Train the tile encoder and the residual encoder against the reports."""
-    from .cohort import Cohort
     from .trainer import pretrain as run
 
     settings = PRESETS[preset] if preset else RunConfig()
@@ -244,7 +244,6 @@ def pretrain(
     folder = run(cohort, out, settings, held_out=held_out, resume=resume, dry_run=dry_run)
     if not dry_run:
         print(f"model: {folder}")
-    assert Cohort
 
 
 def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> Any:
@@ -270,7 +269,11 @@ def embed(
     by: Annotated[Literal["slide", "patient"], typer.Option(help="One vector per slide, or the mean of a patient's slides.")] = "slide",
     tile_batch: Annotated[int, typer.Option(help="Tiles in one pass of the encoder.", min=1)] = TrainConfig.tile_batch,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the tile encoder.")] = "auto",
-    workers: Workers = 2,
+    workers: Workers = 0,
+    layout: Annotated[
+        Literal["trident", "clam", "stamp", "patho-bench"], typer.Option(help="Also write files as this tool reads them.")
+    ] = "trident",
+    tile_features: Annotated[bool, typer.Option("--tile-features", help="Also write each slide's tile features, in that layout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Embed slides again that are done.")] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
@@ -283,8 +286,10 @@ def embed(
         encoder=None if model else EncoderConfig(encoder, pretrained),
         batch=tile_batch,
         precision=precision,
-        workers=workers or 2,
+        workers=workers or min(8, os.cpu_count() or 1),
         by=by,
+        layout=layout,
+        tile_features=tile_features,
         force=force,
     )
     print(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
@@ -368,15 +373,38 @@ def demo(
 
 
 @command(panel="Help")
-def encoders() -> None:
-    """List the encoders that --encoder takes."""
-    from .encoder import list_encoders
+def encoders(
+    names: Annotated[list[str] | None, typer.Argument(help="Names to describe; none: all are listed, without their parameters.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure tiles/s here, with random weights (of dreslcl-tiny where no name is given).")
+    ] = False,
+) -> None:
+    """List the encoders that --encoder takes: feature width, input edge (px), context (tokens), parameters, speed."""
+    from .encoder import TINY, describe_encoder, list_encoders
 
-    for name in list_encoders():
-        print(name)
-    print("hf-hub:ORG/NAME\nlocal-dir:FOLDER")
+    chosen = names or ([TINY] if measure else list_encoders())
+    rows = [describe_encoder(name, build=bool(names or measure), measure=measure) for name in chosen]
+    units = {"width": "width", "image_px": "input px", "tokens": "context tokens"}
+    units |= {"image_millions": "image 10⁶ parameters", "text_millions": "text 10⁶ parameters", "tiles_per_s": "tiles/s"}
+    shown = {key: unit for key, unit in units.items() if key in rows[0]}
+    cells = [[_number(row[key]) for key in shown] for row in rows]
+    print_table(["encoder", *shown.values()], [[row["name"], *line] for row, line in zip(rows, cells)])
+    if not names:
+        print("and hf-hub:ORG/NAME or local-dir:FOLDER", file=sys.stderr)
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else str(value) if isinstance(value, int) else f"{value:,.1f}"
 
 
 def main() -> None:
-    """The entry point of the `dreslcl` command."""
-    app()
+    """The entry point of the `dreslcl` command: a mistake in the command is one line too."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dreslcl"
+        print(f"{error.format_message().rstrip('.') or 'no command given'}; see `{command} --help`", file=sys.stderr)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

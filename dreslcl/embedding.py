@@ -16,11 +16,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from .errors import ConfigError, ModelError, StoreError
-from .files import atomic
+from .files import atomic, fingerprint
 
 if TYPE_CHECKING:
     from .cohort import Cohort
     from .config import EncoderConfig
+    from .layouts import Layout
+    from .model import DRESLCL
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ def embed(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int = 2,
     by: Literal["slide", "patient"] = "slide",
+    layout: "Layout" = "trident",
+    tile_features: bool = False,
     force: bool = False,
 ) -> Embeddings:
     """Embed every slide of a cohort from all its tiles; memory does not depend on how many there are.
@@ -136,14 +140,17 @@ def embed(
         encoder: which encoder makes those tile features, where there is no model.
         batch: tiles in one pass of the encoder.
         by: slide, or patient: the normalised mean of a patient's slide vectors.
+        layout: whose files to write besides, see layouts.py.
+        tile_features: write each slide's tile features too, in that layout; holds those of one slide in memory.
         force: embed slides again that are done.
 
     Raises:
+        ConfigError: tile features asked for where there are no pixels, or of a tool that reads none.
         ModelError: no model there, or features of a width it does not know.
     """
     from .distributed import ranks
     from .encoder import Encoder
-    from .files import fingerprint
+    from .layouts import tile_files, write_tiles, write_vectors
     from .model import DRESLCL, encode_members, pick_device
 
     device = pick_device()
@@ -152,17 +159,27 @@ def embed(
     name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
     if trained and (cohort.work is None) != (trained.about["tiles"] == "features"):
         raise ModelError(f"{model}: was trained on {trained.about['tiles']}, so it cannot embed {'pixels' if cohort.work else 'features'}")
-    folder = Path(out) / "slide_features"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{m.slide_id}.h5" for m in cohort.members]
+    if layout == "clam" and not tile_features:
+        raise ConfigError("CLAM reads tile features, not slide vectors: add --tile-features")
+    if tile_features and cohort.work is None:
+        raise ConfigError("--tile-features needs the folder that `dreslcl tile` wrote: the features are already in files")
+    out = Path(out)
+    files = [out / "slide_features" / f"{m.slide_id}.h5" for m in cohort.members]
+    besides = [tile_files(out, layout, m.slide_id) if tile_features else [] for m in cohort.members]
     with ranks(device) as group:
         marks = [fingerprint(name, mark) for mark in cohort.marks()]
-        todo = [i for i, file in enumerate(files) if force or _mark(file) != marks[i]][group.rank :: group.world]
+        todo = [i for i, file in enumerate(files) if force or _mark(file) != marks[i] or not all(f.exists() for f in besides[i])]
         if len(todo) < len(files):
             log.info("%d of %d slides are to do", len(todo), len(files))
+        group.wait()  # all ranks have seen the same files before the first is written
+        todo = todo[group.rank :: group.world]
         stream = encode_members(towers, cohort, todo, batch=batch, precision=precision, workers=workers, title="embedding")
         for i, parts in stream:
             mean = _Mean()
+            if tile_features:
+                kept = list(parts)
+                write_tiles(out, layout, np.concatenate(kept), cohort.grid(i), towers.name if towers else name)
+                parts = iter(kept)
             if trained:
                 vector = trained.embed_features(mean.watch(parts))
             else:
@@ -178,7 +195,8 @@ def embed(
         if by == "patient":
             result = result.by_patient()
         if group.first:
-            result.save(Path(out) / "embeddings.h5")
+            write_vectors(out, layout, result.ids, result.patients, result.vectors, name)
+            result.save(out / "embeddings.h5")
     return result
 
 
@@ -221,6 +239,17 @@ def _mark(path: Path) -> str:
             return str(file.attrs.get("fingerprint", ""))
     except OSError:
         return ""
+
+
+def load(folder: Path) -> "DRESLCL":
+    """The model in a folder `RUN/model`, on the GPU where there is one: `.embed_slide(scan)`, `.embed_tiles(array)`, `.embed_text(str)`.
+
+    Raises:
+        ModelError: no model there, or a damaged one.
+    """
+    from .model import DRESLCL, pick_device
+
+    return DRESLCL.load(folder).to(pick_device())
 
 
 def report_rows(

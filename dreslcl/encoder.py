@@ -298,8 +298,8 @@ def list_encoders() -> list[str]:
     return [TINY, *(n for n in open_clip.list_models() if n != TINY)]
 
 
-def describe_encoder(name: str, *, measure: bool = False) -> dict[str, Any]:
-    """Width D, input edge (px), context (tokens), parameters (millions) of both towers and, where asked for, tiles/s here.
+def describe_encoder(name: str, *, build: bool = True, measure: bool = False) -> dict[str, Any]:
+    """Width D, input edge (px), context (tokens), with `build` parameters (millions) of both towers, with `measure` tiles/s here.
 
     Nothing is downloaded. The parameters of an architecture that needs a package which is not installed are None.
 
@@ -312,15 +312,15 @@ def describe_encoder(name: str, *, measure: bool = False) -> dict[str, Any]:
     cfg = open_clip.get_model_config(name)
     row = {"name": name, "width": cfg["embed_dim"], "image_px": cfg["vision_cfg"].get("image_size", 224)}
     row["tokens"] = cfg["text_cfg"].get("context_length", 77)
-    counts: tuple[float | None, ...] = (None, None)
-    try:
-        with torch.device("meta"), _quiet_open_clip():
-            clip = open_clip.create_model(name, device="meta", pretrained_text=False)
-        image, both = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (clip.visual, clip))
-        counts = image, both - image
-    except Exception as error:  # as in Encoder.create; here it only leaves two numbers out
-        log.debug("%s: %s", name, error)
-    row |= {"image_millions": counts[0], "text_millions": counts[1]}
+    if build:
+        row |= {"image_millions": None, "text_millions": None}
+        try:
+            with torch.device("meta"), _quiet_open_clip():
+                clip = open_clip.create_model(name, device="meta", pretrained_text=False)
+            image, both = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (clip.visual, clip))
+            row |= {"image_millions": image, "text_millions": both - image}
+        except Exception as error:  # as in Encoder.create; here it only leaves two numbers out
+            log.debug("%s: %s", name, error)
     if measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = Encoder.create(config).to(device).eval()

@@ -44,16 +44,19 @@ class TileGrid:
         """Write TRIDENT's coordinate layout (see formats.md: resolutions as magnifications, 10 / mpp, so that they stay exact)."""
         memory = io.BytesIO()
         with h5py.File(memory, "w") as file:
-            coords = file.create_dataset("coords", data=self.xy)
-            coords.attrs.update(
-                patch_size=self.size, patch_size_level0=self.extent_px, level0_magnification=10 / self.mpp_level0,
-                target_magnification=10 / self.mpp, overlap=self.overlap, name=self.slide_id, savetodir=path.parent.name,
-                level0_width=self.level0_size[0], level0_height=self.level0_size[1], mpp_level0=self.mpp_level0, mpp=self.mpp,
-                mpp_source=self.mpp_source, fingerprint=self.fingerprint, dreslcl_version=__version__,
-            )  # fmt: skip
+            self.describe(file.create_dataset("coords", data=self.xy), path.parent.name)
             file.create_dataset("tissue_fraction", data=self.tissue)
         with atomic(path) as part:
             part.write_bytes(memory.getvalue())
+
+    def describe(self, coords: h5py.Dataset, folder: str) -> None:
+        """Put TRIDENT's attributes, and ours, on a dataset of this grid's corners; `folder` is the one that the file is in."""
+        coords.attrs.update(
+            patch_size=self.size, patch_size_level0=self.extent_px, level0_magnification=10 / self.mpp_level0,
+            target_magnification=10 / self.mpp, overlap=self.overlap, name=self.slide_id, savetodir=folder,
+            level0_width=self.level0_size[0], level0_height=self.level0_size[1], mpp_level0=self.mpp_level0, mpp=self.mpp,
+            mpp_source=self.mpp_source, fingerprint=self.fingerprint, dreslcl_version=__version__,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> "TileGrid":

@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .cohort import Cohort, TileReader
-from .config import EncoderConfig, ModelConfig
+from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder
-from .errors import ModelError
+from .errors import ModelError, SlideError
 from .features import read_features
 from .files import atomic, fingerprint, write_json
 from .progress import progress
 from .residual import ResidualAggregator, encode_residuals
+from .slide import Slide
+from .tiles import find_tiles
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +113,28 @@ class DRESLCL(nn.Module):
                     f"features have width {part.shape[1]}, the model was trained on width {self.dim}; use the same tile encoder"
                 )
             rows = torch.from_numpy(part.astype(np.float16)).to(self.text_centre.device).float()
-            new = encode_residuals(rows, self.aggregator.codewords)
+            new = encode_residuals(rows, self.aggregator.codewords, self.config.soft_assignment)
             total = new if total is None else (total[0] + new[0], total[1] + new[1])
         assert total is not None, "a slide without tiles has no vector"
         vector = self.aggregator(total[0][None], total[1][None])[0].cpu().numpy()
         self.train(was_training)
         return vector
+
+    def embed_slide(self, scan: str | Path, *, batch: int = 128) -> Float32[np.ndarray, "E"]:
+        """The slide vector of a scan: its tissue tiles, all encoded. Nothing is written, memory does not grow with the scan.
+
+        Raises:
+            ModelError: the model has no tile encoder (it was trained on features).
+            SlideError: the scan cannot be read, or holds no tissue.
+        """
+        self._towers()
+        with Slide.open(Path(scan)) as slide:
+            grid = find_tiles(slide, TileConfig(size=self.about["size"], mpp=self.about["mpp"]))
+            if not len(grid):
+                raise SlideError(f"{scan}: no tissue found, so there is nothing to embed")
+            with inference(self):
+                corners = (grid.xy[i : i + batch] for i in range(0, len(grid), batch))
+                return self.embed_features(self.embed_tiles(slide.read_tiles(xy, grid.size, grid.mpp)) for xy in corners)
 
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Float32[np.ndarray, "*N E"]:

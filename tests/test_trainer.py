@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from dreslcl.cohort import Cohort, deal_patients, draw_tiles, plan_epoch, window_tiles
-from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
+from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TrainConfig
 from dreslcl.distributed import Ranks
 from dreslcl.errors import ConfigError, DreslclError, StoreError
-from dreslcl.files import write_table
-from dreslcl.synthetic import write_scan
-from dreslcl.tiles import tile_slides
 from dreslcl.trainer import Trainer, effective_rank, pretrain
 
 SMALL = RunConfig(
@@ -24,24 +22,6 @@ SMALL = RunConfig(
     ModelConfig(codewords=4, width=16, heads=2, depth=1, dropout=0.0),
     TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, warmup=0.0, encoder_lr=1e-3, report_part=0.5),
 )
-
-
-@pytest.fixture(scope="session")
-def work(tmp_path_factory) -> Path:
-    """Eight scans of coloured noise on white glass, tiled, with reports; p0 has two slides."""
-    folder, rng = tmp_path_factory.mktemp("cohort"), np.random.default_rng(0)
-    (folder / "slides").mkdir()
-    for i in range(8):
-        image = np.full((640, 768, 3), 244, np.uint8)
-        image[64:576, 64:704] = rng.integers(60, 160, (512, 640, 3)) // (1, 2, 1) + np.array([i * 8, 0, 90 - i * 9])
-        write_scan(folder / "slides" / f"s{i}.svs", image, mpp=1.0)
-    tile_slides(folder / "slides", folder / "work", TileConfig(size=64, mpp=2.0, mask_mpp=8.0))
-    patients = ["p0", "p0", *(f"p{i}" for i in range(2, 8))]
-    rows = [
-        (f"s{i}", p, f"Report of {p}. Finding number {i}. Margins are free.", "val" if i > 5 else "train") for i, p in enumerate(patients)
-    ]
-    write_table(folder / "work" / "reports.csv", ["slide_id", "patient_id", "report", "split"], rows)
-    return folder / "work"
 
 
 @pytest.fixture

@@ -1,0 +1,5 @@
+"""`python -m dreslcl`, and `torchrun ... -m dreslcl`."""
+
+from .cli import main
+
+main()
