@@ -75,7 +75,7 @@ def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Calla
                 )
 
         @functools.wraps(function)
-        def run(ctx: typer.Context, **given: Any) -> None:
+        def run(ctx: Any, **given: Any) -> None:
             knobs: dict[type, dict[str, Any]] = {config: {} for config in configs}
             for flag, (config, name) in owner.items():
                 value = given.pop(flag)
@@ -115,10 +115,11 @@ def _common(
     logging.getLogger("dreslcl").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
-def _version(on: bool) -> None:
+def _version(on: bool) -> bool:
     if on:
         print(f"dreslcl {__version__}")
         raise typer.Exit
+    return on
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -393,7 +394,7 @@ def encoders(
         print("and hf-hub:ORG/NAME or local-dir:FOLDER", file=sys.stderr)
 
 
-def _number(value: float | None) -> str:
+def _number(value: int | float | None) -> str:
     return "?" if value is None else str(value) if isinstance(value, int) else f"{value:,.1f}"
 
 

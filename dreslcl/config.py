@@ -12,7 +12,7 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 from .files import write_text
@@ -185,6 +185,10 @@ class TrainConfig:
         _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
+        _require(self.tile_batch >= 1, f"tile_batch must be at least 1, got {self.tile_batch}")
+        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        for name in ("lr", "encoder_lr", "text_lr", "weight_decay", "clip_grad", "view_weight", "cache_gb"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
         _require(0 < self.report_part <= 1, f"report_part must be above 0 and at most 1, got {self.report_part}")
 
 
@@ -246,7 +250,7 @@ class RunConfig:
         parts = [f.name for f in fields(cls)]
         for name, table in tables.items():
             _require(name in parts and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(parts)}")
-            _check_types(getattr(base or cls(), name), table, f"{path} [{name}]")
+            tables[name] = _typed(getattr(base or cls(), name), table, f"{path} [{name}]")
         return updated(base or cls(), **tables)
 
 
@@ -259,13 +263,18 @@ def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
 
 
-def _check_types(part: Any, table: dict[str, Any], where: str) -> None:
-    known = {f.name: f.default for f in fields(part)}
+def _typed(part: Any, table: dict[str, Any], where: str) -> dict[str, Any]:
+    typed, known = {}, get_type_hints(type(part))
     for key, value in table.items():
         _require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
-        default = known[key]
-        same = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        _require(default is None or same, f"{where}: {key} should be of type {type(default).__name__}, got {value!r}")
+        kinds = get_args(known[key]) or (known[key],)
+        if get_origin(known[key]) is Literal:
+            _require(value in kinds, f"{where}: {key} must be one of {', '.join(kinds)}, got {value!r}")
+        else:
+            same = type(value) in kinds or (float in kinds and type(value) is int)
+            _require(same, f"{where}: {key} should be of type {kinds[0].__name__}, got {value!r}")
+        typed[key] = float(value) if float in kinds and type(value) is int else value
+    return typed
 
 
 def knob_help(config: type) -> dict[str, str]:

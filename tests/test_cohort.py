@@ -1,0 +1,216 @@
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dreslcl.cohort import (
+    Cohort,
+    Member,
+    TileReader,
+    deal_patients,
+    draw_tiles,
+    patient_of,
+    plan_epoch,
+    prefetch,
+    read_report_vectors,
+    read_reports,
+    window_tiles,
+)
+from dreslcl.errors import ConfigError, TableError
+from dreslcl.files import write_table
+
+
+def cohort_of(*names):
+    return Cohort.of_features({name: (Path(f"{name}.h5"), 3) for name in names})
+
+
+def table(path, columns, *rows):
+    write_table(path, columns, rows)
+    return path
+
+
+def test_tiled_slides_are_joined_with_their_reports_and_patients(work):
+    cohort = Cohort.load(work).with_reports(work / "reports.csv")
+    assert [m.slide_id for m in cohort.members] == [f"s{i}" for i in range(8)]
+    assert cohort.members[1].patient_id == "p0" and cohort.reports[cohort.members[5].report].startswith("Report of p5.")
+    assert any("8 of 8 slides have a report" in note for note in cohort.notes)
+    assert len(cohort.grid(0)) == cohort.members[0].tiles == len(cohort.coordinates(0))
+
+
+def test_join_says_what_matched_and_what_did_not(tmp_path):
+    reports = table(tmp_path / "r.csv", ["slide_id", "report"], ("a.svs", "One."), ("b", "One."), ("z", "Nobody."))
+    cohort = cohort_of("a", "b", "c").with_reports(reports)
+    assert [(m.slide_id, m.report) for m in cohort.members] == [("a", 0), ("b", 0)]  # one text: positives of each other
+    assert cohort.notes[1:] == (
+        "2 of 3 slides have a report; without: like c",
+        "2 of 3 reports have a slide; without: like z",
+        "1 distinct reports; 2 patients",
+    )
+
+
+def test_reports_by_patient_reach_all_slides_of_the_patient(tmp_path):
+    reports = table(tmp_path / "r.csv", ["patient_id", "report"], ("TCGA-05-4382", "One."))
+    cohort = cohort_of("TCGA-05-4382-01Z-00-DX1.76b4", "TCGA-05-4382-01Z-00-DX2.99", "TCGA-05-4384-01").with_reports(reports)
+    assert [m.report for m in cohort.members] == [0, 0] and {m.patient_id for m in cohort.members} == {"TCGA-05-4382"}
+    assert patient_of("slide7") == "slide7"
+
+
+def test_same_report_twice_counts_once_and_two_reports_are_refused(tmp_path):
+    twice = table(tmp_path / "r.csv", ["slide_id", "report"], ("a", "One."), ("a.svs", "One."))
+    assert len(cohort_of("a").with_reports(twice)) == 1
+    other = table(tmp_path / "r2.csv", ["slide_id", "report"], ("a", "One."), ("a.svs", "Two."))
+    with pytest.raises(TableError, match="'a' has more than one report"):
+        cohort_of("a").with_reports(other)
+
+
+def test_no_match_shows_both_sides(tmp_path):
+    reports = table(tmp_path / "r.csv", ["slide_id", "report"], ("x1", "One."))
+    with pytest.raises(TableError, match="slides are like a, b; reports are like x1"):
+        cohort_of("a", "b").with_reports(reports)
+    with pytest.raises(ConfigError, match="--reports TABLE or --report-embeddings FILE"):
+        cohort_of("a").with_reports(None)
+
+
+def test_tables_of_tcga_and_histgen_are_read(tmp_path):
+    rows = ("TCGA-CQ-7063.be787b58-3a45", 0, "One."), ("TCGA-AA-0001.x", 0, " ")
+    tcga = table(tmp_path / "t.csv", ["patient_filename", "label", "text"], *rows)
+    assert read_reports(tcga) == [("", "TCGA-CQ-7063", "One.")]
+    (tmp_path / "a.json").write_text(
+        json.dumps({"train": [{"id": "a", "report": "One.", "image_path": []}], "test": [{"id": "b", "report": "Two."}]})
+    )
+    assert read_reports(tmp_path / "a.json") == [("a", "", "One."), ("b", "", "Two.")]
+    kept, gone = cohort_of("a", "b").with_reports(tmp_path / "a.json").split("split=test", tmp_path / "a.json")
+    assert [m.slide_id for m in kept.members] == ["a"] and [m.slide_id for m in gone.members] == ["b"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"train": [{"id": 1}]}', '{"train": 3}'])
+def test_other_json_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(TableError, match="not HistGen's layout") as caught:
+        read_reports(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_without_the_columns_or_without_reports_are_refused(tmp_path):
+    with pytest.raises(TableError, match="needs columns report and slide_id or patient_id; there are slide_id, text"):
+        read_reports(table(tmp_path / "r.csv", ["slide_id", "text"], ("a", "One.")))
+    with pytest.raises(TableError, match="none of its 1 rows has a report"):
+        read_reports(table(tmp_path / "r2.csv", ["slide_id", "report"], ("a", "  ")))
+
+
+def test_real_tcga_reports_match_their_slides(test_data):
+    from dreslcl.features import find_features
+
+    cohort = Cohort.of_features(find_features(test_data / "tcga" / "features"))
+    by_patient = cohort.with_reports(test_data / "tcga" / "TCGA_Reports.csv")
+    by_slide = cohort.with_reports(test_data / "tcga" / "reports.csv")
+    assert len(cohort) == 944 and len(by_slide) == 530 and len(by_patient) >= 530
+
+
+# vectors
+
+
+def test_report_vectors_come_from_hdf5_and_npz_with_one_or_several_rows(tmp_path):
+    one, many = np.arange(4.0), np.ones((3, 4))
+    np.savez(tmp_path / "v.npz", a=one, b=many)
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["a"], file["b"] = one, many.astype(np.float16)
+    for name in ("v.npz", "v.h5"):
+        arrays = read_report_vectors(tmp_path / name)
+        assert arrays["a"].shape == (1, 4) and arrays["b"].shape == (3, 4) and arrays["b"].dtype == np.float32
+        cohort = cohort_of("a", "b", "c").with_reports(None, tmp_path / name)
+        assert [m.slide_id for m in cohort.members] == ["a", "b"] and np.array_equal(cohort.reports[0], one[None])
+
+
+@pytest.mark.parametrize("values", [{"a": np.ones(3), "b": np.ones(4)}, {"a": np.ones((1, 2, 3))}, {"a": np.ones((0, 3))}, {}])
+def test_report_vectors_of_several_shapes_are_refused(tmp_path, values):
+    np.savez(tmp_path / "v.npz", **values)
+    with pytest.raises(TableError, match="with one width"):
+        read_report_vectors(tmp_path / "v.npz")
+
+
+def test_files_that_hold_no_vectors_are_refused_in_one_line(tmp_path):
+    np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))
+    np.savez(tmp_path / "nan.npz", a=np.array([np.nan, 1]))
+    np.savez(tmp_path / "cut.npz", a=np.ones(4))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:60])
+    (tmp_path / "text.h5").write_text("hello")
+    for name in ("object.npz", "nan.npz", "cut.npz", "text.h5"):
+        with pytest.raises(TableError) as caught:
+            read_report_vectors(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+# splits
+
+
+def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
+    reports = table(
+        tmp_path / "r.csv", ["slide_id", "patient_id", "report", "part"], ("a", "p", "1", "x"), ("b", "p", "2", "y"), ("c", "q", "3", "y")
+    )
+    cohort = cohort_of("a", "b", "c").with_reports(reports)
+    kept, gone = cohort.split("part=x", reports)
+    assert [m.slide_id for m in kept.members] == ["c"] and [m.slide_id for m in gone.members] == ["a", "b"]
+    (tmp_path / "ids.txt").write_text("b.svs\n\n")
+    assert [m.slide_id for m in cohort.split(str(tmp_path / "ids.txt"), None)[0].members] == ["c"]
+    assert cohort.split(None, None)[0] is cohort
+    with pytest.raises(TableError, match="no column 'prat'"):
+        cohort.split("prat=x", reports)
+    with pytest.raises(TableError, match="names none of the 3 slides"):
+        cohort.split("part=w", reports)
+    with pytest.raises(ConfigError, match="neither a file of ids nor column=value"):
+        cohort.split("nothing.txt", None)
+
+
+# batches
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.integers(1, 6), st.integers(0, 99))
+def test_a_batch_never_holds_two_slides_of_a_patient(owners, batches, seed):
+    members = [Member(f"s{i}", f"p{p}", 1, Path("x")) for i, p in enumerate(owners)]
+    plan = plan_epoch(members, range(len(members)), batches, np.random.default_rng(seed))
+    for batch in plan:
+        assert len({members[i].patient_id for i in batch}) == len(batch)
+    dealt = np.concatenate(plan)
+    assert len(set(dealt.tolist())) == len(dealt) == sum(min(owners.count(p), batches) for p in set(owners))
+    assert max(map(len, plan)) - min(map(len, plan)) <= 1
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.integers(1, 5))
+def test_shards_keep_a_patient_together_and_are_about_equal(owners, shards):
+    members = [Member(f"s{i}", f"p{p}", 1, Path("x")) for i, p in enumerate(owners)]
+    home = deal_patients(members, shards)
+    assert all(len({h for h, o in zip(home, owners) if o == p}) == 1 for p in set(owners))
+    sizes = np.bincount(home, minlength=shards)
+    assert sizes.max() - sizes.min() <= max(owners.count(p) for p in owners)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 40))
+def test_windows_reach_every_tile_within_one_round(tiles, count, first):
+    order = np.random.default_rng(0).permutation(tiles)
+    visits = -(-tiles // count)
+    seen = np.concatenate([window_tiles(order, count, first + v) for v in range(visits)])
+    assert set(seen.tolist()) == set(range(tiles))
+    drawn = draw_tiles(tiles, count, np.random.default_rng(first))
+    assert len(set(drawn.tolist())) == min(tiles, count) and (np.diff(drawn) > 0).all()
+
+
+def test_reader_gives_the_tiles_asked_for_with_and_without_cache(work):
+    cohort = Cohort.load(work)
+    plain, cached = TileReader(cohort), TileReader(cohort, cache_bytes=1 << 30)
+    jobs = [(i, np.array([5, 2])) for i in (0, 3, 0)]
+    for a, b, (member, index) in zip(plain.stream(jobs, ahead=2), cached.stream(jobs, ahead=2), jobs):
+        grid = cohort.grid(member)
+        assert a.shape == (2, grid.size, grid.size, 3) and np.array_equal(a, b)
+        assert np.array_equal(a, plain._open(member).read_tiles(grid.xy[index], grid.size, grid.mpp))
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert list(prefetch(lambda n: n * n, range(20), workers=4, ahead=3)) == [n * n for n in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(prefetch(lambda n: 1 / n, [1, 0], workers=2, ahead=1))

@@ -1,0 +1,64 @@
+from dataclasses import fields, replace
+
+import pytest
+
+from dreslcl.config import PRESETS, EncoderConfig, EvalConfig, ModelConfig, RunConfig, TileConfig, TrainConfig, knob_help, updated
+from dreslcl.errors import ConfigError
+
+CONFIGS = [TileConfig, EncoderConfig, ModelConfig, TrainConfig, EvalConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_knob_has_help(config):
+    assert set(knob_help(config)) == {f.name for f in fields(config)}
+    assert all(text.endswith(".") for text in knob_help(config).values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_and_changed_knobs_survive_writing_and_reading(preset, tmp_path):
+    config = updated(PRESETS[preset], train={"lr": 1e-9, "seed": 7}, encoder={"name": 'local-dir:/a "b"\\ü'})
+    config.save(tmp_path / "config.toml")
+    assert RunConfig.load(tmp_path / "config.toml") == config
+
+
+def test_absent_knobs_stay_as_in_the_base(tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nlr = 1\n")
+    base = PRESETS["paper"]
+    assert RunConfig.load(tmp_path / "c.toml", base) == replace(base, train=replace(base.train, lr=1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train", "not a readable TOML"),
+        ("[trian]\nlr = 1", r"unknown table \[trian\]; there are encoder, model, train"),
+        ("[train]\nlearning_rate = 1", "unknown key 'learning_rate'; there are epochs"),
+        ("[train]\nepochs = 'ten'", "epochs should be of type int, got 'ten'"),
+        ("[train]\nbatch = 1", "batch must be at least 2"),
+        ("[train]\nbatch = true", "batch should be of type int"),
+        ("[train]\nsampling = 'widnow'", "sampling must be one of random, window, got 'widnow'"),
+        ("[encoder]\npretrained = 3", "pretrained should be of type str"),
+        ("lr = 1", r"unknown table \[lr\]"),
+    ],
+)
+def test_wrong_file_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        RunConfig.load(tmp_path / "c.toml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "knobs"),
+    [
+        (TileConfig, {"mpp": 0.0}), (TileConfig, {"size": 3}), (TileConfig, {"overlap": 256}), (TileConfig, {"min_tissue": 1.5}),
+        (EncoderConfig, {"tune": "last:x"}), (EncoderConfig, {"tune": "some"}), (ModelConfig, {"codewords": 1}),
+        (ModelConfig, {"width": 10}), (TrainConfig, {"batch": 1}), (TrainConfig, {"tiles": 0}), (TrainConfig, {"epochs": 0}),
+        (TrainConfig, {"stale_dropout": 1.0}), (TrainConfig, {"report_part": 0.0}), (EvalConfig, {"folds": 1}),
+        (TrainConfig, {"tile_batch": 0}), (TrainConfig, {"temperature": 0.0}), (TrainConfig, {"lr": -1.0}),
+    ],
+)  # fmt: skip
+def test_senseless_value_is_refused_with_the_knob_named(config, knobs):
+    (name,) = knobs
+    with pytest.raises(ConfigError, match=name):
+        config(**knobs)

@@ -1,0 +1,105 @@
+"""Rules of the house: imports point down, everything public has words to it, importing is cheap, no absolute paths."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dreslcl
+from dreslcl.cli import app
+
+PACKAGE = Path(dreslcl.__file__).parent
+ORDER = (  # the trainer stands high because it draws its curves with the report's help
+    "errors files progress config distributed segments slide tissue grid pack tiles shard bank residual encoder features cohort "
+    "metrics model layouts embedding labels evaluation figures report trainer synthetic demo cli __main__"
+).split()
+MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+
+
+def tree(module):
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(module):
+    """Names of our own modules that a module imports anywhere, for type checkers alone left out."""
+    body = tree(module)
+    hidden = {id(n) for i in ast.walk(body) if isinstance(i, ast.If) and ast.unparse(i.test) == "TYPE_CHECKING" for n in ast.walk(i)}
+    for node in ast.walk(body):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in hidden:
+            yield from [node.module.split(".")[0]] if node.module else (a.name for a in node.names if a.name in MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    assert module in ORDER, f"give {module} its place in ORDER"
+    upward = {name for name in imports(module) if ORDER.index(name) >= ORDER.index(module)}
+    assert not upward, f"{module} imports {upward}, which do not stand below it"
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout.split()
+
+
+def test_help_is_quick_and_import_loads_no_torch():
+    code = (
+        "import sys, time; sys.argv = ['dreslcl', '--help']\nimport dreslcl, dreslcl.cli\n"
+        "try: dreslcl.cli.main()\nexcept SystemExit: pass\n"
+        "print(time.process_time(), 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    seconds, torch, numpy = run(code)[-3:]
+    assert (torch, numpy) == ("False", "False")
+    assert float(seconds) < 0.7
+
+
+@pytest.mark.parametrize("module", ["bank", "slide", "tissue", "tiles", "cohort", "features", "embedding", "evaluation", "layouts"])
+def test_modules_around_scans_and_results_load_no_torch(module):
+    assert run(f"import sys, dreslcl.{module}; print('torch' in sys.modules)") == ["False"]
+
+
+@pytest.mark.parametrize("name", [n for n in dreslcl.__all__ if n != "__version__"])
+def test_every_public_name_resolves_and_explains_itself(name):
+    thing = getattr(dreslcl, name)
+    assert len(inspect.getdoc(thing) or "") > 30
+    for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+        if not member.startswith("_") and inspect.isfunction(getattr(value, "__func__", value)) and member not in ("forward",):
+            assert inspect.getdoc(getattr(thing, member)), f"{name}.{member} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_and_public_function_has_a_docstring(module):
+    body = tree(module)
+    assert ast.get_docstring(body)
+    for node in body.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+
+
+def test_every_command_and_option_has_help():
+    import typer
+
+    for name, command in typer.main.get_command(app).commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("cli", "__main__")])
+def test_library_modules_neither_print_nor_configure_logging(module):
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("print", "logging.basicConfig", "logging.disable", "warnings.filterwarnings", "sys.exit")
+
+
+def test_no_absolute_path_stands_in_the_repository():
+    pattern = re.compile(r"""["'\s=](/(?:tmp|home|work|root|usr|mnt|data)/[\w.]+)""")
+    root = PACKAGE.parent
+    files = [
+        p for folder in ("dreslcl", "tests", "examples") for p in (root / folder).rglob("*") if p.suffix in (".py", ".sh", ".md", ".json")
+    ]
+    for path in files:
+        if path.name != "test_house_rules.py":
+            assert not pattern.findall(path.read_text(encoding="utf-8")), path
