@@ -294,9 +294,10 @@ def prompt_vectors(prompts: Path | None, model: Path | None) -> dict[str, Float3
     try:
         text = prompts.read_text(encoding="utf-8")
         table = json.loads(text) if prompts.suffix.lower() == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{prompts}: neither JSON nor TOML ({error})") from error
-    lists = {name: [value] if isinstance(value, str) else value for name, value in table.items()}
+    classes = table if isinstance(table, dict) else {}
+    lists = {name: [value] if isinstance(value, str) else value for name, value in classes.items()}
     if not lists or any(not isinstance(v, list) or not v or not all(isinstance(p, str) for p in v) for v in lists.values()):
         raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
     trained = DRESLCL.load(model)
