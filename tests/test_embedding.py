@@ -13,6 +13,8 @@ from dreslcl.embedding import Embeddings, embed, prompt_vectors, report_rows
 from dreslcl.encoder import Encoder
 from dreslcl.errors import ConfigError, ModelError, SlideError, StoreError
 from dreslcl.files import read_table
+from dreslcl.grid import TileGrid
+from dreslcl.layouts import write_tiles
 from dreslcl.model import DRESLCL
 from dreslcl.synthetic import write_scan
 
@@ -154,6 +156,14 @@ def test_tile_features_are_read_alike_from_each_layout(embedded, cohort, model, 
     theirs, places = stamp_tiles(tmp_path / "stamp_tiles" / "s1.h5")
     grid = cohort.grid(1)
     assert np.allclose(theirs, features, atol=1e-3) and np.allclose(places * grid.mpp / grid.mpp_level0, coords)
+
+
+def test_stamp_places_are_micrometres_at_any_level_0_resolution(tmp_path):
+    xy = np.array([[0, 0], [512, 1024]])
+    grid = TileGrid("s", xy, np.ones(2, np.float32), 512, 256, 0.5, 0.25, "scan", (2048, 2048), "made")
+    write_tiles(tmp_path, "stamp", np.ones((2, 3), np.float32), grid, "ours")
+    data, at, _ = read(tmp_path / "stamp_tiles" / "s.h5")
+    assert data["coords"].tolist() == [[0, 0], [128, 256]] and (at["tile_size_um"], at["tile_size_px"]) == (128, 256)
 
 
 def test_slide_vectors_are_read_from_the_layouts_of_trident_stamp_and_patho_bench(embedded, cohort, model, tmp_path):
