@@ -21,6 +21,7 @@ from .features import read_corners
 from .files import file_stamp, read_table
 from .grid import TileGrid
 from .slide import Slide
+from .pack import open_tiles
 from .tiles import grid_path, read_slides
 
 log = logging.getLogger(__name__)
@@ -334,27 +335,31 @@ class TileReader:
 
     def __init__(self, cohort: Cohort, *, workers: int = 2, cache_bytes: int = 0):
         self.cohort, self.workers = cohort, max(1, workers)
-        self._open = lru_cache(maxsize=128)(self._open_scan)
+        self._open = lru_cache(maxsize=128)(self._open_tiles)
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
         sizes = [m.tiles for m in cohort.members]
         pixels = sum(sizes) * self.grid(0).size ** 2 * 3 if sizes else 0
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if pixels <= cache_bytes else None
 
-    def _open_scan(self, member: int) -> Slide:
-        grid = self.grid(member)
-        return Slide.open(self.cohort.members[member].source, mpp=grid.mpp_level0)
+    def _open_tiles(self, member: int) -> tuple[Slide, Int64[np.ndarray, "M 2"]]:
+        assert self.cohort.work is not None, "a cohort of features has no pixels"
+        return open_tiles(self.cohort.work, self.cohort.members[member].source, self.grid(member))
+
+    def _read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
+        grid, (slide, xy) = self.grid(member), self._open(member)
+        return slide.read_tiles(xy[index], grid.size, grid.mpp)
 
     def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the member's tiles `index`."""
         grid = self.grid(member)
         if self._cache is None:
-            return self._open(member).read_tiles(grid.xy[index], grid.size, grid.mpp)
+            return self._read(member, index)
         if member not in self._cache:  # setdefault: two threads may both get here, one pair of arrays wins
             self._cache.setdefault(member, (np.empty((len(grid), grid.size, grid.size, 3), np.uint8), np.zeros(len(grid), bool)))
         store, have = self._cache[member]
         missing = index[~have[index]]
         if len(missing):
-            store[missing] = self._open(member).read_tiles(grid.xy[missing], grid.size, grid.mpp)
+            store[missing] = self._read(member, missing)
             have[missing] = True
         return store[index]
 

@@ -253,6 +253,16 @@ class ResidualAggregator(nn.Module):
         self.centre.copy_(torch.from_numpy(slide_means.mean(0)))
         self.spread.copy_(torch.from_numpy(np.maximum(spread, 0.1 * typical)) if typical > 1e-6 else torch.ones(()))
 
+    def track(self, means: Float[Tensor, "B D"], momentum: float = 0.3) -> None:
+        """Let what standardises the mean path follow the features of a tile encoder that learns (running mean and deviation, no gradient).
+
+        Held at their first values, they blow the drift of a young encoder up until nothing is learnt (demo, AUROC .50 against .83).
+        """
+        with torch.no_grad():
+            means = means.detach() + self.centre  # `mean` gives them less the centre
+            self.centre.lerp_(means.mean(0), momentum)
+            self.spread.copy_(self.spread.square().lerp((means - self.centre).square().mean(0), momentum).sqrt())
+
     def mean(self, sums: Float[Tensor, "B K D"], counts: Float[Tensor, "B K"]) -> Float[Tensor, "B D"]:
         """Each slide's mean feature less the centre: Σ n_k (c_k − centre) and Σ R_k over M, which keeps the digits of small differences."""
         return (sums.sum(1) + counts @ (self.codewords - self.centre)) / counts.sum(1, keepdim=True).clamp(min=1e-12)

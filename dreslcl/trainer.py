@@ -98,7 +98,7 @@ class Trainer:
         self.visits = np.zeros(len(cohort), np.int64)
         self.epoch = self.step = 0
         self.rows: list[dict[str, float]] = []
-        self.best, self.waited = -math.inf, 0
+        self.best, self.waited, self.drawn = -math.inf, 0, time.monotonic()
         self.pieces = self._split_reports()
         self.orders: dict[int, np.ndarray] = {}
 
@@ -176,6 +176,7 @@ class Trainer:
         """K-means over the same number of rows from each slide; a re-fit keeps the meaning of each codeword."""
         per_slide = max(1, CODEBOOK_ROWS // len(self.cohort))
         rows = np.concatenate(self.group.collect(self.bank.sample(per_slide, self.train.seed)))
+        rows = rows[np.lexsort(rows.T[:4])]  # the same order, so the same codewords, however slides are dealt to ranks
         aggregator = self.model.aggregator
         book = Codebook.fit(rows, self.config.model.codewords, seed=self.train.seed, encoder=self.encoder_name)
         if aggregator.codewords.any():
@@ -291,9 +292,9 @@ class Trainer:
             fresh, encode_again = self._fresh(tiles, views)
         else:
             index, fresh, encode_again = *self._from_bank(slides, visits), None
-        z = self._slide_vectors(slides, index, fresh)
-        u = self._report_vectors(visits)
         sizes = [len(members) for members in plan]
+        z = self._slide_vectors(slides, index, fresh, sizes)
+        u = self._report_vectors(visits)
         z_all, u_all = self.group.gather_rows(z, sizes), self.group.gather_rows(u, sizes)
         reports = torch.tensor([self.cohort.members[i].report for members in plan for i in members], device=self.device)
         scale = self.group.own_share(self.model.logit_scale).clamp(max=math.log(100)).exp()
@@ -389,7 +390,9 @@ class Trainer:
             rows.append(torch.from_numpy(self.bank.gather(slide, index[-1])))
         return index, torch.cat(rows).to(self.device).float()
 
-    def _slide_vectors(self, slides: list[str], index: list[np.ndarray], fresh: Float[Tensor, "N D"]) -> Float[Tensor, "B E"]:
+    def _slide_vectors(
+        self, slides: list[str], index: list[np.ndarray], fresh: Float[Tensor, "N D"], sizes: list[int]
+    ) -> Float[Tensor, "B E"]:
         train = self.train
         whole = train.bank and (self.live or not len(fresh))
         rng = self._rng(4, self.step, self.group.rank)
@@ -402,8 +405,11 @@ class Trainer:
             bank_tiles=train.bank_tiles if self.live else 0,
             stale_dropout=train.stale_dropout if self.live else 0.0,
             gradient_scale=train.gradient_scale,
+            soft=self.config.model.soft_assignment,
             rng=rng,
         )
+        if self.live:
+            self.model.aggregator.track(self.group.gather_rows(self.model.aggregator.mean(sums, counts).detach(), sizes))
         return self.model.aggregator(sums, counts)
 
     def _report_vectors(self, visits: list[Visit]) -> Float[Tensor, "B X"]:
@@ -426,7 +432,8 @@ class Trainer:
         for half in (0, 1):
             parts = [part[half::2] for part in fresh.split(lengths)]
             places = [i[half::2] for i in index]
-            sums, counts = refreshed_residuals(None, slides, places, torch.cat(parts), self.model.aggregator.codewords)
+            words, soft = self.model.aggregator.codewords, self.config.model.soft_assignment
+            sums, counts = refreshed_residuals(None, slides, places, torch.cat(parts), words, soft=soft)
             halves.append(self.group.gather_rows(self.model.aggregator(sums, counts), sizes))
         one_each = torch.arange(sum(sizes), device=self.device)
         return contrastive_loss(halves[0], halves[1], one_each, scale)
@@ -467,13 +474,14 @@ class Trainer:
         self.best, self.waited = (score, 0) if better else (self.best, self.waited + 1)
         self.rows.append({"epoch": self.epoch, "step": self.step, **values})
         self.bank.flush()
+        stop = last or bool(train.patience and self.waited >= train.patience)
         if self.group.first:
-            if better:
+            if better and (self.held_out.members or stop):
                 self.model.save(self.out / "model")
             self.save_checkpoint()
-            self.write_metrics()
+            self.write_metrics(picture=stop)
         self.group.wait()
-        return bool(train.patience and self.waited >= train.patience)
+        return stop
 
     def held_out_retrieval(self) -> dict[str, float]:
         """Report → slide retrieval among the held-out patients, all of whose tiles are encoded anew."""
@@ -534,13 +542,15 @@ class Trainer:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
 
-    def write_metrics(self) -> None:
-        """metrics.csv, one row per epoch, and curves.png."""
+    def write_metrics(self, *, picture: bool) -> None:
+        """metrics.csv, one row per epoch, and curves.png: the picture costs a second, so every half minute and at the end."""
         from .report import curves
 
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         write_table(self.out / "metrics.csv", columns, [[row.get(c, "") for c in columns] for row in self.rows])
-        curves(self.out / "metrics.csv", self.out / "curves.png")
+        if picture or time.monotonic() - self.drawn > 30:
+            curves(self.out / "metrics.csv", self.out / "curves.png")
+            self.drawn = time.monotonic()
 
 
 def effective_rank(vectors: Float[Tensor, "S E"]) -> float:
@@ -632,7 +642,7 @@ def pretrain(
                 row = trainer.rows[-1]
                 shown = ", ".join(f"{k} {row[k]:.3g}" for k in ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10") if k in row)
                 log.info("epoch %d/%d: %s (%.1f s)", trainer.epoch, config.train.epochs, shown, time.monotonic() - start)
-                if stop:
+                if stop and trainer.epoch < config.train.epochs:
                     log.info("stopping: no better held-out retrieval for %d epochs", config.train.patience)
                     break
     return out / "model"
