@@ -14,6 +14,7 @@ _MODULE_OF = {
     "DRESLCL": "model",
     "DreslclError": "errors",
     "Embeddings": "embedding",
+    "embed": "embedding",
     "Encoder": "encoder",
     "MemoryBank": "bank",
     "ResidualAggregator": "residual",

@@ -20,8 +20,8 @@ from .errors import ConfigError, TableError
 from .features import read_corners
 from .files import file_stamp, read_table
 from .grid import TileGrid
-from .slide import Slide
 from .pack import open_tiles
+from .slide import Slide
 from .tiles import grid_path, read_slides
 
 log = logging.getLogger(__name__)

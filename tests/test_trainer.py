@@ -226,12 +226,9 @@ def test_two_ranks_train_as_one_process_with_the_same_batch(cohort, work, tmp_pa
     one, two = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two"))
     for a, b in zip(one["rows"], two["rows"]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    moved = 0.0
-    for name, value in one["model"].items():
-        if value.is_floating_point():
-            assert float((value - two["model"][name]).norm()) <= 2e-4 * max(float(value.norm()), 1e-2), name
-            moved = max(moved, float((value - two["model"][name]).abs().max()))
-    assert moved < 1e-3
+    flat = [torch.cat([v.flatten() for v in run["model"].values() if v.is_floating_point()]) for run in (one, two)]
+    # as one vector: Adam turns rounding noise of gradients that are exactly zero in theory (key biases) into small steps
+    assert float((flat[0] - flat[1]).norm()) <= 1e-5 * float(flat[0].norm())
     # and going on with another number of ranks
     replace(settings, train=replace(settings.train, epochs=3)).save(tmp_path / "settings.toml")
     torchrun(script, 1, str(work), str(tmp_path / "two"), "resume")
