@@ -92,7 +92,7 @@ class ModelConfig:
     """Layers of the aggregator's Transformer."""
     heads: int = 4
     """Attention heads of the aggregator's Transformer."""
-    dropout: float = 0.1
+    dropout: float = 0.3
     """Dropout in the aggregator."""
     mean_path: bool = True
     """Add a linear path from the slide's mean feature."""
@@ -125,11 +125,11 @@ class TrainConfig:
     """T, tiles encoded with gradient per slide and step."""
     tile_batch: int = 128
     """Tiles in one pass of the encoder: bounds memory, changes no result."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     """Peak learning rate of the aggregator and the heads."""
     encoder_lr: float = 1e-4
     """Peak learning rate of the tile encoder."""
-    text_lr: float = 1e-3
+    text_lr: float = 1e-4
     """Peak learning rate of the text tower where it learns."""
     weight_decay: float = 0.05
     """AdamW's weight decay."""
@@ -167,6 +167,8 @@ class TrainConfig:
     """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
     augment: bool = True
     """Flip, turn and stain-jitter fresh tiles."""
+    stain_jitter: float = 0.15
+    """Each colour's optical density varies by up to this share from tile to tile (with augment)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 on a GPU that has it."""
     compile: bool = False

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from .cohort import Cohort
-from .config import EncoderConfig, EvalConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
+from .config import EncoderConfig, EvalConfig, ModelConfig, RunConfig, TileConfig, TrainConfig, updated
 from .embedding import embed
 from .errors import StoreError
 from .evaluation import Result, evaluate
@@ -16,8 +16,14 @@ from .trainer import pretrain
 log = logging.getLogger(__name__)
 
 TASKS = ("subtype", "recognition", "mutation")
-TILES = TileConfig(size=128, mpp=1.0)
-SETTINGS = RunConfig(EncoderConfig(), ModelConfig(), TrainConfig(epochs=40, encoder_lr=1e-3, report_part=0.5))
+TILES = TileConfig(size=64, mpp=2.0)
+"""Structure of glands and sheets shows at 2 µm/px, and the tiny encoder takes 64 px."""
+SETTINGS = RunConfig(
+    EncoderConfig(),
+    ModelConfig(codewords=8, width=64, depth=1, dropout=0.3),
+    TrainConfig(epochs=50, encoder_lr=1e-3, lr=3e-4, text_lr=1e-4, gradient_scale="full", report_part=0.8, tile_batch=512),
+)
+"""A text tower that learns slowly cannot memorise the wording of 58 reports: at 1e-3 held-out AUROC fell from .94 to .71."""
 
 
 def run_demo(out: Path, *, slides: int = 96, seed: int = 0) -> dict[str, Result]:
@@ -38,7 +44,7 @@ def run_demo(out: Path, *, slides: int = 96, seed: int = 0) -> dict[str, Result]
     log.info("3/5 dreslcl pretrain: training on the reports of the training patients")
     cohort = Cohort.load(out / "work", patients=out / "labels.csv")
     train, _ = cohort.with_reports(out / "reports.csv").split("split=test", out / "reports.csv")
-    settings = RunConfig(SETTINGS.encoder, SETTINGS.model, TrainConfig(**{**vars(SETTINGS.train), "seed": seed}))
+    settings = updated(SETTINGS, train={"seed": seed})
     model = pretrain(train, out / "run", settings)
     log.info("4/5 dreslcl embed: every tile of every slide, with the trained and with the untrained encoder")
     trained = embed(cohort, out / "embeddings", model=model)

@@ -46,7 +46,7 @@ class Augmentation:
     """(N, 3) float32, factor on the optical density of red, green and blue."""
 
     @classmethod
-    def draw(cls, tiles: int, generator: torch.Generator, jitter: float = 0.15) -> "Augmentation":
+    def draw(cls, tiles: int, generator: torch.Generator, jitter: float) -> "Augmentation":
         """Draw views for `tiles` tiles; densities vary by ±`jitter`."""
         turns = torch.randint(0, 8, (tiles,), generator=generator)
         stain = 1 + jitter * (2 * torch.rand((tiles, 3), generator=generator) - 1)

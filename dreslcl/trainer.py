@@ -345,7 +345,7 @@ class Trainer:
         drawn = []
         for v in visits:
             seed = int(self._rng(2, v.member).integers(2**31))
-            drawn.append(Augmentation.draw(len(v.tiles), torch.Generator().manual_seed(seed)))
+            drawn.append(Augmentation.draw(len(v.tiles), torch.Generator().manual_seed(seed), self.train.stain_jitter))
         return Augmentation(torch.cat([d.turns for d in drawn]), torch.cat([d.stain for d in drawn]))
 
     def _fresh(self, tiles: np.ndarray, views: Augmentation | None) -> tuple[Float[Tensor, "N D"], Any]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from dreslcl.synthetic import write_cohort
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

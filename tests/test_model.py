@@ -4,6 +4,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+
 from dreslcl.config import EncoderConfig, ModelConfig
 from dreslcl.encoder import Encoder
 from dreslcl.errors import ModelError
@@ -78,7 +79,7 @@ def test_a_saved_model_keeps_its_tile_encoder(tmp_path):
 
 def test_what_a_model_cannot_do_is_said(tmp_path):
     model = small_model()
-    with pytest.raises(ModelError, match="width 7.*width 6"):
+    with pytest.raises(ModelError, match=r"width 7.*width 6"):
         model.embed_features([np.zeros((3, 7), np.float32)])
     with pytest.raises(ModelError, match="report vectors made elsewhere"):
         model.embed_text("carcinoma")
