@@ -357,7 +357,7 @@ def eval_(
 @command(panel="Start here")
 def demo(
     out: Out,
-    slides: Annotated[int, typer.Option(help="Synthetic scans to draw.", min=12)] = 96,
+    slides: Annotated[int, typer.Option(help="Synthetic scans to draw.", min=12)] = 120,
     seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = 0,
 ) -> None:
     """Draw a synthetic cohort and run all four steps on it: no data, no download, no GPU needed."""

@@ -21,12 +21,14 @@ TILES = TileConfig(size=64, mpp=2.0)
 SETTINGS = RunConfig(
     EncoderConfig(),
     ModelConfig(codewords=8, width=64, depth=1, dropout=0.3),
-    TrainConfig(epochs=50, encoder_lr=1e-3, lr=3e-4, text_lr=1e-4, gradient_scale="full", report_part=0.8, tile_batch=512),
+    TrainConfig(
+        epochs=60, encoder_lr=1e-3, lr=3e-4, text_lr=1e-4, gradient_scale="full", report_part=0.6, stain_jitter=0.25, tile_batch=512
+    ),
 )
-"""A text tower that learns slowly cannot memorise the wording of 58 reports: at 1e-3 held-out AUROC fell from .94 to .71."""
+"""A text tower that learns slowly, sentences left out and stain jitter keep a small cohort from being memorised by its wording and colours."""
 
 
-def run_demo(out: Path, *, slides: int = 96, seed: int = 0) -> dict[str, Result]:
+def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result]:
     """Write a synthetic cohort into `out` and run the four steps on it. Returns the evaluation of each task.
 
     Training sees the reports of the training patients only; test patients' slides are drawn from fields never used in training.
