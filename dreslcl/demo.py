@@ -25,7 +25,7 @@ SETTINGS = RunConfig(
         epochs=60, encoder_lr=1e-3, lr=3e-4, text_lr=1e-4, gradient_scale="full", report_part=0.6, stain_jitter=0.25, tile_batch=512
     ),
 )
-"""A text tower that learns slowly, sentences left out and stain jitter keep a small cohort from being memorised by its wording and colours."""
+"""A text tower that learns slowly, sentences left out and stain jitter keep a small cohort from being learnt by heart."""
 
 
 def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result]:
