@@ -29,11 +29,11 @@ def run(*command: str) -> str:
 def test_the_quickstart_runs_the_four_steps(cohort, tmp_path):
     tables = [str(cohort / name) for name in ("reports.csv", "labels.csv")]
     out = run("bash", str(EXAMPLES / "quickstart.sh"), str(cohort / "slides"), *tables, str(tmp_path))
-    assert "auroc" in out and "mean-pool" in out
+    assert "AUROC" in out and "mean-pool" in out
     assert (tmp_path / "eval" / "report.html").stat().st_size > 10_000
 
 
 def test_the_python_example_runs(cohort, tmp_path):
     tables = [str(cohort / name) for name in ("reports.csv", "labels.csv")]
     out = run(sys.executable, str(EXAMPLES / "python_api.py"), str(cohort / "slides"), *tables, str(tmp_path))
-    assert "auroc" in out and "nearest to 'squamous cell carcinoma': P" in out
+    assert "AUROC" in out and "nearest to 'squamous cell carcinoma': P" in out
