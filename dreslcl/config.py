@@ -171,8 +171,6 @@ class TrainConfig:
     """Each colour's optical density varies by up to this share from tile to tile (with augment)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 on a GPU that has it."""
-    compile: bool = False
-    """Run the tile encoder through torch.compile."""
     workers: int = 2
     """Threads that read tiles ahead."""
     cache_gb: float = 2.0
