@@ -64,9 +64,8 @@ class DRESLCL(nn.Module):
         self.config, self.dim, self.text_dim, self.frozen_text = config, dim, text_dim, frozen_text
         self.about = about or {}
         self.encoder = encoder
-        joint = config.joint_dim if frozen_text else text_dim
-        self.aggregator = ResidualAggregator(dim, joint, config)
-        self.text_head = nn.Linear(text_dim, joint, bias=False) if frozen_text else None
+        self.aggregator = ResidualAggregator(dim, self.joint_dim, config)
+        self.text_head = nn.Linear(text_dim, self.joint_dim, bias=False) if frozen_text else None
         self.register_buffer("text_centre", torch.zeros(text_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP only (Zhai et al. 2023, start value)

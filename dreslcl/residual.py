@@ -256,8 +256,8 @@ class ResidualAggregator(nn.Module):
     def track(self, means: Float[Tensor, "B D"], momentum: float = 0.9) -> None:
         """Let what standardises the mean path follow the features of a tile encoder that learns (running mean and deviation, no gradient).
 
-        Held at their first values, they blow the drift of a young encoder up until nothing is learnt; a slow average (0.3) lags behind it
-        (demo cohort of 120 slides, seed 0, held-out AUROC: 0.3 gave .72 to .82, 0.9 gave .86).
+        Held at their first values, they blow the drift of a young encoder until nothing is learnt. The momentum rests on single runs that
+        differed in other settings too (demo cohort, seed 0, AUROC: 0.3 gave .68 to .82, 0.9 gave .86): a hint, not a finding.
         """
         with torch.no_grad():
             means = means.detach() + self.centre  # `mean` gives them less the centre
