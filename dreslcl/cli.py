@@ -268,7 +268,7 @@ def embed(
     features: FeatureFolder = None,
     patients: Patients = None,
     by: Annotated[Literal["slide", "patient"], typer.Option(help="One vector per slide, or the mean of a patient's slides.")] = "slide",
-    tile_batch: Annotated[int, typer.Option(help="Tiles in one pass of the encoder.", min=1)] = TrainConfig.tile_batch,
+    tile_batch: Annotated[int, typer.Option(help="Tiles in one pass of the encoder; 0: as fits the device.", min=0)] = 0,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the tile encoder.")] = "auto",
     workers: Workers = 0,
     layout: Annotated[

@@ -31,7 +31,7 @@ from .features import read_features
 from .files import atomic, fingerprint, hold, write_table
 from .grid import hilbert_order
 from .metrics import first_hits, retrieval_metrics
-from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pick_device
+from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pass_size, pick_device
 from .progress import progress
 from .residual import Codebook, refreshed_residuals
 
@@ -60,6 +60,7 @@ class Trainer:
         if train.batch % self.shards:
             raise ConfigError(f"batch must be a multiple of the {self.shards} ranks, got {train.batch}")
         self.device = pick_device()
+        self.tile_batch = pass_size(train.tile_batch, self.device)
         self.pixels = cohort.work is not None
         vectors = not isinstance(cohort.reports[0], str)
         self.encoder = Encoder.create(config.encoder, seed=train.seed) if self.pixels or not vectors else None
@@ -165,7 +166,7 @@ class Trainer:
         train = self.train
         return encode_members(
             *(self.encoder, cohort, members),
-            batch=train.tile_batch,
+            batch=self.tile_batch,
             precision=train.precision,
             workers=train.workers,
             title=title,
@@ -201,9 +202,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device.type == "cuda")
 
     def _set_learning_rates(self) -> None:
-        total = self.steps_per_epoch * self.train.epochs
+        """Warm-up and cosine over the epochs in which the tile encoder may learn, and once more over those in which it settles."""
+        learning = self.steps_per_epoch * (self.train.epochs - self.train.settle_epochs)
+        settling = self.steps_per_epoch * self.train.epochs - learning
+        step, total = (self.step, learning) if self.step < learning else (self.step - learning, settling)
         rise = max(1, round(total * self.train.warmup))
-        factor = (self.step + 1) / rise if self.step < rise else 0.5 * (1 + math.cos(math.pi * (self.step - rise) / max(1, total - rise)))
+        factor = (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
@@ -215,7 +219,8 @@ class Trainer:
     @property
     def live(self) -> bool:
         """Whether the tile encoder learns in this epoch; else a slide is read from the bank alone."""
-        return self.pixels and self.config.encoder.tune != "none" and self.epoch >= self.train.freeze_epochs
+        learning = range(self.train.freeze_epochs, self.train.epochs - self.train.settle_epochs)
+        return self.pixels and self.config.encoder.tune != "none" and self.epoch in learning
 
     def plan(self) -> list[list[Int64[np.ndarray, "_"]]]:
         """The epoch's batches, each a list with one array of members per rank; every rank knows all of it."""
@@ -330,7 +335,7 @@ class Trainer:
 
     def _encode(self, tiles: np.ndarray, views: Augmentation | None) -> Float[Tensor, "n D"]:
         """Features of any number of tiles, a micro-batch at a time."""
-        step = self.train.tile_batch
+        step = self.tile_batch
         parts = [
             self.encoder.encode_tiles(self._to_device(tiles[i : i + step]), views.part(i, i + step) if views else None)
             for i in range(0, len(tiles), step)
@@ -350,7 +355,7 @@ class Trainer:
 
     def _fresh(self, tiles: np.ndarray, views: Augmentation | None) -> tuple[Float[Tensor, "N D"], Any]:
         """Features with gradient, and the second pass that gradient caching owes once the loss was back-propagated (or None)."""
-        step, precision = self.train.tile_batch, self.train.precision
+        step, precision = self.tile_batch, self.train.precision
         if len(tiles) <= step:
             with autocast(self.device, precision):
                 return self._encode(tiles, views), None
@@ -459,9 +464,10 @@ class Trainer:
         train, moved = self.train, self.live
         self.epoch += 1
         last = self.epoch == train.epochs
-        if moved and train.refresh_every and self.epoch % train.refresh_every == 0 and not last:
+        settles = moved and not self.live and not last
+        if settles or (moved and train.refresh_every and self.epoch % train.refresh_every == 0 and not last):
             self._fill(self.mine)
-        if train.codebook_refit and self.epoch % train.codebook_refit == 0 and not last:
+        if settles or (train.codebook_refit and self.epoch % train.codebook_refit == 0 and not last):
             self.fit_codebook()
         elif moved:
             for i in self.mine:
@@ -588,7 +594,7 @@ def forecast(trainer: Trainer) -> Forecast:
     members, config = trainer.cohort.members, trainer.config
     size = bank_bytes({m.slide_id: m.tiles for m in members}, trainer.model.dim, config.model.codewords)
     each = forecast_tile_megabytes(trainer.encoder) if trainer.pixels else 0.0
-    count = min(config.train.tile_batch, config.train.batch * config.train.tiles)
+    count = min(trainer.tile_batch, config.train.batch * config.train.tiles)
     return Forecast(len(members), sum(m.tiles for m in members), trainer.steps_per_epoch, size / 1e9, each * count)
 
 
