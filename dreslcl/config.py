@@ -10,7 +10,7 @@ import inspect
 import itertools
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -237,21 +237,14 @@ class RunConfig:
         write_text(path, "\n\n".join(blocks) + "\n")
 
     @classmethod
-    def load(cls, path: Path, base: "RunConfig | None" = None) -> "RunConfig":
-        """Read what `save` wrote; a part or knob that is absent stays as in `base` (by default at its default).
+    def load(cls, path: Path) -> "RunConfig":
+        """Read what `save` wrote; a table or knob that is absent has its default.
 
         Raises:
-            ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
+            ConfigError: as `read_knobs`, or a value that makes no sense.
         """
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
-        parts = [f.name for f in fields(cls)]
-        for name, table in tables.items():
-            _require(name in parts and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(parts)}")
-            tables[name] = _typed(getattr(base or cls(), name), table, f"{path} [{name}]")
-        return updated(base or cls(), **tables)
+        knobs = read_knobs(path)
+        return updated(cls(), encoder=knobs[EncoderConfig], model=knobs[ModelConfig], train=knobs[TrainConfig])
 
 
 def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
@@ -263,13 +256,35 @@ def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
 
 
-def _typed(part: Any, table: dict[str, Any], where: str) -> dict[str, Any]:
-    typed, known = {}, get_type_hints(type(part))
+TABLES = {"tile": TileConfig, "encoder": EncoderConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+def read_knobs(path: Path) -> dict[type, dict[str, Any]]:
+    """The knobs that a TOML file sets, by the configuration class that its tables [tile], [encoder], [model], [train], [eval] stand for.
+
+    Raises:
+        ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
+    for name, table in tables.items():
+        _require(name in TABLES and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(TABLES)}")
+    return {config: _typed(config, tables.get(name, {}), f"{path} [{name}]") for name, config in TABLES.items()}
+
+
+def _typed(config: type, table: dict[str, Any], where: str) -> dict[str, Any]:
+    typed, known = {}, get_type_hints(config)
     for key, value in table.items():
         _require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
         kinds = get_args(known[key]) or (known[key],)
         if get_origin(known[key]) is Literal:
             _require(value in kinds, f"{where}: {key} must be one of {', '.join(kinds)}, got {value!r}")
+        elif get_origin(known[key]) is tuple:
+            same = isinstance(value, list) and all(type(item) is kinds[0] for item in value)
+            _require(same, f"{where}: {key} should be a list of {kinds[0].__name__}, got {value!r}")
+            value = tuple(value)
         else:
             same = type(value) in kinds or (float in kinds and type(value) is int)
             _require(same, f"{where}: {key} should be of type {kinds[0].__name__}, got {value!r}")

@@ -333,7 +333,7 @@ def _run(jobs: list[_Job], threads: int, work: Callable[[_Job], dict[str, Any]],
                 rows.append(row := done.result())
                 if row["status"] == "error":
                     log.warning("%s (%s)", row["error"], row["path"])
-                log.info("%d of %d: %s: %s, %d tiles", len(rows), len(jobs), row["slide_id"], row["status"], row["tiles"])
+                log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
                 bar.advance(bar.task_ids[0])
                 if time.monotonic() - last > 10:
                     pause()
