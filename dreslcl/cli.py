@@ -233,8 +233,6 @@ def tile(
     total = sum(int(row["tiles"] or 0) for row in rows)
     print(f"{len(rows)} slides: {counts['ok']} ok with {total:,} tiles, {counts['empty']} empty, {counts['error']} failed")
     if counts["error"]:
-        for row in [r for r in rows if r["status"] == "error"][:5]:
-            print(f"  {row['slide_id']}: {row['error']}", file=sys.stderr)
         raise DreslclError(f"{counts['error']} of {len(rows)} slides failed; their rows in {out / 'slides.csv'} say why")
 
 

@@ -26,7 +26,7 @@ class _Rate(ProgressColumn):
 class _Progress(Progress):
     logged = time.monotonic()
 
-    def advance(self, task_id: Any, advance: float = 1) -> None:
+    def advance(self, task_id: Any, advance: int | float = 1) -> None:
         super().advance(task_id, advance)
         if self.disable and time.monotonic() - self.logged >= EVERY_S:
             self.logged = time.monotonic()

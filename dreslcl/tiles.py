@@ -224,6 +224,8 @@ def tile_slides(
     scans, unusable = _find_scans(source, out)
     every_job = _plan(scans, out, config, [table for table in (mpp_csv, overrides) if table], tissue_geojson, coords, pack)
     jobs, refused = every_job[index::count], unusable if index == 0 else []
+    for row in refused:
+        log.warning("%s (%s)", row["error"], row["path"])
     threads = workers or min(8, len(os.sched_getaffinity(0)))
     if dry_run:
         return refused + _run(jobs, threads, lambda job: _tile(job, dry_run=True), lambda: None)
