@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 log = logging.getLogger(__name__)
 
-_UsageError = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
 _FLAGS = {("EncoderConfig", "name"): "encoder"}  # a knob whose flag says more than its field
 _PANELS = {
     "TileConfig": "Tiles",
@@ -93,21 +93,19 @@ def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Calla
         parameters = [p.replace(annotation=hints[p.name]) for p in own]
         owner: dict[str, tuple[type, str]] = {}
         for config in configs:
-            types, help_of = get_type_hints(config), knob_help(config)
+            types: dict[str, Any] = get_type_hints(config)
+            help_of = knob_help(config)
             for knob in fields(config):
                 flag = _FLAGS.get((config.__name__, knob.name), knob.name)
                 owner[flag] = (config, knob.name)
                 text, kind, default = help_of[knob.name], types[knob.name], knob.default
-                if kind == tuple[int, ...]:
+                if isinstance(default, tuple):
                     text, kind, default = f"{text} Give it again for each.", list[int], list(default)
-                annotation = Annotated[kind, option(text, panel=_PANELS[config.__name__])]
-                parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+                parameters.append(_keyword(flag, kind, default, option(text, panel=_PANELS[config.__name__])))
         if configs:
             tables = ", ".join(name for name, config in TABLES.items() if config in configs)
-            annotation = Annotated[
-                Path | None, option(f"TOML file of knobs, tables {tables}; flags override it.", panel=_RUNNING, exists=True)
-            ]
-            parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+            text = f"TOML file of knobs, tables {tables}; flags override it."
+            parameters.append(_keyword("config", Path | None, None, option(text, panel=_RUNNING, exists=True)))
 
         @functools.wraps(function)
         def run(ctx: Any, **given: Any) -> None:
@@ -135,6 +133,10 @@ def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Calla
     return register
 
 
+def _keyword(name: str, kind: Any, default: Any, how: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
+
+
 class _Stderr(logging.Handler):
     """Prints to sys.stderr as it is at the moment: a progress bar puts itself in its place, so that lines go above it."""
 
@@ -153,6 +155,8 @@ def _common(
     logging.basicConfig(handlers=[_Stderr()], format="%(message)s", level=logging.WARNING, force=True)
     quiet = quiet or rank_and_world()[0] > 0  # of several ranks one speaks
     logging.getLogger("dreslcl").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logging.captureWarnings(True)  # what libraries warn of is for us to mend, not for the user
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
 
 
 def _version(on: bool) -> bool:
@@ -296,7 +300,7 @@ def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> 
 
     if (work is None) == (features is None):
         raise ConfigError("give either the folder that `dreslcl tile` wrote, or --features FOLDER")
-    return Cohort.load(work, patients=patients) if work else Cohort.of_features(find_features(features), patients=patients)
+    return Cohort.of_features(find_features(features), patients=patients) if features else Cohort.load(work, patients=patients)
 
 
 @command(panel="Steps")
@@ -366,13 +370,17 @@ def eval_(
     prompts: Annotated[Path | None, option("Zeroshot: JSON or TOML, class -> list of prompts.", panel=_INPUTS, exists=True)] = None,
 ) -> None:
     """Measure slide embeddings: subtype, recognition, mutation, retrieval, zeroshot."""
+    from .cohort import read_reports
     from .embedding import Embeddings
     from .evaluation import evaluate
     from .report import evaluation_page
 
     if labels is None and task != "retrieval":
         raise ConfigError(f"--task {task} needs --labels TABLE")
-    rows, text = labels, None
+    rows: Any = labels
+    text = leaks = None
+    if reports and task != "retrieval":
+        leaks = [dict(zip(("slide_id", "patient_id", "report"), row)) for row in read_reports(reports)]
     if task in ("retrieval", "zeroshot"):
         from .embedding import prompt_vectors, report_rows
 
@@ -388,7 +396,7 @@ def eval_(
         splits=splits,
         compare=Embeddings.load(compare) if compare else None,
         include_seen=include_seen,
-        reports=reports if task != "retrieval" else None,
+        reports=leaks,
         text=text,
     )
     result.save(out)

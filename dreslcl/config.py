@@ -50,7 +50,7 @@ class TileConfig:
     min_sharpness: float = 0.0
     """Leave out tiles blurrier than this (variance of the Laplacian, grey levels²); 0 keeps all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.size >= 16, f"size must be at least 16 px, got {self.size}")
         _require(self.mpp > 0, f"mpp must be positive, got {self.mpp}")
         _require(0 <= self.overlap < self.size, f"overlap must be from 0 to {self.size - 1} px, got {self.overlap}")
@@ -75,7 +75,7 @@ class EncoderConfig:
     text: Literal["auto", "frozen", "tune"] = "auto"
     """Whether the text tower learns; auto: frozen when it has pretrained weights."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         good = self.tune in ("all", "head", "none") or (self.tune.startswith("last:") and self.tune[5:].isdigit())
         _require(good, f"tune must be all, head, none or last:N, got {self.tune!r}")
 
@@ -105,7 +105,7 @@ class ModelConfig:
     joint_dim: int = 256
     """E, width of the joint space, where the text tower does not fix it (precomputed report vectors)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.codewords >= 2, f"codewords must be at least 2, got {self.codewords}")
         _require(self.codewords <= 65535, f"codewords must be at most 65,535, got {self.codewords}")
         _require(self.width % self.heads == 0, f"width must be a multiple of heads, got {self.width} and {self.heads}")
@@ -180,7 +180,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
         _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
@@ -211,7 +211,7 @@ class EvalConfig:
     seed: int = 0
     """Seed of folds, draws and resamples."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.folds >= 2, f"folds must be at least 2, got {self.folds}")
         _require(self.inner_folds >= 2, f"inner_folds must be at least 2, got {self.inner_folds}")
         _require(self.bootstrap >= 1, f"bootstrap must be at least 1, got {self.bootstrap}")
@@ -294,12 +294,13 @@ def _typed(config: type, table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def knob_help(config: type) -> dict[str, str]:
     """The docstring below each field of a configuration class: the one place that says what a knob does."""
-    body = ast.parse(inspect.getsource(config)).body[0].body  # type: ignore[attr-defined]
-    pairs = itertools.pairwise(body)
+    (definition,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(definition, ast.ClassDef)
+    pairs = itertools.pairwise(definition.body)
     return {
-        field.target.id: text.value.value
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        ast.unparse(knob.target): str(text.value.value)
+        for knob, text in pairs
+        if isinstance(knob, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 
 

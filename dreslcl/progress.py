@@ -31,8 +31,8 @@ class _Progress(Progress):
         if self.disable and time.monotonic() - self.logged >= EVERY_S:
             self.logged = time.monotonic()
             task = self.tasks[0]
-            row = (column.render(task) for column in self.columns if not isinstance(column, BarColumn))
-            log.info("%s left", " ".join(str(cell) for cell in row))
+            cells = (column.render(task) for column in self.columns if isinstance(column, ProgressColumn) and type(column) is not BarColumn)
+            log.info("%s left", " ".join(map(str, cells)))
 
 
 @contextmanager

@@ -299,7 +299,7 @@ def _stain(rng: Generator) -> UInt8[np.ndarray, "65536 4"]:
 
 def _turned(image: np.ndarray, rng: Generator) -> np.ndarray:
     """One of the eight flips and turns of the last two axes."""
-    image = np.rot90(image, rng.integers(4), (-2, -1))
+    image = np.rot90(image, int(rng.integers(4)), (-2, -1))
     return image[..., ::-1] if rng.integers(2) else image
 
 
@@ -357,8 +357,8 @@ def _compose(
         np.copyto(maps[here], field, where=_turned(patches[rng.integers(len(patches))], rng))
         if covered[row, column] >= 0.5:
             cells.append((case.slide, column * FIELD, row * FIELD, kind, f"{case.split}-{kind}-{number}"))
-    size = (columns * FIELD, rows * FIELD)
-    edge = np.asarray(Image.fromarray(outline).resize(size, Image.Resampling.BICUBIC)) > 0
+    whole = (columns * FIELD, rows * FIELD)
+    edge = np.asarray(Image.fromarray(outline).resize(whole, Image.Resampling.BICUBIC)) > 0
     blur = ImageFilter.BoxBlur(rng.uniform(0.2, 1.2))
     blurred = [np.asarray(Image.fromarray(m[SPILL:-SPILL, SPILL:-SPILL] * edge).filter(blur), np.uint16) for m in maps]
     colours = _stain(rng).view(np.uint32)[:, 0]  # one gather of whole colours is 10x faster than one per channel
