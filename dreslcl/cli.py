@@ -300,7 +300,10 @@ def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> 
 
     if (work is None) == (features is None):
         raise ConfigError("give either the folder that `dreslcl tile` wrote, or --features FOLDER")
-    return Cohort.of_features(find_features(features), patients=patients) if features else Cohort.load(work, patients=patients)
+    if work:
+        return Cohort.load(work, patients=patients)
+    assert features is not None
+    return Cohort.of_features(find_features(features), patients=patients)
 
 
 @command(panel="Steps")
@@ -378,7 +381,8 @@ def eval_(
     if labels is None and task != "retrieval":
         raise ConfigError(f"--task {task} needs --labels TABLE")
     rows: Any = labels
-    text = leaks = None
+    text: Any = None
+    leaks = None
     if reports and task != "retrieval":
         leaks = [dict(zip(("slide_id", "patient_id", "report"), row)) for row in read_reports(reports)]
     if task in ("retrieval", "zeroshot"):

@@ -204,7 +204,7 @@ def _glands(rng: Generator, scale: Real) -> _Canvas:
         ray = np.stack([np.cos(t), np.sin(t)], -1)
         band = rng.uniform(29, 36) * (1 + scale) / 2
 
-        def ring(depth: Any, ray=ray, shape=shape, radius=radius, centre=centre) -> np.ndarray:
+        def ring(depth: Any, ray: Any = ray, shape: Any = shape, radius: Any = radius, centre: Any = centre) -> np.ndarray:
             return centre + ray * (radius * shape - depth)[:, None]
 
         canvas.fill(ring(0), 18, rng.uniform(95, 125), edge=140)
