@@ -117,6 +117,13 @@ def test_features_and_report_vectors_train_a_model_that_refuses_other_widths(dre
     fails(wrong, 1, "grade", "subtype")
 
 
+def test_frozen_text_tower_with_random_weights_is_said_to_tell_little(dreslcl, tmp_path, features):
+    train = ("pretrain", "--features", features, "--reports", tmp_path / "reports.csv", "--out", tmp_path / "run", "--text", "frozen")
+    code, out, err = dreslcl("-q", *train, "--epochs", "1", "--batch", "3", "--codewords", "3")
+    assert code == 0 and out.startswith("model: ")
+    assert err.count("\n") == 1 and "the frozen text tower has random weights" in err and "--report-embeddings" in err
+
+
 def test_dry_run_forecasts_and_writes_nothing(dreslcl, tmp_path, features):
     code, out, err = dreslcl(
         "pretrain", "--features", features, "--report-embeddings", tmp_path / "vectors.npz", "--out", tmp_path / "run", "--dry-run"
