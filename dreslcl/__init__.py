@@ -4,7 +4,26 @@ Public names resolve on first use, so that `import dreslcl` loads neither torch 
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for editors and type checkers
+    from .bank import MemoryBank as MemoryBank
+    from .cohort import Cohort as Cohort
+    from .embedding import Embeddings as Embeddings
+    from .embedding import embed as embed
+    from .embedding import load as load
+    from .encoder import Encoder as Encoder
+    from .errors import DreslclError as DreslclError
+    from .evaluation import evaluate as evaluate
+    from .model import DRESLCL as DRESLCL
+    from .residual import Codebook as Codebook
+    from .residual import ResidualAggregator as ResidualAggregator
+    from .residual import residual_sums as residual_sums
+    from .slide import Slide as Slide
+    from .tiles import TileGrid as TileGrid
+    from .tiles import tile_slides as tile_slides
+    from .tissue import tissue_mask as tissue_mask
+    from .trainer import pretrain as pretrain
 
 __version__ = "0.1.0"
 

@@ -281,6 +281,9 @@ class MemoryBank:
         """Assign every row to these codewords and build all sums, slide by slide in one pass over the rows.
 
         Cut short at any moment, the bank opens with either the old or the new codebook, its sums repaired.
+
+        Raises:
+            StoreError: codewords of another number or width than the bank's.
         """
         expected = (self.header["codewords"], self.dim)
         if codewords.shape != expected:

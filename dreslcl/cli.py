@@ -1,7 +1,6 @@
 """The command line: parse, call one function, print. Results go to stdout, progress and logs to stderr.
 
-A knob's flag, type, default and help come from its place in config.py. Exit codes: 0 done, 1 a failure (one line on
-stderr says what), 2 a mistake in the command, 130 stopped by Ctrl-C.
+A knob's flag, type, default and help come from its place in config.py; `--config` reads the same knobs from a file.
 """
 
 import functools
@@ -17,18 +16,32 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from . import __version__
-from .config import PRESETS, EncoderConfig, EvalConfig, ModelConfig, RunConfig, TileConfig, TrainConfig, knob_help, updated
+from .config import (
+    PRESETS,
+    TABLES,
+    EncoderConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TileConfig,
+    TrainConfig,
+    knob_help,
+    read_knobs,
+    updated,
+)
 from .errors import ConfigError, DreslclError
+from .files import rank_and_world
 
 app = typer.Typer(
     help="Learn slide representations from whole-slide images and their pathology reports (DRE-SLCL, arXiv 2511.05034).",
+    epilog="Exit codes: 0 done · 1 a failure, one line says which · 2 a mistake in the command · 130 stopped by Ctrl-C",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 log = logging.getLogger(__name__)
 
-_UsageError = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
 _FLAGS = {("EncoderConfig", "name"): "encoder"}  # a knob whose flag says more than its field
 _PANELS = {
     "TileConfig": "Tiles",
@@ -38,23 +51,40 @@ _PANELS = {
     "EvalConfig": "Protocol",
 }
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.", file_okay=False)]
-Workers = Annotated[int, typer.Option(help="Threads that read; 0: one per CPU, at most 8.", min=0)]
+_INPUTS, _RUNNING = "More inputs", "Running"
+_STOPPED = "stopped; what is done is kept: run the same command again to go on"
+_STOPPED_IN = {
+    "pretrain": "stopped; whole epochs are kept: run the same command again with --resume to go on",
+    "demo": "stopped; delete the folder of --out, or choose another, and run it again",
+}
+
+
+def option(text: str, *names: str, panel: str | None = None, **rest: Any) -> Any:
+    """A typer option in a panel of the help."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **rest)
+
+
+Out = Annotated[Path, option("Folder for the results.", "--out", "-o", file_okay=False)]
+Workers = Annotated[int, option("Threads that read; 0: one per CPU, at most 8.", panel=_RUNNING, min=0)]
 FeatureFolder = Annotated[
     Path | None,
-    typer.Option(
-        "--features", help="Folder of tile features made elsewhere (TRIDENT, CLAM or STAMP layout), in place of pixels.", exists=True
+    option(
+        "Folder of tile features made elsewhere (TRIDENT, CLAM or STAMP layout), in place of pixels.",
+        "--features",
+        panel=_INPUTS,
+        exists=True,
+        file_okay=False,
     ),
 ]
 Patients = Annotated[
-    Path | None, typer.Option(help="Table slide_id, patient_id; default: TCGA barcodes, else the slide itself.", exists=True)
+    Path | None, option("Table slide_id, patient_id; default: TCGA barcodes, else the slide itself.", panel=_INPUTS, exists=True)
 ]
 
 
 def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command whose flags are its own parameters and the knobs of `configs`; user errors end in one line.
 
-    The function's last parameter `knobs` receives the knobs given on the command line, by configuration class and name.
+    The function's parameter `knobs` receives the knobs given in a file or on the command line, by configuration class and name.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,31 +93,35 @@ def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Calla
         parameters = [p.replace(annotation=hints[p.name]) for p in own]
         owner: dict[str, tuple[type, str]] = {}
         for config in configs:
-            types, help_of = get_type_hints(config), knob_help(config)
+            types: dict[str, Any] = get_type_hints(config)
+            help_of = knob_help(config)
             for knob in fields(config):
                 flag = _FLAGS.get((config.__name__, knob.name), knob.name)
                 owner[flag] = (config, knob.name)
-                option = typer.Option(help=help_of[knob.name], rich_help_panel=_PANELS[config.__name__])
-                kind = list[int] if types[knob.name] == tuple[int, ...] else types[knob.name]
-                default = list(knob.default) if isinstance(knob.default, tuple) else knob.default
-                parameters.append(
-                    inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-                )
+                text, kind, default = help_of[knob.name], types[knob.name], knob.default
+                if isinstance(default, tuple):
+                    text, kind, default = f"{text} Give it again for each.", list[int], list(default)
+                parameters.append(_keyword(flag, kind, default, option(text, panel=_PANELS[config.__name__])))
+        if configs:
+            tables = ", ".join(name for name, config in TABLES.items() if config in configs)
+            text = f"TOML file of knobs, tables {tables}; flags override it."
+            parameters.append(_keyword("config", Path | None, None, option(text, panel=_RUNNING, exists=True)))
 
         @functools.wraps(function)
         def run(ctx: Any, **given: Any) -> None:
-            knobs: dict[type, dict[str, Any]] = {config: {} for config in configs}
-            for flag, (config, name) in owner.items():
-                value = given.pop(flag)
-                if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
-                    knobs[config][name] = tuple(value) if isinstance(value, list) else value
+            file = given.pop("config", None)
             try:
+                knobs = read_knobs(file) if file else {config: {} for config in configs}
+                for flag, (config, name) in owner.items():
+                    value = given.pop(flag)
+                    if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
+                        knobs[config][name] = tuple(value) if isinstance(value, list) else value
                 function(**given, **({"knobs": knobs} if configs else {}))
             except DreslclError as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
                 raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
             except KeyboardInterrupt as error:
-                print(f"\nstopped; what is done is kept: run the same command again{_go_on(function.__name__)} to go on", file=sys.stderr)
+                print(f"\n{_STOPPED_IN.get(function.__name__, _STOPPED)}", file=sys.stderr)
                 raise typer.Exit(130) from error
 
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -99,8 +133,15 @@ def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Calla
     return register
 
 
-def _go_on(name: str) -> str:
-    return " with --resume" if name == "pretrain" else ""
+def _keyword(name: str, kind: Any, default: Any, how: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
+
+
+class _Stderr(logging.Handler):
+    """Prints to sys.stderr as it is at the moment: a progress bar puts itself in its place, so that lines go above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 @app.callback()
@@ -111,8 +152,11 @@ def _common(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debugging messages too.")] = False,
 ) -> None:
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_Stderr()], format="%(message)s", level=logging.WARNING, force=True)
+    quiet = quiet or rank_and_world()[0] > 0  # of several ranks one speaks
     logging.getLogger("dreslcl").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logging.captureWarnings(True)  # what libraries warn of is for us to mend, not for the user
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
 
 
 def _version(on: bool) -> bool:
@@ -140,28 +184,34 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 @command(TileConfig, panel="Steps")
 def tile(
     slides: Annotated[Path, typer.Argument(help="Scan, or folder of scans (searched with its subfolders).", exists=True)],
+    *,
     out: Out,
     knobs: dict[type, dict[str, Any]],
+    pack: Annotated[bool, option("Also write each slide's tiles as one BigTIFF, for slow network disks.", "--pack")] = False,
     mpp_csv: Annotated[
-        Path | None, typer.Option(help="Table slide_id, mpp: level-0 resolution (µm/px) in place of what scans say.", exists=True)
+        Path | None,
+        option("Table slide_id, mpp: level-0 resolution (µm per pixel) in place of what scans say.", panel=_INPUTS, exists=True),
     ] = None,
     overrides: Annotated[
         Path | None,
-        typer.Option(
-            help="Table slide_id and any of mpp, threshold, min_tissue, max_tiles, drop_pen, min_sharpness, mask_mpp.", exists=True
+        option(
+            "Table slide_id and any of mpp, threshold, min_tissue, max_tiles, drop_pen, min_sharpness, mask_mpp.",
+            panel=_INPUTS,
+            exists=True,
         ),
     ] = None,
     tissue_geojson: Annotated[
-        Path | None, typer.Option(help="Folder of QuPath annotations <slide_id>.geojson, in place of our mask.", exists=True)
+        Path | None, option("Folder of QuPath annotations <slide_id>.geojson, in place of our mask.", panel=_INPUTS, exists=True)
     ] = None,
     coords: Annotated[
-        Path | None, typer.Option(help="Folder of coordinates that TRIDENT or CLAM wrote, in place of our grid.", exists=True)
+        Path | None, option("Folder of coordinates that TRIDENT or CLAM wrote, in place of our grid.", panel=_INPUTS, exists=True)
     ] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Also write each slide's tiles as one BigTIFF, for slow network disks.")] = False,
     workers: Workers = 0,
-    shard: Annotated[str | None, typer.Option(help="I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Do slides again that are done.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is there and would be done; write nothing.")] = False,
+    shard: Annotated[
+        str | None, option("I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.", panel=_RUNNING)
+    ] = None,
+    force: Annotated[bool, option("Do slides again that are done.", "--force", panel=_RUNNING)] = False,
+    dry_run: Annotated[bool, option("Print what is there and would be done; write nothing.", "--dry-run", panel=_RUNNING)] = False,
 ) -> None:
     """Find the tissue tiles of each scan: grids, overlays and slides.csv."""
     from .tiles import tile_slides
@@ -187,8 +237,6 @@ def tile(
     total = sum(int(row["tiles"] or 0) for row in rows)
     print(f"{len(rows)} slides: {counts['ok']} ok with {total:,} tiles, {counts['empty']} empty, {counts['error']} failed")
     if counts["error"]:
-        for row in [r for r in rows if r["status"] == "error"][:5]:
-            print(f"  {row['slide_id']}: {row['error']}", file=sys.stderr)
         raise DreslclError(f"{counts['error']} of {len(rows)} slides failed; their rows in {out / 'slides.csv'} say why")
 
 
@@ -203,39 +251,38 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 @command(EncoderConfig, ModelConfig, TrainConfig, panel="Steps")
 def pretrain(
-    out: Out,
-    knobs: dict[type, dict[str, Any]],
     work: Annotated[Path | None, typer.Argument(help="Folder that `dreslcl tile` wrote; or use --features.")] = None,
+    *,
     reports: Annotated[
         Path | None,
-        typer.Option(help="Table slide_id and/or patient_id, report (CSV, TSV); TCGA_Reports.csv; or HistGen JSON.", exists=True),
+        option("Table slide_id and/or patient_id, report (CSV, TSV); TCGA_Reports.csv; or HistGen JSON.", exists=True),
     ] = None,
-    report_embeddings: Annotated[
-        Path | None, typer.Option(help="HDF5 or npz of report vectors by slide or patient id, in place of texts.", exists=True)
-    ] = None,
-    features: FeatureFolder = None,
-    patients: Patients = None,
+    out: Out,
+    knobs: dict[type, dict[str, Any]],
     exclude: Annotated[
-        str | None,
-        typer.Option(help="Keep slides out of pretraining: a file of slide or patient ids, or column=value of the reports table."),
+        str | None, option("Keep slides out of pretraining: a file of slide or patient ids, or column=value of the reports table.")
     ] = None,
     val_column: Annotated[
         str | None,
-        typer.Option(help="column=value of the reports table: slides for held-out retrieval after each epoch; the best epoch is kept."),
+        option("column=value of the reports table: slides for held-out retrieval after each epoch; the best epoch is kept."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file as RUN/config.toml; flags override it.", exists=True)] = None,
     preset: Annotated[
-        Literal["paper", "tiny", "clip-b32"] | None, typer.Option(help="Start from known settings; --config and flags override them.")
+        Literal["paper", "tiny", "clip-b32"] | None, option("Start from known settings; --config and flags override them.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last whole epoch.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cohort, memory, disk and time forecast; train nothing.")] = False,
+    features: FeatureFolder = None,
+    report_embeddings: Annotated[
+        Path | None, option("HDF5 or npz of report vectors by slide or patient id, in place of texts.", panel=_INPUTS, exists=True)
+    ] = None,
+    patients: Patients = None,
+    resume: Annotated[bool, option("Go on from the run's last whole epoch.", "--resume", panel=_RUNNING)] = False,
+    dry_run: Annotated[
+        bool, option("Print the cohort and what disk and memory it takes; train nothing.", "--dry-run", panel=_RUNNING)
+    ] = False,
 ) -> None:
     """Train the tile encoder and the residual encoder against the reports."""
     from .trainer import pretrain as run
 
     settings = PRESETS[preset] if preset else RunConfig()
-    if config:
-        settings = RunConfig.load(config, settings)
     settings = updated(settings, encoder=knobs[EncoderConfig], model=knobs[ModelConfig], train=knobs[TrainConfig])
     cohort = _cohort(work, features, patients).with_reports(reports, report_embeddings)
     cohort, _ = cohort.split(exclude, reports)
@@ -253,29 +300,37 @@ def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> 
 
     if (work is None) == (features is None):
         raise ConfigError("give either the folder that `dreslcl tile` wrote, or --features FOLDER")
-    return Cohort.load(work, patients=patients) if work else Cohort.of_features(find_features(features), patients=patients)
+    if work:
+        return Cohort.load(work, patients=patients)
+    assert features is not None
+    return Cohort.of_features(find_features(features), patients=patients)
 
 
 @command(panel="Steps")
 def embed(
-    out: Out,
     work: Annotated[Path | None, typer.Argument(help="Folder that `dreslcl tile` wrote; or use --features.")] = None,
+    *,
     model: Annotated[
-        Path | None, typer.Option(help="RUN/model of a pretraining. Without it a slide is the mean of its tile features.", exists=True)
+        Path | None, option("RUN/model of a pretraining. Without it a slide is the mean of its tile features.", exists=True)
     ] = None,
-    encoder: Annotated[str, typer.Option(help="Tile encoder of that mean, as in pretrain.")] = EncoderConfig.name,
-    pretrained: Annotated[str | None, typer.Option(help="OpenCLIP tag of the encoder's weights.")] = None,
+    out: Out,
+    by: Annotated[Literal["slide", "patient"], option("One vector per slide, or the mean of a patient's slides.")] = "slide",
+    layout: Annotated[Literal["trident", "clam", "stamp", "patho-bench"], option("Also write files as this tool reads them.")] = "trident",
+    tile_features: Annotated[bool, option("Also write each slide's tile features, in that layout.", "--tile-features")] = False,
     features: FeatureFolder = None,
     patients: Patients = None,
-    by: Annotated[Literal["slide", "patient"], typer.Option(help="One vector per slide, or the mean of a patient's slides.")] = "slide",
-    tile_batch: Annotated[int, typer.Option(help="Tiles in one pass of the encoder; 0: as fits the device.", min=0)] = 0,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the tile encoder.")] = "auto",
+    encoder: Annotated[str, option("Without --model: the tile encoder, as in pretrain.", panel=_INPUTS)] = EncoderConfig.name,
+    pretrained: Annotated[
+        str | None, option("Without --model: OpenCLIP's tag of that encoder's weights, or a weights file.", panel=_INPUTS)
+    ] = None,
+    tile_batch: Annotated[
+        int, option("Tiles in one pass of the encoder; 0: 16 on a CPU, 256 on a GPU.", panel=_RUNNING, min=0)
+    ] = TrainConfig.tile_batch,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], option("Arithmetic of the tile encoder; auto: bf16 on a GPU that has it.", panel=_RUNNING)
+    ] = "auto",
     workers: Workers = 0,
-    layout: Annotated[
-        Literal["trident", "clam", "stamp", "patho-bench"], typer.Option(help="Also write files as this tool reads them.")
-    ] = "trident",
-    tile_features: Annotated[bool, typer.Option("--tile-features", help="Also write each slide's tile features, in that layout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Embed slides again that are done.")] = False,
+    force: Annotated[bool, option("Embed slides again that are done.", "--force", panel=_RUNNING)] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
     from .embedding import embed as run
@@ -299,35 +354,39 @@ def embed(
 @command(EvalConfig, panel="Steps")
 def eval_(
     embeddings: Annotated[Path, typer.Argument(help="Folder (or embeddings.h5) that `dreslcl embed` wrote.", exists=True)],
-    task: Annotated[Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"], typer.Option(help="What to measure.")],
+    *,
+    labels: Annotated[Path | None, option("Table slide_id or patient_id, and label columns.", exists=True)] = None,
+    task: Annotated[Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"], option("What to measure.")],
     out: Out,
     knobs: dict[type, dict[str, Any]],
-    labels: Annotated[Path | None, typer.Option(help="Table slide_id or patient_id, and label columns.", exists=True)] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(help="Label column; give it again for several genes. Default: the task's name.")
-    ] = None,
-    positive: Annotated[str | None, typer.Option(help="Positive class, against all others.")] = None,
-    split_column: Annotated[str | None, typer.Option(help="Column of the labels with train, val, test; default: folds by patient.")] = None,
-    splits: Annotated[Path | None, typer.Option(help="Patho-Bench k=all.tsv with columns fold_0, fold_1, ...", exists=True)] = None,
-    compare: Annotated[Path | None, typer.Option(help="A second embedding: adds the paired difference.", exists=True)] = None,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Test on slides that pretraining saw too (optimistic).")] = False,
+    column: Annotated[list[str] | None, option("Label column; give it again for several genes. Default: the task's name.")] = None,
+    positive: Annotated[str | None, option("Positive class, against all others.")] = None,
+    split_column: Annotated[str | None, option("Column of the labels with train, val, test; default: folds by patient.")] = None,
+    splits: Annotated[Path | None, option("Patho-Bench k=all.tsv with columns fold_0, fold_1, ...", exists=True)] = None,
+    compare: Annotated[Path | None, option("A second embedding: adds the paired difference.", exists=True)] = None,
+    include_seen: Annotated[bool, option("Test on slides that pretraining saw too (optimistic).", "--include-seen")] = False,
     reports: Annotated[
-        Path | None, typer.Option(help="Reports: those of pretraining for the leak scan; or what to retrieve.", exists=True)
+        Path | None, option("Reports: those of pretraining for the leak scan; or what to retrieve.", panel=_INPUTS, exists=True)
     ] = None,
     report_embeddings: Annotated[
-        Path | None, typer.Option(help="Retrieval: report vectors, where pretraining used such.", exists=True)
+        Path | None, option("Retrieval: report vectors, where pretraining used such.", panel=_INPUTS, exists=True)
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="RUN/model: encodes texts for retrieval and zeroshot.", exists=True)] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Zeroshot: JSON or TOML, class -> list of prompts.", exists=True)] = None,
+    model: Annotated[Path | None, option("RUN/model: encodes texts for retrieval and zeroshot.", panel=_INPUTS, exists=True)] = None,
+    prompts: Annotated[Path | None, option("Zeroshot: JSON or TOML, class -> list of prompts.", panel=_INPUTS, exists=True)] = None,
 ) -> None:
     """Measure slide embeddings: subtype, recognition, mutation, retrieval, zeroshot."""
+    from .cohort import read_reports
     from .embedding import Embeddings
     from .evaluation import evaluate
     from .report import evaluation_page
 
     if labels is None and task != "retrieval":
         raise ConfigError(f"--task {task} needs --labels TABLE")
-    rows, text = labels, None
+    rows: Any = labels
+    text: Any = None
+    leaks = None
+    if reports and task != "retrieval":
+        leaks = [dict(zip(("slide_id", "patient_id", "report"), row)) for row in read_reports(reports)]
     if task in ("retrieval", "zeroshot"):
         from .embedding import prompt_vectors, report_rows
 
@@ -343,7 +402,7 @@ def eval_(
         splits=splits,
         compare=Embeddings.load(compare) if compare else None,
         include_seen=include_seen,
-        reports=reports if task != "retrieval" else None,
+        reports=leaks,
         text=text,
     )
     result.save(out)
@@ -356,9 +415,10 @@ def eval_(
 
 @command(panel="Start here")
 def demo(
+    *,
     out: Out,
-    slides: Annotated[int, typer.Option(help="Synthetic scans to draw.", min=12)] = 120,
-    seed: Annotated[int, typer.Option(help="Seed of the data and of the training.")] = 0,
+    slides: Annotated[int, option("Synthetic scans to draw.", min=12)] = 120,
+    seed: Annotated[int, option("Seed of the data and of the training.")] = 0,
 ) -> None:
     """Draw a synthetic cohort and run all four steps on it: no data, no download, no GPU needed."""
     from .demo import run_demo
@@ -380,7 +440,7 @@ def demo(
 def encoders(
     names: Annotated[list[str] | None, typer.Argument(help="Names to describe; none: all are listed, without their parameters.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure tiles/s here, with random weights (of dreslcl-tiny where no name is given).")
+        bool, option("Measure tiles/s here, with random weights (of dreslcl-tiny where no name is given).", "--measure")
     ] = False,
 ) -> None:
     """List the encoders that --encoder takes: feature width, input edge (px), context (tokens), parameters, speed."""
@@ -409,6 +469,7 @@ def main() -> None:
         code = 130
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dreslcl"
-        print(f"{error.format_message().rstrip('.') or 'no command given'}; see `{command} --help`", file=sys.stderr)
+        message = error.format_message().rstrip(".").replace("Value error, ", "") or "no command given"
+        print(f"{message}; see `{command} --help`", file=sys.stderr)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -50,7 +50,7 @@ class TileConfig:
     min_sharpness: float = 0.0
     """Leave out tiles blurrier than this (variance of the Laplacian, grey levels²); 0 keeps all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.size >= 16, f"size must be at least 16 px, got {self.size}")
         _require(self.mpp > 0, f"mpp must be positive, got {self.mpp}")
         _require(0 <= self.overlap < self.size, f"overlap must be from 0 to {self.size - 1} px, got {self.overlap}")
@@ -75,7 +75,7 @@ class EncoderConfig:
     text: Literal["auto", "frozen", "tune"] = "auto"
     """Whether the text tower learns; auto: frozen when it has pretrained weights."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         good = self.tune in ("all", "head", "none") or (self.tune.startswith("last:") and self.tune[5:].isdigit())
         _require(good, f"tune must be all, head, none or last:N, got {self.tune!r}")
 
@@ -105,7 +105,7 @@ class ModelConfig:
     joint_dim: int = 256
     """E, width of the joint space, where the text tower does not fix it (precomputed report vectors)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.codewords >= 2, f"codewords must be at least 2, got {self.codewords}")
         _require(self.codewords <= 65535, f"codewords must be at most 65,535, got {self.codewords}")
         _require(self.width % self.heads == 0, f"width must be a multiple of heads, got {self.width} and {self.heads}")
@@ -182,7 +182,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
         _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
@@ -217,7 +217,7 @@ class EvalConfig:
     seed: int = 0
     """Seed of folds, draws and resamples."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.folds >= 2, f"folds must be at least 2, got {self.folds}")
         _require(self.inner_folds >= 2, f"inner_folds must be at least 2, got {self.inner_folds}")
         _require(self.bootstrap >= 1, f"bootstrap must be at least 1, got {self.bootstrap}")
@@ -243,21 +243,14 @@ class RunConfig:
         write_text(path, "\n\n".join(blocks) + "\n")
 
     @classmethod
-    def load(cls, path: Path, base: "RunConfig | None" = None) -> "RunConfig":
-        """Read what `save` wrote; a part or knob that is absent stays as in `base` (by default at its default).
+    def load(cls, path: Path) -> "RunConfig":
+        """Read what `save` wrote; a table or knob that is absent has its default.
 
         Raises:
-            ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
+            ConfigError: as `read_knobs`, or a value that makes no sense.
         """
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
-        parts = [f.name for f in fields(cls)]
-        for name, table in tables.items():
-            _require(name in parts and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(parts)}")
-            tables[name] = _typed(getattr(base or cls(), name), table, f"{path} [{name}]")
-        return updated(base or cls(), **tables)
+        knobs = read_knobs(path)
+        return updated(cls(), encoder=knobs[EncoderConfig], model=knobs[ModelConfig], train=knobs[TrainConfig])
 
 
 def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
@@ -269,13 +262,35 @@ def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
 
 
-def _typed(part: Any, table: dict[str, Any], where: str) -> dict[str, Any]:
-    typed, known = {}, get_type_hints(type(part))
+TABLES = {"tile": TileConfig, "encoder": EncoderConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+def read_knobs(path: Path) -> dict[type, dict[str, Any]]:
+    """The knobs that a TOML file sets, by the configuration class that its tables [tile], [encoder], [model], [train], [eval] stand for.
+
+    Raises:
+        ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
+    for name, table in tables.items():
+        _require(name in TABLES and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(TABLES)}")
+    return {config: _typed(config, tables.get(name, {}), f"{path} [{name}]") for name, config in TABLES.items()}
+
+
+def _typed(config: type, table: dict[str, Any], where: str) -> dict[str, Any]:
+    typed, known = {}, get_type_hints(config)
     for key, value in table.items():
         _require(key in known, f"{where}: unknown key {key!r}; there are {', '.join(known)}")
         kinds = get_args(known[key]) or (known[key],)
         if get_origin(known[key]) is Literal:
             _require(value in kinds, f"{where}: {key} must be one of {', '.join(kinds)}, got {value!r}")
+        elif get_origin(known[key]) is tuple:
+            same = isinstance(value, list) and all(type(item) is kinds[0] for item in value)
+            _require(same, f"{where}: {key} should be a list of {kinds[0].__name__}, got {value!r}")
+            value = tuple(value)
         else:
             same = type(value) in kinds or (float in kinds and type(value) is int)
             _require(same, f"{where}: {key} should be of type {kinds[0].__name__}, got {value!r}")
@@ -285,12 +300,13 @@ def _typed(part: Any, table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def knob_help(config: type) -> dict[str, str]:
     """The docstring below each field of a configuration class: the one place that says what a knob does."""
-    body = ast.parse(inspect.getsource(config)).body[0].body  # type: ignore[attr-defined]
-    pairs = itertools.pairwise(body)
+    (definition,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(definition, ast.ClassDef)
+    pairs = itertools.pairwise(definition.body)
     return {
-        field.target.id: text.value.value
-        for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        ast.unparse(knob.target): str(text.value.value)
+        for knob, text in pairs
+        if isinstance(knob, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 
 

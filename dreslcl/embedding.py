@@ -49,7 +49,7 @@ class Embeddings:
     model: str = ""
     """Fingerprint of the model that made the vectors."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
         if len(lengths) > 1:
             raise StoreError(f"embeddings: ids, patients, vectors and mean differ in length ({', '.join(map(str, sorted(lengths)))})")

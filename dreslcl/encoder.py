@@ -78,10 +78,14 @@ class Encoder(nn.Module):
         pretrained: whether weights were loaded (else they are random).
     """
 
+    clip: Any  # OpenCLIP's towers share no base class that names their parts
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clip: nn.Module, tokenizer: Any, model_cfg: dict[str, Any], name: str, pretrained: bool):
         super().__init__()
         self.clip, self.tokenizer, self.model_cfg, self.name, self.pretrained = clip, tokenizer, model_cfg, name, pretrained
-        visual = clip.visual
+        visual = self.clip.visual
         size = visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.preprocess_cfg: dict[str, Any] = dict(visual.preprocess_cfg)
@@ -135,7 +139,8 @@ class Encoder(nn.Module):
             else:
                 scale = min(h / height, w / width) if longest else max(h / height, w / width)
                 # OpenCLIP rounds the longest edge's partner, torchvision cuts the shortest's
-                new = tuple(round(n * scale) if longest else int(n * scale + 1e-6) for n in (height, width))
+                new_h, new_w = (round(n * scale) if longest else int(n * scale + 1e-6) for n in (height, width))
+                new = (new_h, new_w)
             mode = "bilinear" if self.preprocess_cfg["interpolation"] == "bilinear" else "bicubic"
             source = images if images.device.type == "cpu" else images.float()  # uint8 resizing exists on the CPU only
             resized = F.interpolate(source, new, mode=mode, antialias=True)

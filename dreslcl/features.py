@@ -59,7 +59,8 @@ def find_features(folder: Path) -> dict[str, tuple[Path, int]]:
     folder = Path(folder)
     places = [folder, *(folder / name for name in _FOLDERS)]
     paths = {p.stem: p for suffix in ("*.pt", "*.h5") for place in places for p in sorted(place.glob(suffix))}
-    found, widths = {}, {}
+    found: dict[str, tuple[Path, int]] = {}
+    widths: dict[int, str] = {}
     for name, path in sorted(paths.items()):
         tiles, width = _shape(path)
         found[check_id(name, str(folder))] = (path, tiles)

@@ -126,6 +126,8 @@ def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int
     Raises:
         SlideError: not such a file, or a place beyond the scan.
     """
+    if not path.exists():
+        raise SlideError(f"{path}: not there; coordinates that TRIDENT or CLAM wrote for this scan are needed")
     try:
         with h5py.File(path, "r") as file:
             xy, at = np.asarray(file["coords"], np.int64).reshape(-1, 2), dict(file["coords"].attrs)

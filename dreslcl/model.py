@@ -49,6 +49,8 @@ class DRESLCL(nn.Module):
         about: what else the model's folder tells: tile size and resolution, slides seen in pretraining.
     """
 
+    text_centre: torch.Tensor
+
     def __init__(
         self,
         encoder: Encoder | None,

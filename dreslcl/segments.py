@@ -39,7 +39,7 @@ Decoder = Callable[[bytes, int, np.ndarray], np.ndarray]  # stored bytes, index,
 class Carry:
     """Decoded segments of one level that a read leaves for the next, and buffers to use again. One read at a time owns it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.decoded: dict[int, Decoded] = {}
         self.spare: list[np.ndarray] = []  # a fresh one costs page faults
 
@@ -78,7 +78,7 @@ class Segments:
     planes: int = 1
     """3 where red, green and blue lie in separate segments."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(*self.size, *self.edge) < 1:
             raise SlideError(f"{self.name}: an image of {self.size} px in tiles of {self.edge} px cannot be; {DAMAGED}")
         if 3 * self.edge[0] * self.edge[1] > MAX_SEGMENT_BYTES:

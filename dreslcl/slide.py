@@ -116,7 +116,7 @@ class Slide:
             level.check_inside(file_bytes)
         return cls(path, stored, meta, mpp)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self).open, (self.path, self._given)
 
     def __enter__(self) -> "Slide":
@@ -316,7 +316,8 @@ def _pyramid(tif: TiffFile, name: str) -> Any:
 
 def _consistent(stored: list[Segments], name: str) -> list[Segments]:
     """Levels from fine to coarse; one of another shape than the scan is left out."""
-    (w, h), levels = stored[0].size, []
+    (w, h) = stored[0].size
+    levels: list[Segments] = []
     for level in sorted(stored, key=lambda s: -s.size[0]):
         stretch = level.size[0] * h / (w * level.size[1])
         if level.size[0] > w or abs(stretch - 1) > 0.02 + 2 / min(level.size):

@@ -7,8 +7,7 @@ and its mix of background tissue are drawn without regard to the class, and tumo
 """
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from jaxtyping import Float, UInt8
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
+from .cohort import prefetch
 from .errors import ConfigError
 from .files import atomic, write_table
+from .progress import progress
 
 MPP = 0.5
 FIELD = 256  # px, edge of one field of a slide
@@ -203,7 +204,7 @@ def _glands(rng: Generator, scale: Real) -> _Canvas:
         ray = np.stack([np.cos(t), np.sin(t)], -1)
         band = rng.uniform(29, 36) * (1 + scale) / 2
 
-        def ring(depth: Any, ray=ray, shape=shape, radius=radius, centre=centre) -> np.ndarray:
+        def ring(depth: Any, ray: Any = ray, shape: Any = shape, radius: Any = radius, centre: Any = centre) -> np.ndarray:
             return centre + ray * (radius * shape - depth)[:, None]
 
         canvas.fill(ring(0), 18, rng.uniform(95, 125), edge=140)
@@ -298,7 +299,7 @@ def _stain(rng: Generator) -> UInt8[np.ndarray, "65536 4"]:
 
 def _turned(image: np.ndarray, rng: Generator) -> np.ndarray:
     """One of the eight flips and turns of the last two axes."""
-    image = np.rot90(image, rng.integers(4), (-2, -1))
+    image = np.rot90(image, int(rng.integers(4)), (-2, -1))
     return image[..., ::-1] if rng.integers(2) else image
 
 
@@ -356,8 +357,8 @@ def _compose(
         np.copyto(maps[here], field, where=_turned(patches[rng.integers(len(patches))], rng))
         if covered[row, column] >= 0.5:
             cells.append((case.slide, column * FIELD, row * FIELD, kind, f"{case.split}-{kind}-{number}"))
-    size = (columns * FIELD, rows * FIELD)
-    edge = np.asarray(Image.fromarray(outline).resize(size, Image.Resampling.BICUBIC)) > 0
+    whole = (columns * FIELD, rows * FIELD)
+    edge = np.asarray(Image.fromarray(outline).resize(whole, Image.Resampling.BICUBIC)) > 0
     blur = ImageFilter.BoxBlur(rng.uniform(0.2, 1.2))
     blurred = [np.asarray(Image.fromarray(m[SPILL:-SPILL, SPILL:-SPILL] * edge).filter(blur), np.uint16) for m in maps]
     colours = _stain(rng).view(np.uint32)[:, 0]  # one gather of whole colours is 10x faster than one per channel
@@ -430,16 +431,13 @@ def _report(case: _Case, rng: Generator) -> str:
     return " ".join(said).format(**words)
 
 
-def write_cohort(
-    out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int, int] = (7, 10), progress: Callable[[int, int], None] | None = None
-) -> None:
+def write_cohort(out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int, int] = (7, 10)) -> None:
     """Write a synthetic cohort; the same arguments give the same files.
 
     `out/slides/*.svs`; `reports.csv` (slide_id, patient_id, split, report); `labels.csv` (slide_id, patient_id, split,
     subtype, recognition, mutation; mutation is 0 for normal slides); `cells.csv` (slide_id, x, y, kind, sheet): the
     level-0 top-left corner of each field of 256 px, what it shows, and the sheet it was cut from. About 60 % of the slides are
     `train`, the others `test`; no patient and no sheet is in both. A slide is `side` fields wide and high.
-    `progress(done, slides)` is called after each slide.
 
     Raises:
         ConfigError: fewer than 6 slides.
@@ -455,21 +453,21 @@ def write_cohort(
         split, kind, n = job
         return _draw(kind, np.random.default_rng([seed, 1, split == "test", KINDS.index(kind), n]))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sheets: dict[tuple[str, str], list[np.ndarray]] = {}
-        for (split, kind, _), sheet in zip(jobs, pool.map(drawn, jobs)):
+    def made(number: int) -> list:
+        image, cells = _compose(cases[number], np.random.default_rng([seed, 2, number]), sheets, side)
+        write_scan(out / "slides" / f"{cases[number].slide}.svs", image)
+        return cells
+
+    threads, cells = min(8, os.cpu_count() or 1), []
+    sheets: dict[tuple[str, str], list[np.ndarray]] = {}
+    with progress("drawing tissue", len(jobs), "sheets") as bar:
+        for (split, kind, _), sheet in zip(jobs, prefetch(drawn, jobs, threads, ahead=threads)):
             sheets.setdefault((split, kind), []).append(sheet)
-
-        def made(number: int) -> list:
-            image, cells = _compose(cases[number], np.random.default_rng([seed, 2, number]), sheets, side)
-            write_scan(out / "slides" / f"{cases[number].slide}.svs", image)
-            return cells
-
-        cells = []
-        for done, rows in enumerate(pool.map(made, range(slides)), start=1):
+            bar.advance(bar.task_ids[0])
+    with progress("drawing slides", slides, "slides") as bar:
+        for rows in prefetch(made, range(slides), threads, ahead=threads):
             cells += rows
-            if progress:
-                progress(done, slides)
+            bar.advance(bar.task_ids[0])
     key = ("slide_id", "patient_id", "split")
     rng = np.random.default_rng([seed, 3])
     write_table(out / "reports.csv", (*key, "report"), [(c.slide, c.patient, c.split, _report(c, rng)) for c in cases])

@@ -224,6 +224,8 @@ def tile_slides(
     scans, unusable = _find_scans(source, out)
     every_job = _plan(scans, out, config, [table for table in (mpp_csv, overrides) if table], tissue_geojson, coords, pack)
     jobs, refused = every_job[index::count], unusable if index == 0 else []
+    for row in refused:
+        log.warning("%s (%s)", row["error"], row["path"])
     threads = workers or min(8, len(os.sched_getaffinity(0)))
     if dry_run:
         return refused + _run(jobs, threads, lambda job: _tile(job, dry_run=True), lambda: None)
@@ -333,7 +335,7 @@ def _run(jobs: list[_Job], threads: int, work: Callable[[_Job], dict[str, Any]],
                 rows.append(row := done.result())
                 if row["status"] == "error":
                     log.warning("%s (%s)", row["error"], row["path"])
-                log.info("%d of %d: %s: %s, %d tiles", len(rows), len(jobs), row["slide_id"], row["status"], row["tiles"])
+                log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
                 bar.advance(bar.task_ids[0])
                 if time.monotonic() - last > 10:
                     pause()

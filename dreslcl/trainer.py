@@ -69,6 +69,10 @@ class Trainer:
         self.tune_text = not vectors and (
             config.encoder.text == "tune" or (config.encoder.text == "auto" and self.encoder is not None and not self.encoder.pretrained)
         )
+        if not vectors and not self.tune_text and self.encoder is not None and not self.encoder.pretrained:
+            log.warning(
+                "the frozen text tower has random weights, so reports say little: use --text tune, --pretrained or --report-embeddings"
+            )
         self.reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if self.pixels else None
         dim = self.encoder.dim if self.pixels and self.encoder else read_features(cohort.members[0].source).shape[1]
         text_dim = cohort.reports[0].shape[1] if vectors else self.encoder.text_dim
@@ -122,8 +126,11 @@ class Trainer:
             log.info("%d of %d reports are longer than the text tower's %d tokens", longer, len(reports), self.encoder.context)
             if self.tune_text:
                 return texts
-            with inference(self.encoder), autocast(self.device, self.train.precision):
-                pieces = [self.encoder.encode_texts(t).cpu().clone() for t in texts]
+            pieces = []
+            with inference(self.encoder), autocast(self.device, self.train.precision), progress("reading", len(texts), "reports") as bar:
+                for text in texts:
+                    pieces.append(self.encoder.encode_texts(text).cpu().clone())
+                    bar.advance(bar.task_ids[0])
         means = torch.stack([p.mean(0) for p in pieces])
         self.model.text_centre.copy_(means.mean(0))
         return [p.clone().to(self.device) for p in pieces]

@@ -1,6 +1,10 @@
 import logging
+import os
+import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import h5py
 import numpy as np
@@ -113,6 +117,13 @@ def test_features_and_report_vectors_train_a_model_that_refuses_other_widths(dre
     fails(wrong, 1, "grade", "subtype")
 
 
+def test_frozen_text_tower_with_random_weights_is_said_to_tell_little(dreslcl, tmp_path, features):
+    train = ("pretrain", "--features", features, "--reports", tmp_path / "reports.csv", "--out", tmp_path / "run", "--text", "frozen")
+    code, out, err = dreslcl("-q", *train, "--epochs", "1", "--batch", "3", "--codewords", "3")
+    assert code == 0 and out.startswith("model: ")
+    assert err.count("\n") == 1 and "the frozen text tower has random weights" in err and "--report-embeddings" in err
+
+
 def test_dry_run_forecasts_and_writes_nothing(dreslcl, tmp_path, features):
     code, out, err = dreslcl(
         "pretrain", "--features", features, "--report-embeddings", tmp_path / "vectors.npz", "--out", tmp_path / "run", "--dry-run"
@@ -144,6 +155,72 @@ def test_ctrl_c_says_how_to_go_on(dreslcl, tmp_path, monkeypatch):
     monkeypatch.setattr("dreslcl.tiles.tile_slides", interrupt)
     code, _, err = dreslcl("tile", tmp_path, "--out", tmp_path / "o")
     assert code == 130 and "run the same command again" in err
+
+
+def start(*arguments, **environment):
+    """The command in a process of its own, stdout and stderr in one pipe."""
+    command = [sys.executable, "-m", "dreslcl", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    )
+
+
+def test_ctrl_c_in_a_long_step_on_threads_ends_it_in_one_line(tmp_path):
+    process = start("demo", "--out", tmp_path / "demo", "--slides", "400")
+    assert process.stdout.readline().startswith("1/5 drawing 400")
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert out.strip() == "stopped; delete the folder of --out, or choose another, and run it again"
+
+
+def test_output_that_is_no_terminal_holds_no_control_characters(tmp_path, work):
+    for arguments in (
+        ["--help"],
+        ["embed", "--help"],
+        ["-v", "tile", work.parent / "slides", "--out", tmp_path],
+        ["tile", tmp_path / "no"],
+    ):
+        out = start(*arguments).communicate(timeout=60)[0]
+        assert out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out), repr(out)
+
+
+@pytest.mark.parametrize("choice", [{}, {"NO_COLOR": "1"}])
+def test_a_terminal_gets_colours_unless_no_color_says_not_to(choice):
+    leader, follower = os.openpty()
+    command = [sys.executable, "-m", "dreslcl", "tile", "--help"]
+    process = subprocess.Popen(
+        command,
+        stdout=follower,
+        stderr=follower,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm-256color", **choice},
+    )
+    os.close(follower)
+    seen = b""
+    with suppress(OSError):  # how a terminal ends
+        while part := os.read(leader, 65536):
+            seen += part
+    os.close(leader)
+    assert process.wait(60) == 0 and b"Tiles" in seen
+    assert bool(re.search(rb"\x1b\[(\d+;)*[349]\d", seen)) == (not choice)
+
+
+def test_shells_are_given_the_words_that_fit():
+    words = {"_DRESLCL_COMPLETE": "complete_bash", "COMP_WORDS": "dreslcl eval --task ", "COMP_CWORD": "3"}
+    program = "import sys; sys.argv = ['dreslcl']; from dreslcl.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **words}, timeout=60)
+    assert done.stdout.split() == ["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
+
+
+def test_knobs_come_from_a_file_and_flags_override_them(dreslcl, tmp_path, work):
+    (tmp_path / "knobs.toml").write_text("[tile]\nsize = 64\nmpp = 2.0\nmin_tissue = 0.9\n[eval]\nfolds = 3\n")
+    tile = ("-q", "tile", work.parent / "slides", "--out", tmp_path / "work", "--config", tmp_path / "knobs.toml")
+    assert dreslcl(*tile, "--size", "128")[0] == 0
+    with h5py.File(tmp_path / "work" / "tiles" / "s0.h5") as file:
+        assert (file["coords"].attrs["patch_size"], file["coords"].attrs["mpp"]) == (128, 2.0)
+        assert file["tissue_fraction"][:].min() >= 0.9
+    (tmp_path / "knobs.toml").write_text("[tile]\nszie = 64\n")
+    fails(dreslcl(*tile), 2, "unknown key 'szie'; there are size")
 
 
 def test_package_runs_as_a_module_as_torchrun_needs():

@@ -1,14 +1,24 @@
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 
-from dreslcl.config import PRESETS, EncoderConfig, EvalConfig, ModelConfig, RunConfig, TileConfig, TrainConfig, knob_help, updated
+from dreslcl.config import (
+    PRESETS,
+    TABLES,
+    EncoderConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TileConfig,
+    TrainConfig,
+    knob_help,
+    read_knobs,
+    updated,
+)
 from dreslcl.errors import ConfigError
 
-CONFIGS = [TileConfig, EncoderConfig, ModelConfig, TrainConfig, EvalConfig]
 
-
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", TABLES.values())
 def test_every_knob_has_help(config):
     assert set(knob_help(config)) == {f.name for f in fields(config)}
     assert all(text.endswith(".") for text in knob_help(config).values())
@@ -21,23 +31,25 @@ def test_presets_and_changed_knobs_survive_writing_and_reading(preset, tmp_path)
     assert RunConfig.load(tmp_path / "config.toml") == config
 
 
-def test_absent_knobs_stay_as_in_the_base(tmp_path):
-    (tmp_path / "c.toml").write_text("[train]\nlr = 1\n")
-    base = PRESETS["paper"]
-    assert RunConfig.load(tmp_path / "c.toml", base) == replace(base, train=replace(base.train, lr=1.0))
+def test_absent_knobs_have_their_defaults_and_a_file_can_hold_every_table(tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nlr = 1\n[tile]\nmpp = 2\n[eval]\nshots = [1, 4]\n")
+    assert RunConfig.load(tmp_path / "c.toml") == RunConfig(train=TrainConfig(lr=1.0))
+    knobs = read_knobs(tmp_path / "c.toml")
+    assert (knobs[TileConfig], knobs[EvalConfig], knobs[ModelConfig]) == ({"mpp": 2.0}, {"shots": (1, 4)}, {})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[train", "not a readable TOML"),
-        ("[trian]\nlr = 1", r"unknown table \[trian\]; there are encoder, model, train"),
+        ("[trian]\nlr = 1", r"unknown table \[trian\]; there are tile, encoder, model, train, eval"),
         ("[train]\nlearning_rate = 1", "unknown key 'learning_rate'; there are epochs"),
         ("[train]\nepochs = 'ten'", "epochs should be of type int, got 'ten'"),
         ("[train]\nbatch = 1", "batch must be at least 2"),
         ("[train]\nbatch = true", "batch should be of type int"),
         ("[train]\nsampling = 'widnow'", "sampling must be one of random, window, got 'widnow'"),
         ("[encoder]\npretrained = 3", "pretrained should be of type str"),
+        ("[eval]\nshots = [1, 'two']", r"shots should be a list of int, got \[1, 'two'\]"),
         ("lr = 1", r"unknown table \[lr\]"),
     ],
 )

@@ -318,6 +318,30 @@ def test_text_tower_of_transformers_asks_for_the_package():
         Encoder.create(EncoderConfig(name="roberta-ViT-B-32"))
 
 
+def test_text_tower_of_transformers_reads_windows_and_survives_saving(tmp_path, no_network, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,:"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    transformers.BertConfig(vocab_size=len(words), **shape).save_pretrained(tmp_path / "bert")
+    text = {"hf_model_name": str(tmp_path / "bert"), "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler", "context_length": 48}
+    text["hf_tokenizer_name"] = text["hf_model_name"]
+    (tmp_path / "our-bert.json").write_text(json.dumps({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "our-bert.json")
+    encoder = Encoder.create(EncoderConfig(name="our-bert")).eval()
+    windows = encoder.split_report(REPORT)
+    assert len(windows) > 3 and all(len(encoder._tokens(window)) <= 46 for window in windows)
+    encoder.save(tmp_path / "saved")
+    again = Encoder.create(EncoderConfig(name=f"local-dir:{tmp_path / 'saved'}")).eval()
+    with torch.inference_mode():
+        assert torch.allclose(again.encode_reports([REPORT]), encoder.encode_reports([REPORT]), atol=1e-6)
+    encoder.set_trainable("none", text=True)
+    assert len(encoder.text_parameters()) > 10 and all(p.requires_grad for p in encoder.text_parameters())
+
+
 def test_tag_of_quick_gelu_weights_switches_the_activation(monkeypatch):
     seen = {}
 
