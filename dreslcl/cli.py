@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -247,13 +248,17 @@ def pretrain(
         print(f"model: {folder}")
 
 
-def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> Any:
+def _cohort(work: Path | None, features: Path | None, patients: Path | None, *, skip: bool = False) -> Any:
+    """The cohort; with `skip`, files of features that cannot be read are noted in it in place of an error."""
     from .cohort import Cohort
     from .features import find_features
 
     if (work is None) == (features is None):
         raise ConfigError("give either the folder that `dreslcl tile` wrote, or --features FOLDER")
-    return Cohort.load(work, patients=patients) if work else Cohort.of_features(find_features(features), patients=patients)
+    if work:
+        return Cohort.load(work, patients=patients)
+    unreadable: dict[str, str] = {}
+    return Cohort.of_features(find_features(features, unreadable if skip else None), patients=patients, unreadable=unreadable)
 
 
 @command(panel="Steps")
@@ -275,13 +280,32 @@ def embed(
         Literal["trident", "clam", "stamp", "patho-bench"], typer.Option(help="Also write files as this tool reads them.")
     ] = "trident",
     tile_features: Annotated[bool, typer.Option("--tile-features", help="Also write each slide's tile features, in that layout.")] = False,
+    from_bank: Annotated[
+        bool, typer.Option("--from-bank", help="Encode nothing: use the rows of RUN/bank, as training last saw the tiles.")
+    ] = False,
+    heatmaps: Annotated[
+        bool,
+        typer.Option(
+            "--heatmaps", help="Also draw OUT/heatmaps: the codeword of each tile; PNG and QuPath GeoJSON. Writes tile features too."
+        ),
+    ] = False,
+    heatmap_text: Annotated[str | None, typer.Option(help="Also map each tile's contribution to the similarity with this text.")] = None,
+    heatmap_labels: Annotated[
+        Path | None, typer.Option(help="Or its contribution to the slide's class: table slide_id or patient_id, and label.", exists=True)
+    ] = None,
+    heatmap_column: Annotated[str, typer.Option(help="Column of that table.")] = "subtype",
     force: Annotated[bool, typer.Option("--force", help="Embed slides again that are done.")] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
     from .embedding import embed as run
 
+    if heatmaps and (model is None or work is None):
+        raise ConfigError("--heatmaps needs --model RUN/model, and the folder that `dreslcl tile` wrote: maps are drawn over the scans")
+    if (heatmap_text or heatmap_labels) and not heatmaps:
+        raise ConfigError("--heatmap-text and --heatmap-labels need --heatmaps")
+    cohort = _cohort(work, features, patients, skip=True)
     result = run(
-        _cohort(work, features, patients),
+        cohort,
         out,
         model=model,
         encoder=None if model else EncoderConfig(encoder, pretrained),
@@ -290,10 +314,22 @@ def embed(
         workers=workers or min(8, os.cpu_count() or 1),
         by=by,
         layout=layout,
-        tile_features=tile_features,
+        tile_features=tile_features or (heatmaps and not from_bank),
+        from_bank=from_bank,
         force=force,
     )
     print(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
+    failed = dict(result.failed)
+    if heatmaps and model:
+        from .heatmaps import draw_heatmaps
+
+        chosen = {"text": heatmap_text, "labels": heatmap_labels, "column": heatmap_column}
+        failed |= draw_heatmaps(cohort, out, model, result, **chosen, layout=layout, from_bank=from_bank, force=force)
+        print(f"maps: {out / 'heatmaps'}")
+    if failed:
+        slide, why = next(iter(failed.items()))
+        total = len(cohort) + len(cohort.unreadable)
+        raise DreslclError(f"{len(failed)} of {total} slides failed, the others are done; {slide}: {why}")
 
 
 @command(EvalConfig, panel="Steps")
@@ -347,7 +383,9 @@ def eval_(
         text=text,
     )
     result.save(out)
-    evaluation_page(result, out / "report.html", command=" ".join(["dreslcl", *sys.argv[1:]]))
+    maps = (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
+    pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((maps / kind).glob("*.png"))}
+    evaluation_page(result, out / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]), pictures=pictures)
     for warning in result.warnings:
         log.warning("warning: %s", warning)
     print_table(*result.table())

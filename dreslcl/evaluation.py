@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
@@ -54,6 +55,7 @@ from .metrics import (
 Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 Matrix = Float[np.ndarray, "n C"]
 Scores = dict[str, dict[str, dict[str, Interval]]]  # features -> probe -> metric
+Inner = list[tuple[np.ndarray, np.ndarray]]  # (train, validation) positions
 TextVectors = Mapping[str, np.ndarray] | np.ndarray | None
 
 C_GRID = tuple(10.0**power for power in range(-5, 3))
@@ -138,7 +140,12 @@ def _plain(value: Any) -> Any:
     return None if np.isnan(value) else round(float(value), 6)
 
 
-def linear_probe(x: np.ndarray, y: np.ndarray, inner: list[tuple[np.ndarray, np.ndarray]], x_test: np.ndarray, classes: int) -> Matrix:
+def linear_probe(x: np.ndarray, y: np.ndarray, inner: Inner, x_test: np.ndarray, classes: int) -> Matrix:
+    """Class probabilities of `fit_probe`."""
+    return _spread(fit_probe(x, y, inner, classes), x_test, classes)
+
+
+def fit_probe(x: np.ndarray, y: np.ndarray, inner: Inner, classes: int) -> Pipeline:
     """Logistic regression (lbfgs, classes weighted equally) on standardised features.
 
     C is the one of `C_GRID` with the least class-balanced log loss over the `inner` (train, validation) splits of x; 1 without any.
@@ -155,8 +162,13 @@ def linear_probe(x: np.ndarray, y: np.ndarray, inner: list[tuple[np.ndarray, np.
             p = np.clip(_spread(model, b, classes)[np.arange(len(held)), y[held]], 1e-12, None)
             loss[i] -= (weight * np.log(p)).sum()
     best = C_GRID[int(loss.argmin())] if loss.any() else 1.0
-    scaler = StandardScaler().fit(x)
-    return _spread(_logistic().set_params(C=best).fit(scaler.transform(x), y), scaler.transform(x_test), classes)
+    return make_pipeline(StandardScaler(), _logistic().set_params(C=best)).fit(x, y)
+
+
+def inner_folds(y: np.ndarray, patients: np.ndarray, config: EvalConfig) -> Inner:
+    """Folds by patient that choose the linear probe's C; none where a class has a single patient."""
+    count = min(config.inner_folds, *(len(set(patients[y == c])) for c in set(y)))
+    return [(f.train, f.test) for f in patient_folds(y, patients, count, config.seed)] if count > 1 else []
 
 
 def _logistic() -> LogisticRegression:
@@ -331,10 +343,8 @@ def _probe(
     of_folds: list[dict[str, list[Matrix]]] = []
     for fold in folds:
         a, b, groups, test = x[_fit(fold)], y[_fit(fold)], patients[_fit(fold)], x[fold.test]
-        count = min(config.inner_folds, *(len(set(groups[b == c])) for c in set(b)))
-        inner = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(b)))] if len(fold.val) else []
-        if not inner and count > 1:
-            inner = [(f.train, f.test) for f in patient_folds(b, groups, count, config.seed)]
+        given = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(b)))] if len(fold.val) else []
+        inner = given or inner_folds(b, groups, config)
         result = {"linear": [linear_probe(a, b, inner, test, classes)]}
         result[f"{config.neighbours}-NN"] = [neighbour_probe(a, b, test, classes, config.neighbours)]
         for n in shots:
