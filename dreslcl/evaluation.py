@@ -150,6 +150,7 @@ def fit_probe(x: np.ndarray, y: np.ndarray, inner: Inner, classes: int) -> Pipel
 
     C is the one of `C_GRID` with the least class-balanced log loss over the `inner` (train, validation) splits of x; 1 without any.
     """
+    x = x.astype(np.float64)  # in float32 the line search of lbfgs can fail
     loss = np.zeros(len(C_GRID))
     for train, held in inner:
         if len(set(y[train])) < 2 or not len(held):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int, Int64, UInt8
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 8192  # tiles in memory at a time beside their features
 TOP = 12  # tiles on a contact sheet
-OPACITY = 150  # of a map over its thumbnail, 0-255
+OPACITY = 140  # of a map over its thumbnail, 0-255
 
 
 def contributions(
@@ -54,16 +54,28 @@ def contributions(
     moves by ⟨δ, ∂s/∂R_k⟩, and so does the sum of the contributions at that gradient. Where scaling all weights leaves z as it is
     (`intra_norm`, the default), contributions sum to zero: a tile counts against the average tile of its slide.
     """
-    words, soft = aggregator.codewords, aggregator.config.soft_assignment
-    parts = features.split(CHUNK)
-    sums, counts = (torch.stack(side).sum(0).requires_grad_() for side in zip(*(encode_residuals(part, words, soft) for part in parts)))
+    slopes = score_slopes(aggregator, features, direction)
+    codes, values = zip(*(tile_values(aggregator, part, *slopes) for part in features.split(CHUNK)))
+    return torch.cat(codes).cpu().numpy(), torch.cat(values).cpu().numpy()
+
+
+def score_slopes(
+    aggregator: ResidualAggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
+) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+    """∂s/∂R_k and ∂s/∂n_k of the score s = direction · z of a slide."""
+    parts = [encode_residuals(part, aggregator.codewords, aggregator.config.soft_assignment) for part in features.split(CHUNK)]
+    sums, counts = (torch.stack(side).sum(0).requires_grad_() for side in zip(*parts))
     with torch.enable_grad():
-        score = aggregator(sums[None], counts[None])[0] @ direction
-    by_sum, by_count = torch.autograd.grad(score, (sums, counts))
-    constant = by_count - (words * by_sum).sum(1)
-    shares = [assignment_shares(part, words, soft) for part in parts]
-    values = torch.cat([(share * (part @ by_sum.T + constant)).sum(1) for share, part in zip(shares, parts)])
-    return torch.cat([share.argmax(1) for share in shares]).cpu().numpy(), values.cpu().numpy()
+        return torch.autograd.grad(aggregator(sums[None], counts[None])[0] @ direction, (sums, counts))
+
+
+def tile_values(
+    aggregator: ResidualAggregator, features: Float[Tensor, "n D"], by_sum: Float[Tensor, "K D"], by_count: Float[Tensor, "K"]
+) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    """Codewords and contributions of some tiles at given slopes; a softly assigned tile counts at each codeword by its share."""
+    words = aggregator.codewords
+    shares = assignment_shares(features, words, aggregator.config.soft_assignment)
+    return shares.argmax(1), (shares * (features @ by_sum.T + by_count - (words * by_sum).sum(1))).sum(1)
 
 
 @dataclass(frozen=True)
@@ -185,8 +197,9 @@ def _draw(
     mark: str,
 ) -> None:
     thumbnail = scan.thumbnail(max(scan.size) * grid.mpp_level0 / 1400)
-    palette = (255 * colormaps["tab20" if codewords <= 20 else "nipy_spectral"](np.linspace(0, 1, max(codewords, 20)))).astype(np.uint8)
-    palette[:, 3] = OPACITY
+    thumbnail = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)  # grey: the map has all the colour
+    colours = colormaps["tab10" if codewords <= 10 else "tab20" if codewords <= 20 else "turbo"]
+    palette = colours(np.arange(codewords) if codewords <= 20 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
     if target:
         norm = CenteredNorm(halfrange=max(float(np.percentile(np.abs(values), 99)), 1e-12))
         scale = ScalarMappable(norm, colormaps["RdBu_r"])

@@ -8,14 +8,12 @@ import torch
 
 from dreslcl import load
 from dreslcl.cohort import Cohort
-from dreslcl.config import EncoderConfig, ModelConfig
+from dreslcl.config import EncoderConfig
 from dreslcl.embedding import Embeddings, embed, prompt_vectors, report_rows
-from dreslcl.encoder import Encoder
 from dreslcl.errors import ConfigError, ModelError, SlideError, StoreError
 from dreslcl.files import read_table
 from dreslcl.grid import TileGrid
 from dreslcl.layouts import write_tiles
-from dreslcl.model import DRESLCL
 from dreslcl.synthetic import write_scan
 
 
@@ -23,22 +21,6 @@ from dreslcl.synthetic import write_scan
 def cohort(work):
     whole = Cohort.load(work).with_reports(work / "reports.csv")
     return replace(whole, members=whole.members[:3])  # p0 has two of the three
-
-
-@pytest.fixture(scope="module")
-def model(cohort, tmp_path_factory):
-    """A model folder as `pretrain` writes it, with random weights."""
-    encoder = Encoder.create(EncoderConfig())
-    about = {"tiles": "pixels", "text": "tower", "seen": ["s0"], "size": 64, "mpp": 2.0}
-    torch.manual_seed(0)
-    made = DRESLCL(
-        encoder, ModelConfig(codewords=4, width=16, heads=2), dim=encoder.dim, text_dim=encoder.dim, frozen_text=False, about=about
-    )
-    words = np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32)
-    made.aggregator.set_codebook(words, words)
-    folder = tmp_path_factory.mktemp("run") / "model"
-    made.save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
