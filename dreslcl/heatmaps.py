@@ -227,10 +227,10 @@ def _save_map(
     """A map over the thumbnail with a scale bar and a key: a colour bar, or named colours."""
     image = draw_overlay(thumbnail, [], grid.xy, grid.extent_px, grid.level0_size, 1400, colours)
     w, h = image.size
-    figure = Figure(figsize=(9, 9 * min(max(h / w, 0.4), 1.6)), layout="constrained")
+    figure = Figure(figsize=(6.4, 6.4 * min(max(h / w, 0.4), 1.6)), layout="constrained")
     ax = figure.subplots()
     ax.imshow(image)
-    ax.set_title(title if len(title) <= 80 else title[:79] + "…", fontsize=14, loc="left", parse_math=False)
+    ax.set_title(title if len(title) <= 55 else title[:54] + "…", fontsize=13, loc="left", parse_math=False)
     ax.set_axis_off()
     per_px = grid.mpp_level0 * grid.level0_size[0] / w
     length = _round_length(w * per_px / 4)
@@ -239,12 +239,12 @@ def _save_map(
     ax.text(0.02 * w, h * 1.035, name, fontsize=13, va="top")
     if isinstance(key, ScalarMappable):
         bar = figure.colorbar(key, ax=ax, shrink=0.7, pad=0.01)
-        bar.set_label("lowers    ←    per share of the slide    →    raises", fontsize=13)
+        bar.set_label("lowers  ←  per share of the slide  →  raises", fontsize=13)
         bar.ax.tick_params(labelsize=12)
     else:
         ax.legend(handles=key, fontsize=13, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=110, metadata={"fingerprint": mark})
+        figure.savefig(part, format="png", dpi=150, metadata={"fingerprint": mark})
 
 
 def _round_length(um: float) -> float:
