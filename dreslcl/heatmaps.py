@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
@@ -198,8 +199,9 @@ def _draw(
 ) -> None:
     thumbnail = scan.thumbnail(max(scan.size) * grid.mpp_level0 / 1400)
     thumbnail = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)  # grey: the map has all the colour
-    colours = colormaps["tab10" if codewords <= 10 else "tab20" if codewords <= 20 else "turbo"]
-    palette = colours(np.arange(codewords) if codewords <= 20 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
+    colours = colormaps["tab20" if codewords <= 18 else "turbo"]
+    order = [*range(0, 14, 2), 16, 18, *range(1, 15, 2), 17, 19]  # the strong ones first, without grey
+    palette = colours(order[:codewords] if codewords <= 18 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
     if target:
         norm = CenteredNorm(halfrange=max(float(np.percentile(np.abs(values), 99)), 1e-12))
         scale = ScalarMappable(norm, colormaps["RdBu_r"])
@@ -230,7 +232,7 @@ def _save_map(
     figure = Figure(figsize=(6.4, 6.4 * min(max(h / w, 0.4), 1.6)), layout="constrained")
     ax = figure.subplots()
     ax.imshow(image)
-    ax.set_title(title if len(title) <= 55 else title[:54] + "…", fontsize=13, loc="left", parse_math=False)
+    ax.set_title("\n".join(wrap(title, 56, max_lines=3, placeholder=" …")), fontsize=13, loc="left", parse_math=False)
     ax.set_axis_off()
     per_px = grid.mpp_level0 * grid.level0_size[0] / w
     length = _round_length(w * per_px / 4)
