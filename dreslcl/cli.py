@@ -346,6 +346,9 @@ def eval_(
     split_column: Annotated[str | None, typer.Option(help="Column of the labels with train, val, test; default: folds by patient.")] = None,
     splits: Annotated[Path | None, typer.Option(help="Patho-Bench k=all.tsv with columns fold_0, fold_1, ...", exists=True)] = None,
     compare: Annotated[Path | None, typer.Option(help="A second embedding: adds the paired difference.", exists=True)] = None,
+    compare_model: Annotated[
+        Path | None, typer.Option(help="RUN/model of that second embedding: encodes its texts for retrieval and zeroshot.", exists=True)
+    ] = None,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Test on slides that pretraining saw too (optimistic).")] = False,
     reports: Annotated[
         Path | None, typer.Option(help="Reports: those of pretraining for the leak scan; or what to retrieve.", exists=True)
@@ -363,11 +366,18 @@ def eval_(
 
     if labels is None and task != "retrieval":
         raise ConfigError(f"--task {task} needs --labels TABLE")
-    rows, text = labels, None
+    rows, text, compare_text = labels, None, None
     if task in ("retrieval", "zeroshot"):
         from .embedding import prompt_vectors, report_rows
 
-        rows, text = report_rows(reports, report_embeddings, model) if task == "retrieval" else (labels, prompt_vectors(prompts, model))
+        if compare and not compare_model:
+            raise ConfigError(f"--task {task} needs --compare-model RUN/model to encode the texts for --compare")
+
+        def read(model: Path | None) -> Any:
+            return report_rows(reports, report_embeddings, model) if task == "retrieval" else (labels, prompt_vectors(prompts, model))
+
+        rows, text = read(model)
+        compare_text = read(compare_model)[1] if compare else None
     result = evaluate(
         Embeddings.load(embeddings),
         rows,
@@ -381,6 +391,7 @@ def eval_(
         include_seen=include_seen,
         reports=reports if task != "retrieval" else None,
         text=text,
+        compare_text=compare_text,
     )
     result.save(out)
     maps = (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"

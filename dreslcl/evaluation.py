@@ -259,13 +259,16 @@ def evaluate(
         slides.parts.update(split_table(splits, slides))
     elif split_column:
         slides.parts[split_column] = [row[split_column] for row in slides.rows]
+    scanned = ["No leak scan: the reports that pretraining used were not given (--reports)."] if task != "retrieval" else []
     if reports is not None:
-        reports = read_table(reports, ["report"]) if isinstance(reports, Path) else reports
+        read = seen_reports(read_table(reports, ["report"]) if isinstance(reports, Path) else reports, embeddings)
         names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows if task != "retrieval"})
-        warnings += leak_scan(seen_reports(reports, embeddings), names)
+        leaks = leak_scan(read, names)
+        scanned = [f"Leak scan: {len(leaks)} of the classes' names stand in the {len(read)} reports that pretraining used."]
+        warnings += leaks
     plan = _Plan(task, config, positive, include_seen, texts, warnings)
     outcomes = [(_retrieval if task == "retrieval" else _classification)(slides, column, plan) for column in columns]
-    return Result(task, _protocol(plan, list(slides.parts), outcomes), outcomes, list(dict.fromkeys(warnings)))
+    return Result(task, _protocol(plan, list(slides.parts), outcomes) + scanned, outcomes, list(dict.fromkeys(warnings)))
 
 
 @dataclass(frozen=True)
