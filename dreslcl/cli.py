@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -51,7 +52,7 @@ _PANELS = {
     "EvalConfig": "Protocol",
 }
 
-_INPUTS, _RUNNING = "More inputs", "Running"
+_INPUTS, _MAPS, _RUNNING = "More inputs", "Heatmaps", "Running"
 _STOPPED = "stopped; what is done is kept: run the same command again to go on"
 _STOPPED_IN = {
     "pretrain": "stopped; whole epochs are kept: run the same command again with --resume to go on",
@@ -294,7 +295,8 @@ def pretrain(
         print(f"model: {folder}")
 
 
-def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> Any:
+def _cohort(work: Path | None, features: Path | None, patients: Path | None, *, skip: bool = False) -> Any:
+    """The cohort; with `skip`, files of features that cannot be read are noted in it in place of an error."""
     from .cohort import Cohort
     from .features import find_features
 
@@ -303,7 +305,8 @@ def _cohort(work: Path | None, features: Path | None, patients: Path | None) -> 
     if work:
         return Cohort.load(work, patients=patients)
     assert features is not None
-    return Cohort.of_features(find_features(features), patients=patients)
+    unreadable: dict[str, str] = {}
+    return Cohort.of_features(find_features(features, unreadable if skip else None), patients=patients, unreadable=unreadable)
 
 
 @command(panel="Steps")
@@ -330,13 +333,35 @@ def embed(
         Literal["auto", "fp32", "bf16"], option("Arithmetic of the tile encoder; auto: bf16 on a GPU that has it.", panel=_RUNNING)
     ] = "auto",
     workers: Workers = 0,
+    from_bank: Annotated[
+        bool, option("Encode nothing: use the rows of RUN/bank, as training last saw the tiles.", "--from-bank", panel=_RUNNING)
+    ] = False,
+    heatmaps: Annotated[
+        bool,
+        option(
+            "Also draw OUT/heatmaps: the codeword of each tile; PNG and QuPath GeoJSON. Writes tile features too.",
+            "--heatmaps",
+            panel=_MAPS,
+        ),
+    ] = False,
+    heatmap_text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.", panel=_MAPS)] = None,
+    heatmap_labels: Annotated[
+        Path | None,
+        option("Or its contribution to the slide's class: table slide_id or patient_id, and label.", panel=_MAPS, exists=True),
+    ] = None,
+    heatmap_column: Annotated[str, option("Column of that table.", panel=_MAPS)] = "subtype",
     force: Annotated[bool, option("Embed slides again that are done.", "--force", panel=_RUNNING)] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
     from .embedding import embed as run
 
+    if heatmaps and (model is None or work is None):
+        raise ConfigError("--heatmaps needs --model RUN/model, and the folder that `dreslcl tile` wrote: maps are drawn over the scans")
+    if (heatmap_text or heatmap_labels) and not heatmaps:
+        raise ConfigError("--heatmap-text and --heatmap-labels need --heatmaps")
+    cohort = _cohort(work, features, patients, skip=True)
     result = run(
-        _cohort(work, features, patients),
+        cohort,
         out,
         model=model,
         encoder=None if model else EncoderConfig(encoder, pretrained),
@@ -345,10 +370,22 @@ def embed(
         workers=workers or min(8, os.cpu_count() or 1),
         by=by,
         layout=layout,
-        tile_features=tile_features,
+        tile_features=tile_features or (heatmaps and not from_bank),
+        from_bank=from_bank,
         force=force,
     )
     print(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
+    failed = dict(result.failed)
+    if heatmaps and model:
+        from .heatmaps import draw_heatmaps
+
+        chosen = {"text": heatmap_text, "labels": heatmap_labels, "column": heatmap_column}
+        failed |= draw_heatmaps(cohort, out, model, result, **chosen, layout=layout, from_bank=from_bank, force=force)
+        print(f"maps: {out / 'heatmaps'}")
+    if failed:
+        slide, why = next(iter(failed.items()))
+        total = len(cohort) + len(cohort.unreadable)
+        raise DreslclError(f"{len(failed)} of {total} slides failed, the others are done; {slide}: {why}")
 
 
 @command(EvalConfig, panel="Steps")
@@ -365,6 +402,10 @@ def eval_(
     splits: Annotated[Path | None, option("Patho-Bench k=all.tsv with columns fold_0, fold_1, ...", exists=True)] = None,
     compare: Annotated[Path | None, option("A second embedding: adds the paired difference.", exists=True)] = None,
     include_seen: Annotated[bool, option("Test on slides that pretraining saw too (optimistic).", "--include-seen")] = False,
+    compare_model: Annotated[
+        Path | None,
+        option("RUN/model of that second embedding: encodes its texts for retrieval and zeroshot.", panel=_INPUTS, exists=True),
+    ] = None,
     reports: Annotated[
         Path | None, option("Reports: those of pretraining for the leak scan; or what to retrieve.", panel=_INPUTS, exists=True)
     ] = None,
@@ -384,13 +425,21 @@ def eval_(
         raise ConfigError(f"--task {task} needs --labels TABLE")
     rows: Any = labels
     text: Any = None
+    compare_text: Any = None
     leaks = None
     if reports and task != "retrieval":
         leaks = [dict(zip(("slide_id", "patient_id", "report"), row)) for row in read_reports(reports)]
     if task in ("retrieval", "zeroshot"):
         from .embedding import prompt_vectors, report_rows
 
-        rows, text = report_rows(reports, report_embeddings, model) if task == "retrieval" else (labels, prompt_vectors(prompts, model))
+        if compare and not compare_model:
+            raise ConfigError(f"--task {task} needs --compare-model RUN/model to encode the texts for --compare")
+
+        def read(model: Path | None) -> Any:
+            return report_rows(reports, report_embeddings, model) if task == "retrieval" else (labels, prompt_vectors(prompts, model))
+
+        rows, text = read(model)
+        compare_text = read(compare_model)[1] if compare else None
     result = evaluate(
         Embeddings.load(embeddings),
         rows,
@@ -404,9 +453,12 @@ def eval_(
         include_seen=include_seen,
         reports=leaks,
         text=text,
+        compare_text=compare_text,
     )
     result.save(out)
-    evaluation_page(result, out / "report.html", command=" ".join(["dreslcl", *sys.argv[1:]]))
+    maps = (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
+    pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((maps / kind).glob("*.png"))}
+    evaluation_page(result, out / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]), pictures=pictures)
     for warning in result.warnings:
         log.warning("warning: %s", warning)
     print_table(*result.table())

@@ -4,11 +4,12 @@ import json
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 from zipfile import BadZipFile
 
@@ -55,12 +56,14 @@ class Cohort:
         reports: the distinct reports: texts, or arrays (n, E) of vectors made elsewhere (n windows of one report).
         notes: what the join of slides and reports found, one line each.
         work: the folder that `dreslcl tile` wrote (None where tile features stand in for pixels).
+        unreadable: slide id -> reason for files of features that cannot be read.
     """
 
     members: tuple[Member, ...]
     reports: tuple[str | np.ndarray, ...] = ()
     notes: tuple[str, ...] = ()
     work: Path | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -89,7 +92,9 @@ class Cohort:
         return cls(tuple(sorted(members, key=lambda m: m.slide_id)), (), notes, Path(work))
 
     @classmethod
-    def of_features(cls, files: dict[str, tuple[Path, int]], *, patients: Path | None = None) -> "Cohort":
+    def of_features(
+        cls, files: dict[str, tuple[Path, int]], *, patients: Path | None = None, unreadable: Mapping[str, str] = MappingProxyType({})
+    ) -> "Cohort":
         """Slides known by files of tile features: slide id -> (file, tiles), as `find_features` gives them.
 
         Raises:
@@ -101,7 +106,7 @@ class Cohort:
             raise TableError(f"none of the {len(files)} files of features holds a tile")
         without = len(files) - len(members)
         notes = (f"{len(members)} slides with {sum(m.tiles for m in members):,} tile features" + (f"; {without} empty" * (without > 0)),)
-        return cls(tuple(members), (), notes)
+        return cls(tuple(members), (), notes, unreadable=unreadable)
 
     def with_reports(self, reports: Path | None, vectors: Path | None = None) -> "Cohort":
         """Keep the slides that have a report, joined by slide id or else by patient.
@@ -152,11 +157,9 @@ class Cohort:
         assert self.work is not None, "a cohort of features has no grids"
         return TileGrid.load(grid_path(self.work, self.members[member].slide_id))
 
-    def marks(self) -> list[str]:
-        """For each member, what its tiles are: the grid's fingerprint, or the size and time of its file of features."""
-        if self.work is None:
-            return [str(file_stamp(m.source)) for m in self.members]
-        return [self.grid(i).fingerprint for i in range(len(self))]
+    def mark(self, member: int) -> str:
+        """What a member's tiles are: the grid's fingerprint, or the size and time of its file of features."""
+        return str(file_stamp(self.members[member].source)) if self.work is None else self.grid(member).fingerprint
 
     def coordinates(self, member: int) -> np.ndarray | None:
         """Top-left corners (M, 2) of a member's tiles, where known."""
@@ -338,8 +341,8 @@ class TileReader:
         self._open = lru_cache(maxsize=128)(self._open_tiles)
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
         sizes = [m.tiles for m in cohort.members]
-        pixels = sum(sizes) * self.grid(0).size ** 2 * 3 if sizes else 0
-        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if pixels <= cache_bytes else None
+        pixels = sum(sizes) * self.grid(0).size ** 2 * 3 if sizes and cache_bytes else 0
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if pixels <= cache_bytes and cache_bytes else None
 
     def _open_tiles(self, member: int) -> tuple[Slide, Int64[np.ndarray, "M 2"]]:
         assert self.cohort.work is not None, "a cohort of features has no pixels"

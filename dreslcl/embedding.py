@@ -6,8 +6,9 @@ torch loads inside the functions that need it: `evaluation.py` reads `Embeddings
 import json
 import logging
 import tomllib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +16,11 @@ import h5py
 import numpy as np
 from jaxtyping import Float32
 
-from .errors import ConfigError, ModelError, StoreError
-from .files import atomic, fingerprint
+from .errors import ConfigError, DreslclError, ModelError, SlideError, StoreError, reason
+from .files import atomic, fingerprint, hold
 
 if TYPE_CHECKING:
+    from .bank import MemoryBank
     from .cohort import Cohort
     from .config import EncoderConfig
     from .layouts import Layout
@@ -48,6 +50,8 @@ class Embeddings:
     """Ids of the slides that pretraining used, whether or not they are in `ids`."""
     model: str = ""
     """Fingerprint of the model that made the vectors."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Slides that this run of `embed` could not do, and why; not in the file."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
@@ -111,7 +115,7 @@ class Embeddings:
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
         seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
-        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model)
+        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model, self.failed)
 
 
 def embed(
@@ -126,12 +130,13 @@ def embed(
     by: Literal["slide", "patient"] = "slide",
     layout: "Layout" = "trident",
     tile_features: bool = False,
+    from_bank: bool = False,
     force: bool = False,
 ) -> Embeddings:
     """Embed every slide of a cohort from all its tiles; memory does not depend on how many there are.
 
-    Each slide's file is written when it is done, so a killed run goes on with the next slide. Under torchrun the ranks
-    share the slides.
+    Each slide's file is written when it is done, so a killed run goes on with the next slide. A slide that cannot be read is left
+    out and named, with the reason, in the result's `failed`. Under torchrun the ranks share the slides.
 
     Args:
         cohort: tiled slides, or files of tile features.
@@ -142,12 +147,18 @@ def embed(
         by: slide, or patient: the normalised mean of a patient's slide vectors.
         layout: whose files to write besides, see layouts.py.
         tile_features: write each slide's tile features too, in that layout; holds those of one slide in memory.
+        from_bank: encode nothing; take the rows of the run's memory bank, which lies beside the model. Rows are as old as the step at
+            which training last drew the tile, so vectors differ a little from those of the final encoder.
         force: embed slides again that are done.
 
     Raises:
-        ConfigError: tile features asked for where there are no pixels, or of a tool that reads none.
+        ConfigError: tile features asked for where there are no pixels, or of a tool that reads none; a bank without a model.
         ModelError: no model there, or features of a width it does not know.
+        StoreError: no bank there.
+        BusyError: a training run holds the bank.
+        DreslclError: no slide at all could be embedded.
     """
+    from .bank import MemoryBank
     from .distributed import ranks
     from .encoder import Encoder
     from .layouts import tile_files, write_tiles, write_vectors
@@ -163,41 +174,77 @@ def embed(
         raise ConfigError("CLAM reads tile features, not slide vectors: add --tile-features")
     if tile_features and cohort.work is None:
         raise ConfigError("--tile-features needs the folder that `dreslcl tile` wrote: the features are already in files")
+    if from_bank and not model:
+        raise ConfigError("--from-bank needs --model RUN/model: the bank lies beside it")
     out = Path(out)
     files = [out / "slide_features" / f"{m.slide_id}.h5" for m in cohort.members]
     besides = [tile_files(out, layout, m.slide_id) if tile_features else [] for m in cohort.members]
-    with ranks(device) as group:
-        marks = [fingerprint(name, mark) for mark in cohort.marks()]
-        todo = [i for i, file in enumerate(files) if force or _mark(file) != marks[i] or not all(f.exists() for f in besides[i])]
-        if len(todo) < len(files):
-            log.info("%d of %d slides are to do", len(todo), len(files))
+    failed, marks = dict(cohort.unreadable), {}
+    with ranks(device) as group, hold(model.parent, shared=True) if from_bank else nullcontext():
+        bank = MemoryBank.open(model.parent / "bank") if from_bank else None
+        for i, member in enumerate(cohort.members):
+            try:
+                marks[i] = fingerprint(name, cohort.mark(i), *(["bank"] if bank else []))
+            except (StoreError, OSError) as error:
+                failed[member.slide_id] = reason(error)
+        todo = [i for i in marks if force or _mark(files[i]) != marks[i] or not all(f.exists() for f in besides[i])]
+        if len(todo) < len(marks):
+            log.info("%d of %d slides are to do", len(todo), len(marks))
         group.wait()  # all ranks have seen the same files before the first is written
         todo = todo[group.rank :: group.world]
-        stream = encode_members(towers, cohort, todo, batch=batch, precision=precision, workers=workers, title="embedding")
+        if bank:
+            stream = ((i, bank_rows(bank, cohort.members[i].slide_id, cohort.members[i].tiles)) for i in todo)
+        else:
+            stream = encode_members(towers, cohort, todo, batch=batch, precision=precision, workers=workers, title="embedding")
         for i, parts in stream:
-            mean = _Mean()
+            mean, slide = _Mean(), cohort.members[i].slide_id
+            try:
+                kept = list(parts) if tile_features else parts
+                if trained:
+                    vector = trained.embed_features(mean.watch(kept))
+                else:
+                    for _ in mean.watch(kept):
+                        pass
+                    vector = mean.value / max(float(np.linalg.norm(mean.value)), 1e-12)
+                coords = cohort.coordinates(i)
+            except (SlideError, StoreError, OSError, MemoryError) as error:
+                failed[slide] = reason(error)
+                log.warning("%s failed: %s", slide, failed[slide])
+                continue
             if tile_features:
-                kept = list(parts)
                 write_tiles(out, layout, np.concatenate(kept), cohort.grid(i), towers.name if towers else name)
-                parts = iter(kept)
-            if trained:
-                vector = trained.embed_features(mean.watch(parts))
-            else:
-                for _ in mean.watch(parts):
-                    pass
-                vector = mean.value / max(float(np.linalg.norm(mean.value)), 1e-12)
-            _write_slide(files[i], vector, mean.value, cohort.coordinates(i), marks[i])
-        group.wait()
-        vectors, means = zip(*(_read_slide(file) for file in files))
-        ids, patients = tuple(m.slide_id for m in cohort.members), tuple(m.patient_id for m in cohort.members)
+            _write_slide(files[i], vector, mean.value, coords, marks[i])
+        failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
+        done = [(member, *read_slide(out, member.slide_id)) for member in cohort.members if member.slide_id not in failed]
+        if not done:
+            slide, why = next(iter(failed.items()))
+            raise DreslclError(f"none of the {len(failed)} slides could be embedded; {slide}: {why}")
+        members, vectors, means = zip(*done)
+        ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
         seen = frozenset(trained.about["seen"]) if trained else frozenset()
-        result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name)
+        result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed)
         if by == "patient":
             result = result.by_patient()
         if group.first:
             write_vectors(out, layout, result.ids, result.patients, result.vectors, name)
             result.save(out / "embeddings.h5")
     return result
+
+
+def bank_rows(bank: "MemoryBank", slide: str, tiles: int) -> Iterator[Float32[np.ndarray, "n D"]]:
+    """The bank's rows of a slide, in parts.
+
+    Raises:
+        StoreError: the slide is not in the bank, not filled, or was tiled anew since.
+    """
+    if slide not in bank.slides or not bank.is_filled(slide):
+        there = f"{len(bank.slides)} slides like {bank.slides[0]!r} are"
+        raise StoreError(f"not in the bank {bank.folder} ({there}); embed it without --from-bank")
+    if bank.tiles(slide) != tiles:
+        there = f"{bank.tiles(slide)} rows for it, but it has {tiles} tiles now"
+        raise StoreError(f"the bank {bank.folder} has {there}; embed it without --from-bank")
+    for start in range(0, tiles, 8192):
+        yield bank.gather(slide, np.arange(start, min(start + 8192, tiles))).astype(np.float32)
 
 
 class _Mean:
@@ -227,8 +274,9 @@ def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.nd
         file.attrs["fingerprint"] = mark
 
 
-def _read_slide(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with h5py.File(path, "r") as file:
+def read_slide(out: Path, slide: str) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:
+    """Vector and mean feature of a slide that `embed` did."""
+    with h5py.File(out / "slide_features" / f"{slide}.h5", "r") as file:
         return file["features"][()], file["mean_features"][()]
 
 

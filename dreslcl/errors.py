@@ -31,3 +31,10 @@ class ModelError(DreslclError):
 
 class BusyError(DreslclError):
     """Another process holds the folder."""
+
+
+def reason(error: Exception) -> str:
+    """Why a slide failed, in one line."""
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return " ".join(str(error).split()) or "not enough memory"

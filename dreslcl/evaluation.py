@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
@@ -54,6 +55,7 @@ from .metrics import (
 Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 Matrix = Float[np.ndarray, "n C"]
 Scores = dict[str, dict[str, dict[str, Interval]]]  # features -> probe -> metric
+Inner = list[tuple[np.ndarray, np.ndarray]]  # (train, validation) positions
 TextVectors = Mapping[str, np.ndarray] | np.ndarray | None
 
 C_GRID = tuple(10.0**power for power in range(-5, 3))
@@ -138,11 +140,17 @@ def _plain(value: Any) -> Any:
     return None if np.isnan(value) else round(float(value), 6)
 
 
-def linear_probe(x: np.ndarray, y: np.ndarray, inner: list[tuple[np.ndarray, np.ndarray]], x_test: np.ndarray, classes: int) -> Matrix:
+def linear_probe(x: np.ndarray, y: np.ndarray, inner: Inner, x_test: np.ndarray, classes: int) -> Matrix:
+    """Class probabilities of `fit_probe`."""
+    return _spread(fit_probe(x, y, inner, classes), x_test, classes)
+
+
+def fit_probe(x: np.ndarray, y: np.ndarray, inner: Inner, classes: int) -> Pipeline:
     """Logistic regression (lbfgs, classes weighted equally) on standardised features.
 
     C is the one of `C_GRID` with the least class-balanced log loss over the `inner` (train, validation) splits of x; 1 without any.
     """
+    x = x.astype(np.float64)  # in float32 the line search of lbfgs can fail
     loss = np.zeros(len(C_GRID))
     for train, held in inner:
         if len(set(y[train])) < 2 or not len(held):
@@ -155,8 +163,13 @@ def linear_probe(x: np.ndarray, y: np.ndarray, inner: list[tuple[np.ndarray, np.
             p = np.clip(_spread(model, b, classes)[np.arange(len(held)), y[held]], 1e-12, None)
             loss[i] -= (weight * np.log(p)).sum()
     best = C_GRID[int(loss.argmin())] if loss.any() else 1.0
-    scaler = StandardScaler().fit(x)
-    return _spread(_logistic().set_params(C=best).fit(scaler.transform(x), y), scaler.transform(x_test), classes)
+    return make_pipeline(StandardScaler(), _logistic().set_params(C=best)).fit(x, y)
+
+
+def inner_folds(y: np.ndarray, patients: np.ndarray, config: EvalConfig) -> Inner:
+    """Folds by patient that choose the linear probe's C; none where a class has a single patient."""
+    count = min(config.inner_folds, *(len(set(patients[y == c])) for c in set(y)))
+    return [(f.train, f.test) for f in patient_folds(y, patients, count, config.seed)] if count > 1 else []
 
 
 def _logistic() -> LogisticRegression:
@@ -246,13 +259,16 @@ def evaluate(
         slides.parts.update(split_table(splits, slides))
     elif split_column:
         slides.parts[split_column] = [row[split_column] for row in slides.rows]
+    scanned = ["No leak scan: the reports that pretraining used were not given (--reports)."] if task != "retrieval" else []
     if reports is not None:
-        reports = read_table(reports, ["report"]) if isinstance(reports, Path) else reports
+        read = seen_reports(read_table(reports, ["report"]) if isinstance(reports, Path) else reports, embeddings)
         names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows if task != "retrieval"})
-        warnings += leak_scan(seen_reports(reports, embeddings), names)
+        leaks = leak_scan(read, names)
+        scanned = [f"Leak scan: {len(leaks)} of the classes' names stand in the {len(read)} reports that pretraining used."]
+        warnings += leaks
     plan = _Plan(task, config, positive, include_seen, texts, warnings)
     outcomes = [(_retrieval if task == "retrieval" else _classification)(slides, column, plan) for column in columns]
-    return Result(task, _protocol(plan, list(slides.parts), outcomes), outcomes, list(dict.fromkeys(warnings)))
+    return Result(task, _protocol(plan, list(slides.parts), outcomes) + scanned, outcomes, list(dict.fromkeys(warnings)))
 
 
 @dataclass(frozen=True)
@@ -331,10 +347,8 @@ def _probe(
     of_folds: list[dict[str, list[Matrix]]] = []
     for fold in folds:
         a, b, groups, test = x[_fit(fold)], y[_fit(fold)], patients[_fit(fold)], x[fold.test]
-        count = min(config.inner_folds, *(len(set(groups[b == c])) for c in set(b)))
-        inner = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(b)))] if len(fold.val) else []
-        if not inner and count > 1:
-            inner = [(f.train, f.test) for f in patient_folds(b, groups, count, config.seed)]
+        given = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(b)))] if len(fold.val) else []
+        inner = given or inner_folds(b, groups, config)
         result = {"linear": [linear_probe(a, b, inner, test, classes)]}
         result[f"{config.neighbours}-NN"] = [neighbour_probe(a, b, test, classes, config.neighbours)]
         for n in shots:

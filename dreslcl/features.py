@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from .errors import StoreError, TableError
+from .errors import StoreError, TableError, reason
 from .files import check_id
 
 _NAMES = ("features", "feats")  # TRIDENT and CLAM; STAMP
@@ -49,8 +49,11 @@ def read_corners(path: Path) -> Int64[np.ndarray, "M 2"] | None:
     return xy.astype(np.int64) if xy.ndim == 2 and xy.shape[1] == 2 else None
 
 
-def find_features(folder: Path) -> dict[str, tuple[Path, int]]:
+def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dict[str, tuple[Path, int]]:
     """Slide id -> (file, M) for each .h5 or .pt file of features in a folder (or CLAM's folders in it); of two for one slide: the .h5.
+
+    Args:
+        unreadable: takes up slide id -> reason for files that do not hold features, in place of an error.
 
     Raises:
         StoreError: a file there does not hold features.
@@ -62,10 +65,16 @@ def find_features(folder: Path) -> dict[str, tuple[Path, int]]:
     found: dict[str, tuple[Path, int]] = {}
     widths: dict[int, str] = {}
     for name, path in sorted(paths.items()):
-        tiles, width = _shape(path)
+        try:
+            tiles, width = _shape(path)
+        except StoreError as error:
+            if unreadable is None:
+                raise
+            unreadable[name] = reason(error)
+            continue
         found[check_id(name, str(folder))] = (path, tiles)
         widths.setdefault(width, path.name)
-    if not found:
+    if not paths:
         raise TableError(f"{folder}: no .h5 or .pt files of tile features")
     if len(widths) > 1:
         raise TableError(f"{folder}: features of several widths: {', '.join(f'{w} ({n})' for w, n in widths.items())}")

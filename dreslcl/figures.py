@@ -84,7 +84,7 @@ def _sampled(true: np.ndarray, false: np.ndarray, kind: str) -> np.ndarray:
     recall = true / true[-1]
     if kind == "roc":
         return np.interp(GRID, np.r_[0, false / false[-1]], np.r_[0, recall])
-    at = np.minimum(np.searchsorted(recall, GRID - 1e-12), len(recall) - 1)
+    at = np.minimum(np.searchsorted(recall, np.maximum(GRID, 1e-9) - 1e-12), len(recall) - 1)  # no precision before the first hit
     return (true / np.maximum(true + false, 1e-12))[at]
 
 

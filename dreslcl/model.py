@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .cohort import Cohort, TileReader
+from .cohort import Cohort, TileReader, prefetch
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder
-from .errors import ModelError, SlideError
+from .errors import DreslclError, ModelError, SlideError
 from .features import read_features
 from .files import atomic, fingerprint, write_json
 from .progress import progress
@@ -278,28 +278,46 @@ def encode_members(
 ) -> Iterator[tuple[int, Iterator[Float[np.ndarray, "n D"]]]]:
     """Features of all tiles of the members in turn: (member, its parts in row order). Take each member's parts before the next.
 
-    Tiles are read ahead of the encoder, across members; a cohort of features is read from its files.
+    Tiles are read ahead of the encoder, across members; a cohort of features is read from its files. A member that cannot be read
+    raises its error where its parts are taken; the members after it come all the same.
     """
     if cohort.work is None:
         with progress(title, len(members), "slides") as bar:
             for m in members:
-                yield m, iter([read_features(cohort.members[m].source)])
+                yield m, map(read_features, [cohort.members[m].source])
                 bar.advance(bar.task_ids[0])
         return
     assert encoder is not None, "pixels need a tile encoder"
     device, reader = encoder.mean.device, reader or TileReader(cohort, workers=workers)
     batch = pass_size(batch, device)
     jobs = [(m, np.arange(i, min(i + CHUNK, cohort.members[m].tiles))) for m in members for i in range(0, cohort.members[m].tiles, CHUNK)]
+    bad: dict[int, Exception] = {}
 
-    def parts() -> Iterator[tuple[int, np.ndarray]]:
+    def read(job: tuple[int, np.ndarray]) -> np.ndarray | None:
+        try:
+            return None if job[0] in bad else reader.read(*job)
+        except (DreslclError, OSError, MemoryError) as error:
+            bad[job[0]] = error
+            return None
+
+    def parts() -> Iterator[tuple[int, np.ndarray | None]]:
         with progress(title, sum(len(index) for _, index in jobs), "tiles") as bar:
-            for (member, index), tiles in zip(jobs, reader.stream(jobs, ahead=2 * reader.workers)):
+            for (member, index), tiles in zip(jobs, prefetch(read, jobs, reader.workers, ahead=2 * reader.workers)):
+                bar.advance(bar.task_ids[0], len(index))
+                if tiles is None:
+                    yield member, None
+                    continue
                 with inference(encoder), autocast(device, precision):
                     done = [
                         encoder.encode_tiles(torch.from_numpy(tiles[i : i + batch]).to(device)).cpu() for i in range(0, len(tiles), batch)
                     ]
-                bar.advance(bar.task_ids[0], len(index))
                 yield member, torch.cat(done).numpy()
 
+    def checked(member: int, group: Iterable[tuple[int, np.ndarray | None]]) -> Iterator[np.ndarray]:
+        for _, features in group:
+            if features is None:
+                raise bad[member]
+            yield features
+
     for member, group in groupby(parts(), key=itemgetter(0)):
-        yield member, (features for _, features in group)
+        yield member, checked(member, group)

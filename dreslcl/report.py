@@ -190,4 +190,4 @@ def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
         for i in right + wrong:
             caption = f"{outcome.ids[i]}: {name}, predicted {outcome.classes[int(p[i].argmax())]} (probability of {name} {p[i, c]:.2f})"
             chosen.append(Picture(shrunk(pictures[outcome.ids[i]]), caption))
-    return [chosen] if chosen else []
+    return ["Of each class, the two surest right predictions and the surest wrong one:", chosen] if chosen else []

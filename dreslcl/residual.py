@@ -43,6 +43,13 @@ def residual_sums(
     return sums, torch.bincount(codes, minlength=len(codewords)).float()
 
 
+def assignment_shares(features: Float[Tensor, "N D"], codewords: Float[Tensor, "K D"], soft: float) -> Float[Tensor, "N K"]:
+    """How much of each tile goes to each codeword: all to the nearest (`soft` 0), or a softmax of −soft·|x − c|²."""
+    if not soft:
+        return nn.functional.one_hot(assign(features, codewords), len(codewords)).float()
+    return (2 * soft * features @ codewords.T - soft * (codewords**2).sum(1)).softmax(1)
+
+
 def encode_residuals(
     features: Float[Tensor, "N D"], codewords: Float[Tensor, "K D"], soft: float = 0.0
 ) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
@@ -54,7 +61,7 @@ def encode_residuals(
         return residual_sums(features, assign(features, codewords), codewords)
     with torch.autocast(features.device.type, enabled=False):
         features = features.float()
-        shares = (2 * soft * features @ codewords.T - soft * (codewords**2).sum(1)).softmax(1)  # (N, K)
+        shares = assignment_shares(features, codewords, soft)
         middle = codewords.mean(0)  # both terms stay small, so their difference keeps its digits
         return shares.T @ (features - middle) - shares.sum(0)[:, None] * (codewords - middle), shares.sum(0)
 

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from . import __version__
 from .config import TileConfig
-from .errors import ConfigError, DreslclError, StoreError, TableError
+from .errors import ConfigError, DreslclError, StoreError, TableError, reason
 from .files import atomic, check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_json, write_table
 from .grid import TileGrid, aligned_extent, grid_corners, read_coords, thin_out
 from .pack import pack_path, packed_fingerprint, write_pack
@@ -139,11 +139,11 @@ def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
                 if job.pack and write_pack(slide, grid, pack_path(job.out, job.slide_id)):
                     log.info("%s: packed without encoding anew", job.slide_id)
     except (DreslclError, MemoryError) as error:
-        row |= {"status": "error", "tiles": 0, "error": " ".join(str(error).split()) or "not enough memory"}
+        row |= {"status": "error", "tiles": 0, "error": reason(error)}
     except OSError as error:
         if error.errno in DISK_FAULTS:
             raise StoreError(f"{job.out}: cannot be written ({error.strerror}); free some space and run the same command again") from error
-        row |= {"status": "error", "tiles": 0, "error": f"cannot be read ({error.strerror or error})"}
+        row |= {"status": "error", "tiles": 0, "error": reason(error)}
     except Exception as error:
         log.debug("%s", job.path, exc_info=True)
         row |= {"status": "error", "tiles": 0, "error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}

@@ -239,8 +239,12 @@ def draw_overlay(
     extent: int,
     level0_size: tuple[int, int],
     longest_px: int = 1600,
+    colours: UInt8[np.ndarray, "n 4"] | None = None,
 ) -> Image.Image:
-    """The thumbnail, at most three times as large, with the outline of the tissue (green) and the kept tiles (tinted, with a thin edge)."""
+    """The thumbnail, at most three times as large, with the outline of the tissue (green) and the kept tiles.
+
+    Tiles are filled with their `colours` (RGBA); without, all are tinted blue, with a thin edge.
+    """
     image = Image.fromarray(thumbnail)
     grow = min(3.0, longest_px / max(image.size))
     size = (max(1, round(image.width * grow)), max(1, round(image.height * grow)))
@@ -248,8 +252,9 @@ def draw_overlay(
     scale = np.array(size) / level0_size
     tint = Image.new("RGBA", size)
     draw = ImageDraw.Draw(tint)
-    for (x0, y0), (x1, y1) in zip(np.round(xy * scale).tolist(), np.round((xy + extent) * scale).tolist()):
-        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=(30, 90, 255, 36), outline=(30, 90, 255, 130))
+    fills = [((30, 90, 255, 36), (30, 90, 255, 130))] * len(xy) if colours is None else [(tuple(c), None) for c in colours.tolist()]
+    for (x0, y0), (x1, y1), (fill, edge) in zip(np.round(xy * scale).tolist(), np.round((xy + extent) * scale).tolist(), fills):
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=fill, outline=edge)
     for ring in (ring for rings in polygons for ring in rings):
         draw.line([(float(x), float(y)) for x, y in ring * scale], fill=(0, 190, 60, 255), width=2)
     return Image.alpha_composite(image.convert("RGBA"), tint).convert("RGB")

@@ -97,7 +97,7 @@ class Trainer:
         if self.encoder is not None:
             self.encoder.set_trainable(config.encoder.tune if self.pixels else "none", text=self.tune_text)
         self.encoder_name = self.encoder.fingerprint() if self.pixels and self.encoder else f"features of width {dim}"
-        self.grids_name = fingerprint([m.slide_id for m in cohort.members], cohort.marks())
+        self.grids_name = fingerprint([m.slide_id for m in cohort.members], [cohort.mark(i) for i in range(len(cohort))])
         self.shard_of = deal_patients(cohort.members, self.shards)
         self.mine = [i for i, shard in enumerate(self.shard_of) if shard % group.world == group.rank]
         self.visits = np.zeros(len(cohort), np.int64)

@@ -41,3 +41,24 @@ def work(tmp_path_factory) -> Path:
     ]
     write_table(folder / "work" / "reports.csv", ["slide_id", "patient_id", "report", "split"], rows)
     return folder / "work"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A model folder as `pretrain` writes it, with random weights."""
+    import numpy as np
+    import torch
+
+    from dreslcl.config import EncoderConfig, ModelConfig
+    from dreslcl.encoder import Encoder
+    from dreslcl.model import DRESLCL
+
+    encoder, config = Encoder.create(EncoderConfig()), ModelConfig(codewords=4, width=16, heads=2)
+    about = {"tiles": "pixels", "text": "tower", "seen": ["s0"], "size": 64, "mpp": 2.0}
+    torch.manual_seed(0)
+    made = DRESLCL(encoder, config, dim=encoder.dim, text_dim=encoder.dim, frozen_text=False, about=about)
+    words = np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32)
+    made.aggregator.set_codebook(words, words)
+    folder = tmp_path_factory.mktemp("run") / "model"
+    made.save(folder)
+    return folder

@@ -148,6 +148,43 @@ def test_tiling_with_a_bad_scan_exits_1_and_names_the_count(tmp_path, dreslcl):
     assert read_table(tmp_path / "work" / "slides.csv")[0]["status"] == "error"
 
 
+def test_embedding_with_a_bad_slide_does_the_others_and_exits_1_with_the_count(tmp_path, dreslcl, features):
+    (features / "s2.h5").write_bytes(b"torn")
+    code, out, err = dreslcl("-q", "embed", "--features", features, "--out", tmp_path / "emb")
+    assert code == 1 and out.startswith("5 vectors of width 8")
+    assert err.count("\n") == 1 and "1 of 6 slides failed, the others are done; s2: " in err and "not a readable file" in err
+
+
+def test_heatmaps_say_what_they_need(tmp_path, dreslcl, features, model):
+    out = ("--out", tmp_path / "o")
+    fails(dreslcl("embed", "--features", features, *out, "--heatmaps"), 2, "--heatmaps needs --model")
+    fails(dreslcl("embed", "--features", features, "--model", model, *out, "--heatmaps"), 2, "drawn over the scans")
+    fails(dreslcl("embed", "--features", features, *out, "--heatmap-text", "x"), 2, "need --heatmaps")
+
+
+def test_texts_are_encoded_by_the_model_of_each_embedding(tmp_path, dreslcl, work, model):
+    assert dreslcl("-q", "embed", work, "--model", model, "--out", tmp_path / "emb")[0] == 0
+    ask = ("-q", "eval", tmp_path / "emb", "--task", "retrieval", "--reports", work / "reports.csv", "--model", model, "--bootstrap", "10")
+    ask = (*ask, "--include-seen", "--out", tmp_path / "ev", "--compare", tmp_path / "emb")
+    fails(dreslcl(*ask), 2, "needs --compare-model RUN/model")
+    code, out, err = dreslcl(*ask, "--compare-model", model)
+    assert code == 0, err
+    assert [line for line in out.splitlines() if line.startswith("report\tembedding − compared\tslide → report\t0.000 (0.000, 0.000)")]
+
+
+def test_heatmaps_from_the_command_line_enter_the_evaluations_page(tmp_path, dreslcl, work, model):
+    write_table(tmp_path / "labels.csv", ["slide_id", "subtype"], [(f"s{i}", "ab"[i // 2 % 2]) for i in range(8)])
+    maps = ("--heatmaps", "--heatmap-labels", tmp_path / "labels.csv")
+    code, out, err = dreslcl("-q", "embed", work, "--model", model, "--out", tmp_path / "emb", *maps)
+    assert (code, err) == (0, "") and out.endswith(f"maps: {tmp_path / 'emb' / 'heatmaps'}\n")
+    protocol = ("--folds", "2", "--bootstrap", "10", "--include-seen")
+    code, _, err = dreslcl(
+        "-q", "eval", tmp_path / "emb", "--task", "subtype", "--labels", tmp_path / "labels.csv", "--out", tmp_path, *protocol
+    )
+    assert code == 0, err
+    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+
+
 def test_ctrl_c_says_how_to_go_on(dreslcl, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

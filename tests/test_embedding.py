@@ -1,21 +1,29 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+import dreslcl
 from dreslcl import load
-from dreslcl.cohort import Cohort
-from dreslcl.config import EncoderConfig, ModelConfig
+from dreslcl.bank import MemoryBank
+from dreslcl.cohort import Cohort, TileReader
+from dreslcl.config import EncoderConfig
 from dreslcl.embedding import Embeddings, embed, prompt_vectors, report_rows
 from dreslcl.encoder import Encoder
-from dreslcl.errors import ConfigError, ModelError, SlideError, StoreError
-from dreslcl.files import read_table
+from dreslcl.errors import BusyError, ConfigError, DreslclError, ModelError, SlideError, StoreError
+from dreslcl.features import find_features
+from dreslcl.files import hold, read_table
 from dreslcl.grid import TileGrid
 from dreslcl.layouts import write_tiles
-from dreslcl.model import DRESLCL
 from dreslcl.synthetic import write_scan
 
 
@@ -23,22 +31,6 @@ from dreslcl.synthetic import write_scan
 def cohort(work):
     whole = Cohort.load(work).with_reports(work / "reports.csv")
     return replace(whole, members=whole.members[:3])  # p0 has two of the three
-
-
-@pytest.fixture(scope="module")
-def model(cohort, tmp_path_factory):
-    """A model folder as `pretrain` writes it, with random weights."""
-    encoder = Encoder.create(EncoderConfig())
-    about = {"tiles": "pixels", "text": "tower", "seen": ["s0"], "size": 64, "mpp": 2.0}
-    torch.manual_seed(0)
-    made = DRESLCL(
-        encoder, ModelConfig(codewords=4, width=16, heads=2), dim=encoder.dim, text_dim=encoder.dim, frozen_text=False, about=about
-    )
-    words = np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32)
-    made.aggregator.set_codebook(words, words)
-    folder = tmp_path_factory.mktemp("run") / "model"
-    made.save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +96,131 @@ def test_features_are_refused_by_a_model_of_pixels_and_the_other_way(model, coho
         embed(bags, tmp_path / "out", tile_features=True)
     with pytest.raises(ModelError, match="not a whole dreslcl model folder"):
         load(tmp_path)
+
+
+# one bad slide
+
+
+def broken(cohort, tmp_path):
+    """The cohort with a scan in the middle that is no scan."""
+    (tmp_path / "bad.svs").write_bytes(b"not a scan")
+    a, b, c = cohort.members
+    return replace(cohort, members=(a, replace(b, source=tmp_path / "bad.svs"), c))
+
+
+def test_a_slide_that_cannot_be_read_is_left_out_and_named_and_a_second_run_does_only_it(cohort, model, embedded, tmp_path):
+    result = embed(broken(cohort, tmp_path), tmp_path / "out", model=model, workers=1)
+    assert result.ids == ("s0", "s2") == Embeddings.load(tmp_path / "out").ids
+    assert list(result.failed) == ["s1"] and "bad.svs" in result.failed["s1"] and "\n" not in result.failed["s1"]
+    assert np.allclose(result.vectors, embedded[0].vectors[[0, 2]], atol=1e-5)
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "slide_features").glob("*.h5")}
+    again = embed(cohort, tmp_path / "out", model=model, workers=1)
+    assert again.ids == ("s0", "s1", "s2") and not again.failed
+    assert all((tmp_path / "out" / "slide_features" / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
+def test_a_slide_that_breaks_midway_is_left_at_once(cohort, model, tmp_path, monkeypatch):
+    encoded, read = [], TileReader.read
+
+    def torn(self, member, index):
+        if member == 1 and index[0] >= 8:
+            raise OSError(5, "Input/output error")
+        return read(self, member, index)
+
+    monkeypatch.setattr("dreslcl.model.CHUNK", 8)
+    monkeypatch.setattr(TileReader, "read", torn)
+    encode = Encoder.encode_tiles
+    monkeypatch.setattr(Encoder, "encode_tiles", lambda self, tiles, *a: encoded.append(len(tiles)) or encode(self, tiles, *a))
+    result = embed(cohort, tmp_path, model=model, workers=1)
+    assert result.failed == {"s1": "cannot be read (Input/output error)"} and result.ids == ("s0", "s2")
+    assert sum(encoded) == cohort.members[0].tiles + 8 + cohort.members[2].tiles
+
+
+def test_a_damaged_grid_or_file_of_features_is_one_bad_slide_too(cohort, model, work, tmp_path):
+    shutil.copytree(work, tmp_path / "work")
+    (tmp_path / "work" / "tiles" / "s0.h5").write_bytes(b"no")
+    result = embed(replace(cohort, work=tmp_path / "work"), tmp_path / "out", model=model, workers=1)
+    assert result.ids == ("s1", "s2") and "run `dreslcl tile` again" in result.failed["s0"]
+    for name in "abc":
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["features"] = np.full((3, 4), np.nan if name == "c" else 1, np.float32)
+    (tmp_path / "d.h5").write_bytes(b"no")
+    unreadable = {}
+    bags = Cohort.of_features(find_features(tmp_path, unreadable), unreadable=unreadable)
+    result = embed(bags, tmp_path / "out2")
+    assert result.ids == ("a", "b") and set(result.failed) == {"c", "d"} and "not finite" in result.failed["c"]
+
+
+def test_nothing_but_bad_slides_is_an_error(cohort, model, tmp_path):
+    bad = broken(cohort, tmp_path)
+    with pytest.raises(DreslclError, match=r"none of the 1 slides could be embedded; s1: bad\.svs"):
+        embed(replace(bad, members=bad.members[1:2]), tmp_path / "out", model=model)
+
+
+def test_a_rank_with_a_bad_slide_does_not_hang_the_others(cohort, model, work, tmp_path):
+    code = f"""
+        import sys
+        from dataclasses import replace
+        from pathlib import Path
+        from dreslcl.cohort import Cohort
+        from dreslcl.embedding import embed
+        cohort = Cohort.load(Path({str(work)!r}))
+        members = [replace(m, source=Path("gone.svs")) if m.slide_id == "s1" else m for m in cohort.members[:5]]
+        result = embed(replace(cohort, members=tuple(members)), Path({str(tmp_path)!r}), model=Path({str(model)!r}), workers=1)
+        assert result.ids == ("s0", "s2", "s3", "s4") and list(result.failed) == ["s1"], result
+    """
+    (tmp_path / "run.py").write_text(textwrap.dedent(code))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py")]
+    root = str(Path(dreslcl.__file__).parents[1])
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root})
+    assert done.returncode == 0, done.stderr
+    assert Embeddings.load(tmp_path).ids == ("s0", "s2", "s3", "s4")
+
+
+# from the bank
+
+
+@pytest.fixture(scope="module")
+def banked(cohort, model, embedded, tmp_path_factory):
+    """RUN with the model and a bank that holds s0 and s2 as the encoder sees them, and s1 with a tile less."""
+    run = tmp_path_factory.mktemp("banked")
+    shutil.copytree(model, run / "model")
+    rows = {f"s{i}": read(embedded[1] / "tile_features" / f"s{i}.h5")[0]["features"] for i in range(3)}
+    rows["s1"] = rows["s1"][1:]
+    bank = MemoryBank.create(run / "bank", {k: len(v) for k, v in rows.items()}, rows["s0"].shape[1], 4, encoder="e", grids="g")
+    for slide, features in rows.items():
+        bank.fill(slide, features)
+    bank.flush()
+    return run
+
+
+def test_bank_rows_stand_in_for_encoding(cohort, embedded, banked, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoder, "encode_tiles", None)
+    whole = Cohort.load(work)
+    four = replace(whole, members=whole.members[:4])
+    result = embed(four, tmp_path, model=banked / "model", from_bank=True)
+    assert result.ids == ("s0", "s2") and np.allclose(result.vectors, embedded[0].vectors[[0, 2]], atol=1e-4)
+    assert np.allclose(result.mean, embedded[0].mean[[0, 2]], atol=1e-3)
+    assert "rows for it, but it has" in result.failed["s1"] and "embed it without --from-bank" in result.failed["s1"]
+    assert "not in the bank" in result.failed["s3"] and "3 slides like 's0' are" in result.failed["s3"]
+
+
+def test_vectors_from_the_bank_do_not_pass_as_encoded_ones(cohort, banked, embedded, tmp_path):
+    embed(cohort, tmp_path, model=banked / "model", from_bank=True)
+    before = (tmp_path / "slide_features" / "s0.h5").stat().st_mtime_ns
+    embed(cohort, tmp_path, model=banked / "model", from_bank=True)
+    assert (tmp_path / "slide_features" / "s0.h5").stat().st_mtime_ns == before
+    embed(cohort, tmp_path, model=banked / "model", workers=1)
+    assert (tmp_path / "slide_features" / "s0.h5").stat().st_mtime_ns > before
+
+
+def test_a_bank_is_needed_and_not_one_that_a_run_is_writing(cohort, model, banked, tmp_path):
+    with pytest.raises(ConfigError, match="--from-bank needs --model"):
+        embed(cohort, tmp_path, from_bank=True)
+    with pytest.raises(StoreError, match="no bank here"):
+        embed(cohort, tmp_path, model=model, from_bank=True)
+    with hold(banked), pytest.raises(BusyError, match="in use by process"):
+        embed(cohort, tmp_path, model=banked / "model", from_bank=True)
 
 
 def test_contradicting_embeddings_are_refused(tmp_path):

@@ -353,7 +353,10 @@ def test_class_words_in_pretraining_reports_are_found_with_counts_and_an_example
         {"slide_id": "s001_0", "report": "Adenocarcinoma holds no whole class word."},
         {"slide_id": "s009_0", "report": "squamous cell, but pretraining did not read this one"},
     ]
-    warnings = [text for text in run(embeddings, rows, reports=reports).warnings if "leak scan" in text]
+    result = run(embeddings, rows, reports=reports)
+    assert "Leak scan: 1 of the classes' names stand in the 2 reports that pretraining used." in result.protocol
+    assert any("No leak scan" in text for text in run(embeddings, rows).protocol)
+    warnings = [text for text in result.warnings if "leak scan" in text]
     assert len(warnings) == 1
     assert (
         "'squamous cell' stands in 1 of 2 pretraining reports, for example s000_0: “…Sheets of cells. Squamous-cell carcinoma"

@@ -72,3 +72,10 @@ def test_curves_draw_one_panel_per_group_and_skip_what_is_no_number(tmp_path):
 
 def test_versions_name_python_and_the_packages():
     assert versions().startswith("Python 3.") and "dreslcl" in versions()
+
+
+def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():
+    from dreslcl.figures import _sampled
+
+    precision = _sampled(np.array([0.0, 1, 2]), np.array([1.0, 1, 1]), "pr")  # the highest score is a miss
+    assert precision[0] == precision[1] == 1 / 2 and precision[-1] == 2 / 3
