@@ -37,6 +37,7 @@ def train(cohort, out, settings=SMALL, **changes):
 
 def trainer(cohort, out, settings=SMALL, **changes) -> Trainer:
     made = Trainer(cohort, Cohort(()), replace(settings, train=replace(settings.train, **changes)), out, Ranks())
+    made.encode_reports()
     made.make_optimizer()
     made.make_bank()
     return made
