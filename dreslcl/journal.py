@@ -17,6 +17,7 @@ from .report import Block, Code, Picture, Table, curves, page, versions
 
 ATLAS_ROWS = 20_000
 ATLAS_TILES = 6
+GAP = ((0, 0), (0, 4), (0, 0))  # px right of a tile
 EXAMPLES = 6
 
 Row = Mapping[str, float | int]
@@ -68,7 +69,8 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
     for k in np.argsort(-counts, kind="stable"):
         nearest = sorted(found[k])[:ATLAS_TILES]  # each slide's nearest before any slide's second
         if nearest:
-            strip = np.concatenate([reader.read(m, np.array([tile]))[0] for *_, m, tile in nearest], axis=1)
+            tiles = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
+            strip = np.concatenate(tiles, axis=1)
             pictures.append(Picture(_jpeg(strip), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
     return pictures
 
