@@ -96,7 +96,7 @@ def forecast(
         tiles = np.concatenate([reader.read(m, draw_tiles(sizes[m], 2, rng)) for m in some])
         read_s = (time.perf_counter() - start) / len(tiles)
         pixels = sum(sizes) * tiles[0].nbytes
-        pixels = (pixels if pixels <= train.cache_gb * 1e9 else 0) + 3 * drawn * tiles[0].nbytes
+        pixels = (pixels if pixels <= train.cache_gb * 1e9 else 0) + 2 * drawn * tiles[0].nbytes  # a step's, and the next one's
         on_device = torch.from_numpy(np.resize(tiles, (count if device.type == "cuda" else min(count, 8), *tiles.shape[1:]))).to(device)
 
         def encode() -> Tensor:

@@ -217,7 +217,7 @@ class Trainer:
                 if chosen:
                     groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": train.weight_decay * decay})
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def _set_learning_rates(self) -> None:
         total = self.steps_per_epoch * self.train.epochs
@@ -280,7 +280,7 @@ class Trainer:
         return means | {"effective_rank": effective_rank(torch.cat(vectors))}
 
     def _flow(self, visits: Iterable[Visit]) -> Iterator[tuple[Visit, np.ndarray | None]]:
-        """Visits with their pixels, read ahead by two steps; without pixels where the encoder rests."""
+        """Visits with their pixels, read ahead by a step; without pixels where the encoder rests."""
         if not self.live:
             yield from ((visit, None) for visit in visits)
             return
@@ -291,7 +291,7 @@ class Trainer:
                 waiting.append(visit)
                 yield visit.member, np.concatenate([visit.tiles, visit.extra])
 
-        for pixels in self.reader.stream(jobs(), ahead=2 * -(-self.train.batch // self.group.world)):
+        for pixels in self.reader.stream(jobs(), ahead=-(-self.train.batch // self.group.world)):
             yield waiting.popleft(), pixels
 
     def train_step(

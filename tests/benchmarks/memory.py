@@ -51,7 +51,7 @@ def run(work: Path, encoder: str, size: str) -> None:
         p.grad = torch.zeros_like(p)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
-    plan = trainer.plan()[:2]
+    plan = trainer.plan() * 3
     flow = trainer._flow(trainer._visit(int(m)) for step in plan for m in step[0])
     visits, pixels = zip(*(next(flow) for _ in plan[0][0]))
     trainer.model.train()
@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         make_cohort(Path(folder))
         command = [sys.executable, __file__, "--encoder", options.encoder, "--run", folder]
-        found = {size: json.loads(subprocess.run([*command, size], check=True, capture_output=True, text=True).stdout) for size in STEPS}
+        found = {size: json.loads(subprocess.run([*command, size], check=True, stdout=subprocess.PIPE, text=True).stdout) for size in STEPS}
     result = {"peak_64x_over_1x": round(found["64x"]["peak"] / found["1x"]["peak"], 3)}
     result |= {f"peak_mb_{size}": round(value["peak"] / 1e6) for size, value in found.items()}
     result |= {f"tiles_{size}": value["tiles"] for size, value in found.items()}
