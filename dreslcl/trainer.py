@@ -121,9 +121,10 @@ class Trainer:
         reports = self.cohort.reports
         if not isinstance(reports[0], str):
             return [torch.from_numpy(r) for r in reports]
-        longer = sum(len(self.encoder.split_report(r)) > 1 for r in reports)
+        windows = [self.encoder.split_report(r) for r in reports]
+        longer = sum(len(w) > 1 for w in windows)
         self.notes.append(f"{longer} of {len(reports)} reports are longer than the text tower's {self.encoder.context} tokens")
-        return [self.encoder.split_report(r, sentences=self.train.report_part < 1) for r in reports]
+        return windows if self.train.report_part == 1 else [self.encoder.split_report(r, sentences=True) for r in reports]
 
     def announce(self) -> None:
         """Say what the run will take, on the first rank."""
@@ -502,7 +503,7 @@ class Trainer:
         if self.group.first:
             if better and (self.held_out.members or stop):
                 self.model.save(self.out / "model")
-            self.write_metrics(picture=stop)  # first: what it logs beyond a checkpoint is void, what it missed would be lost
+            self.journal.write(self.rows, picture=stop)  # first: what it logs beyond a checkpoint is void, what it missed would be lost
             self.save_checkpoint()
         self.group.wait()
         return stop
@@ -575,10 +576,6 @@ class Trainer:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
 
-    def write_metrics(self, *, picture: bool) -> None:
-        """metrics.csv, TensorBoard events and, now and then or with `picture`, curves.png."""
-        self.journal.write(self.rows, picture=picture)
-
     def write_report(self) -> None:
         """report.html. All ranks encode what it shows of retrieval, the first one writes."""
         cohort, words = self.held_out, self.model.aggregator.codewords.cpu().numpy()
@@ -637,34 +634,31 @@ def pretrain(
         ConfigError, StoreError, ModelError, DreslclError: see the modules; the message says what to do.
     """
     out = Path(out)
-    with ranks(pick_device()) as group:
+    with ranks(pick_device()) as group, hold(out) if group.first and not dry_run else nullcontext():
+        if (out / "checkpoint.pt").exists() and not (resume or dry_run):
+            raise StoreError(f"{out}: holds a run already; go on with --resume, or choose another --out")
+        trainer = Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)
+        trainer.announce()
         if dry_run:
-            trainer = Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)
-            trainer.announce()
             return out / "model"
-        with hold(out) if group.first else nullcontext():
-            if (out / "checkpoint.pt").exists() and not resume:
-                raise StoreError(f"{out}: holds a run already; go on with --resume, or choose another --out")
-            trainer = Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)
-            trainer.announce()
-            trainer.encode_reports()
-            trainer.make_optimizer()
-            if resume and (out / "checkpoint.pt").exists():
-                trainer.load_checkpoint()
-                log.info("resuming after epoch %d of %d", trainer.epoch, config.train.epochs)
-            if group.first:
-                config.save(out / "config.toml")
-            trainer.make_bank()
-            if group.first and not (out / "checkpoint.pt").exists():
-                trainer.save_checkpoint()  # from here on the bank holds rows of a trained encoder: go on, never start over
-            while trainer.epoch < config.train.epochs:
-                start = time.monotonic()
-                stop = trainer.end_epoch(trainer.run_epoch())
-                row = trainer.rows[-1]
-                shown = ", ".join(f"{k} {row[k]:.3g}" for k in ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10") if k in row)
-                log.info("epoch %d/%d: %s (%.1f s)", trainer.epoch, config.train.epochs, shown, time.monotonic() - start)
-                if stop and trainer.epoch < config.train.epochs:
-                    log.info("stopping: no better held-out retrieval for %d epochs", config.train.patience)
-                    break
-            trainer.write_report()
+        trainer.encode_reports()
+        trainer.make_optimizer()
+        if resume and (out / "checkpoint.pt").exists():
+            trainer.load_checkpoint()
+            log.info("resuming after epoch %d of %d", trainer.epoch, config.train.epochs)
+        if group.first:
+            config.save(out / "config.toml")
+        trainer.make_bank()
+        if group.first and not (out / "checkpoint.pt").exists():
+            trainer.save_checkpoint()  # from here on the bank holds rows of a trained encoder: go on, never start over
+        while trainer.epoch < config.train.epochs:
+            start = time.monotonic()
+            stop = trainer.end_epoch(trainer.run_epoch())
+            row = trainer.rows[-1]
+            shown = ", ".join(f"{k} {row[k]:.3g}" for k in ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10") if k in row)
+            log.info("epoch %d/%d: %s (%.1f s)", trainer.epoch, config.train.epochs, shown, time.monotonic() - start)
+            if stop and trainer.epoch < config.train.epochs:
+                log.info("stopping: no better held-out retrieval for %d epochs", config.train.patience)
+                break
+        trainer.write_report()
     return out / "model"
