@@ -177,8 +177,6 @@ class TrainConfig:
     """Keep only each block's input of the towers and compute the rest again on the way back: less memory, about a third more time."""
     compile: bool = False
     """Compile the image tower (torch.compile): minutes at the start, faster steps."""
-    channels_last: bool = False
-    """Lay images out channels last: faster for convolutional towers, mostly on a GPU."""
     workers: int = 2
     """Threads that read tiles ahead."""
     cache_gb: float = 2.0

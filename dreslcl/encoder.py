@@ -86,7 +86,6 @@ class Encoder(nn.Module):
         self.preprocess_cfg: dict[str, Any] = dict(visual.preprocess_cfg)
         self.dim = self.text_dim = int(model_cfg["embed_dim"])
         self.context: int = tokenizer.context_length
-        self.layout = torch.contiguous_format
         self.register_buffer("mean", torch.tensor(visual.image_mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(visual.image_std)[:, None, None], persistent=False)
 
@@ -119,6 +118,7 @@ class Encoder(nn.Module):
                 tokenizer = open_clip.get_tokenizer(name)
             except Exception as error:  # OpenCLIP raises many types for the same few user mistakes
                 raise ModelError(_explain(config, error)) from error
+        clip.visual.to(memory_format=torch.channels_last)  # convolutions on a CPU: 1.2 to 2 times as fast; no effect on others
         return cls(clip, tokenizer, model_cfg, name, pretrained)
 
     # tiles
@@ -149,7 +149,8 @@ class Encoder(nn.Module):
         images = self.preprocess(tiles)
         if views is not None:
             images = views(images)
-        images = ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
+        images = (images - self.mean) / self.std
+        images = images.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.clip.encode_image(images).float(), dim=-1)
 
     # reports
@@ -231,7 +232,7 @@ class Encoder(nn.Module):
         for p in chosen:
             p.requires_grad_(True)
 
-    def set_execution(self, *, checkpointing: bool = False, compile: bool = False, channels_last: bool = False) -> None:
+    def set_execution(self, *, checkpointing: bool = False, compile: bool = False) -> None:
         """Choose how the towers compute; results stay, up to rounding. For the meaning see TrainConfig.
 
         Raises:
@@ -243,9 +244,6 @@ class Encoder(nn.Module):
                 self.clip.set_grad_checkpointing(True)
             if not any(getattr(m, "grad_checkpointing", False) for m in visual.modules()):  # OpenCLIP passes over a tower that has none
                 raise ModelError(f"{self.name}: the image tower offers no activation checkpointing; lower --tile-batch instead")
-        if channels_last:
-            self.layout = torch.channels_last
-            visual.to(memory_format=torch.channels_last)
         if compile:
             visual.compile()
             try:
@@ -268,7 +266,7 @@ class Encoder(nn.Module):
         digest = hashlib.sha256(json.dumps([architecture, self.preprocess_cfg], sort_keys=True, default=str).encode())
         for key, value in sorted(self.clip.visual.state_dict().items()):
             digest.update(key.encode())
-            digest.update(np.ascontiguousarray(value.detach().cpu().view(-1).float().numpy()).data)
+            digest.update(np.ascontiguousarray(value.detach().cpu().reshape(-1).float().numpy()).data)
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:

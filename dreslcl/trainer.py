@@ -94,7 +94,7 @@ class Trainer:
         ).to(self.device)
         if self.encoder is not None:
             self.encoder.set_trainable(config.encoder.tune if self.pixels else "none", text=self.tune_text)
-            self.encoder.set_execution(checkpointing=train.checkpointing, compile=train.compile, channels_last=train.channels_last)
+            self.encoder.set_execution(checkpointing=train.checkpointing, compile=train.compile)
         self.encoder_name = self.encoder.fingerprint() if self.pixels and self.encoder else f"features of width {dim}"
         self.grids_name = fingerprint([m.slide_id for m in cohort.members], cohort.marks())
         self.shard_of = deal_patients(cohort.members, self.shards)

@@ -376,17 +376,6 @@ def test_a_tower_without_checkpointing_says_so():
         build(RESNET).set_execution(checkpointing=True)
 
 
-def test_channels_last_changes_no_gradient():
-    vision = TIMM | {"timm_model_name": "test_efficientnet_gn"}
-    (features, plain), (again, laid_out) = towers_gradients(vision), towers_gradients(vision, channels_last=True)
-    torch.testing.assert_close(again, features)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(laid_out[name], gradient, rtol=1e-4, atol=1e-5)
-    encoder = build(vision)
-    encoder.set_execution(channels_last=True)
-    assert any(not w.is_contiguous() for w in encoder.clip.visual.parameters() if w.ndim == 4)
-
-
 def test_a_tower_that_cannot_be_compiled_says_so(monkeypatch):
     encoder = build(VIT)
     monkeypatch.setattr(encoder.clip.visual, "compile", lambda: monkeypatch.setattr(encoder, "encode_tiles", lambda _: 1 / 0))
