@@ -47,8 +47,10 @@ class Forecast:
             f"{self.steps_per_epoch} steps per epoch; the bank takes {self.bank_gb:.3g} GB of {self.free_disk_gb:,.0f} GB free on its disk",
             f"memory: about {self.memory_gb:.3g} GB of {self.free_memory_gb:,.0f} GB ({self.tile_gb:.3g} GB for a micro-batch of tiles); "
             f"{self.pixels_gb:.3g} GB for decoded tiles",
-            f"time, an estimate: {clock(self.fill_s)} to fill the bank, {clock(self.epoch_s)} per epoch",
+            f"time, an estimate: {clock(self.epoch_s)} per epoch",
         ]
+        if self.fill_s:
+            lines[-1] += f", {clock(self.fill_s)} before to fill the bank"
         if self.tile_s:
             speed = f"{1 / self.read_s:,.0f} tiles/s on each reading thread, {1 / self.tile_s:,.0f} tiles/s forward and backward"
             lines[-1] += f" (measured: {speed})"
