@@ -41,3 +41,11 @@ def work(tmp_path_factory) -> Path:
     ]
     write_table(folder / "work" / "reports.csv", ["slide_id", "patient_id", "report", "split"], rows)
     return folder / "work"
+
+
+@pytest.fixture
+def cohort(work):
+    """Those scans with their reports."""
+    from dreslcl.cohort import Cohort
+
+    return Cohort.load(work).with_reports(work / "reports.csv")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_encoder import TIMM, VIT, build
-from test_trainer import SMALL, cohort, trainer  # noqa: F401 (a fixture)
+from test_trainer import SMALL, trainer
 
 from dreslcl.bank import bank_bytes
 from dreslcl.cohort import Cohort
@@ -20,7 +20,7 @@ def expect(made, **changes):
     return forecast(made.model, made.cohort, Cohort(()), made.reader, config, made.out, steps=2, ranks=1)
 
 
-def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(cohort, tmp_path, caplog):  # noqa: F811
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(cohort, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         pretrain(cohort, tmp_path / "run", SMALL, dry_run=True)
     assert not (tmp_path / "run").exists()
@@ -28,7 +28,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(cohort, tmp_path, ca
     assert not [text for text in said if text not in caplog.text]
 
 
-def test_forecast_grows_with_what_is_asked(cohort, tmp_path):  # noqa: F811
+def test_forecast_grows_with_what_is_asked(cohort, tmp_path):
     made = trainer(cohort, tmp_path)
     before = {n: p.clone() for n, p in made.model.state_dict().items()}
     plain = expect(made)
@@ -42,7 +42,7 @@ def test_forecast_grows_with_what_is_asked(cohort, tmp_path):  # noqa: F811
     assert all(p.grad is None for p in made.model.parameters())
 
 
-def test_epoch_time_counts_steps_tiles_and_held_out_slides(cohort, tmp_path, monkeypatch):  # noqa: F811
+def test_epoch_time_counts_steps_tiles_and_held_out_slides(cohort, tmp_path, monkeypatch):
     made = trainer(cohort, tmp_path)
     monkeypatch.setattr("dreslcl.forecast._seconds", lambda work, device: 1.0)
     tiles = sum(m.tiles for m in cohort.members)
@@ -62,13 +62,13 @@ def test_epoch_time_counts_steps_tiles_and_held_out_slides(cohort, tmp_path, mon
         assert seconds(**more).epoch_s - plain.epoch_s == pytest.approx(tiles_encoded / 8, rel=0.05), more
 
 
-def test_what_does_not_fit_is_said(cohort, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_said(cohort, tmp_path):
     found = replace(expect(trainer(cohort, tmp_path)), free_disk_gb=0.0, free_memory_gb=0.0)
     bank, memory = found.warnings()
     assert "choose another --out" in bank and "lower --tile-batch" in memory
 
 
-def test_a_resting_encoder_needs_no_memory_for_tiles(cohort, tmp_path):  # noqa: F811
+def test_a_resting_encoder_needs_no_memory_for_tiles(cohort, tmp_path):
     made = trainer(cohort, tmp_path, replace(SMALL, encoder=EncoderConfig(tune="none")))
     found = expect(made)
     assert found.tile_gb == 0 and found.fill_s > 0 and "forward and backward" not in found.lines()[-1]

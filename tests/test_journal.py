@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import SMALL, cohort, trainer  # noqa: F401 (a fixture)
+from test_trainer import SMALL, trainer
 
 from dreslcl.cohort import Cohort, Member
 from dreslcl.journal import Journal, codebook_atlas, retrieval_examples
@@ -23,7 +23,7 @@ def events(out):
     return {name: [(e.step, e.value) for e in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
-def test_tensorboard_holds_every_quantity_of_metrics_csv(cohort, tmp_path):  # noqa: F811
+def test_tensorboard_holds_every_quantity_of_metrics_csv(cohort, tmp_path):
     pretrain(cohort, tmp_path, SMALL)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -47,7 +47,7 @@ def test_what_a_killed_run_logged_beyond_its_checkpoint_is_void(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,step,loss", "1,10,1.0", "2,17,9.0", "3,24,9.0"]
 
 
-def test_report_tells_about_the_run_in_one_escaped_file(cohort, tmp_path):  # noqa: F811
+def test_report_tells_about_the_run_in_one_escaped_file(cohort, tmp_path):
     evil = '<script>alert("x")</script>'
     hostile = replace(cohort, reports=tuple(f"{evil} {r}" for r in cohort.reports), notes=(*cohort.notes, evil))
     pretrain(hostile, tmp_path, QUICK)
@@ -64,7 +64,7 @@ def test_report_tells_about_the_run_in_one_escaped_file(cohort, tmp_path):  # no
     assert len(sources) == 1 + 4 and all(source.startswith("data:image/") for source in sources), "curves and a strip per codeword"
 
 
-def test_held_out_slides_are_the_examples_where_there_are_any(cohort, work, tmp_path):  # noqa: F811
+def test_held_out_slides_are_the_examples_where_there_are_any(cohort, work, tmp_path):
     kept, held_out = cohort.split("split=val", work / "reports.csv")
     pretrain(kept, tmp_path, QUICK, held_out=held_out)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def test_held_out_slides_are_the_examples_where_there_are_any(cohort, work, tmp_
     assert "<td>s6</td>" in html and "<td>s7</td>" in html and "<td>s0</td>" not in html
 
 
-def test_the_atlas_shows_the_nearest_tiles_of_different_slides(cohort, tmp_path, monkeypatch):  # noqa: F811
+def test_the_atlas_shows_the_nearest_tiles_of_different_slides(cohort, tmp_path, monkeypatch):
     made: Trainer = trainer(cohort, tmp_path)
     words = made.model.aggregator.codewords.numpy()
     shown = []

@@ -24,11 +24,6 @@ SMALL = RunConfig(
 )
 
 
-@pytest.fixture
-def cohort(work) -> Cohort:
-    return Cohort.load(work).with_reports(work / "reports.csv")
-
-
 def train(cohort, out, settings=SMALL, **changes):
     pretrain(cohort, out, replace(settings, train=replace(settings.train, **changes)))
     with (out / "metrics.csv").open() as file:
