@@ -267,6 +267,16 @@ def test_gradient_caching_encodes_all_but_the_last_micro_batch_twice(cohort, tmp
     assert sizes == [6, 6, 4, 6, 6]
 
 
+def test_gradients_of_any_memory_layout_are_summed_over_ranks(monkeypatch):
+    weights = [torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)), torch.nn.Parameter(torch.randn(5))]
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    before = [p.grad.clone() for p in weights]
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(2))
+    Ranks(0, 2).sum_gradients(weights)
+    assert all(torch.equal(p.grad, 2 * b) for p, b in zip(weights, before))
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
