@@ -144,11 +144,12 @@ class Cohort:
         lost = [s or p for i, (s, p, _) in enumerate(rows) if i not in used]
         if not members:
             raise TableError(f"{source}: no report matches a slide; slides are{_like(bare)}; reports are{_like(lost)}")
+        shared = sum(count > 1 for count in Counter(m.report for m in members).values())
         notes = (
             *self.notes,
             f"{len(members)} of {len(self)} slides have a report" + (f"; without:{_like(bare)}" if bare else ""),
             f"{len(used)} of {len(rows)} reports have a slide" + (f"; without:{_like(lost)}" if lost else ""),
-            f"{len(texts)} distinct reports; {len({m.patient_id for m in members})} patients",
+            f"{len(texts)} distinct reports, {shared} of them of several slides; {len({m.patient_id for m in members})} patients",
         )
         return replace(self, members=tuple(members), reports=tuple(texts), notes=notes)
 

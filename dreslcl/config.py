@@ -167,12 +167,18 @@ class TrainConfig:
     """Weight of the report-free objective: two disjoint tile samples of one slide as a positive pair."""
     report_part: float = 1.0
     """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
+    report_windows: int = 8
+    """At most so many of them where the text tower learns: bounds the time and memory of long reports; 0: no bound."""
     augment: bool = True
     """Flip, turn and stain-jitter fresh tiles."""
     stain_jitter: float = 0.15
     """Each colour's optical density varies by up to this share from tile to tile (with augment)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 on a GPU that has it."""
+    checkpointing: bool = False
+    """Keep only each block's input of the towers and compute the rest again on the way back: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the image tower (torch.compile): minutes at the start, faster steps."""
     workers: int = 2
     """Threads that read tiles ahead."""
     cache_gb: float = 2.0
@@ -195,6 +201,7 @@ class TrainConfig:
         _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         for name in ("lr", "encoder_lr", "text_lr", "weight_decay", "clip_grad", "view_weight", "cache_gb"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
+        _require(self.report_windows >= 0, f"report_windows must be 0 (no bound) or more, got {self.report_windows}")
         _require(0 < self.report_part <= 1, f"report_part must be above 0 and at most 1, got {self.report_part}")
 
 

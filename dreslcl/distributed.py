@@ -50,7 +50,7 @@ class Ranks:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.view(-1) for p in parameters])  # type: ignore[union-attr]
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters])  # type: ignore[union-attr]
         dist.all_reduce(flat)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]

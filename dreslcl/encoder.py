@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import logging
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -198,11 +197,10 @@ class Encoder(nn.Module):
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
     def encode_reports(self, reports: Sequence[str]) -> Float[Tensor, "N E"]:
-        """Unit-norm vector of each whole report: the mean of its windows' vectors."""
+        """Vector of each whole report: the mean of its windows' unit-norm vectors, as in training."""
         pieces = [self.split_report(report) for report in reports]
         vectors = self.encode_texts([p for report in pieces for p in report])
-        parts = vectors.split([len(report) for report in pieces])
-        return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
+        return torch.stack([part.mean(0) for part in vectors.split([len(report) for report in pieces])])
 
     # weights
 
@@ -238,6 +236,26 @@ class Encoder(nn.Module):
             raise ModelError(f"{self.name}: cannot tell the tower's last projection; use --tune all or none")
         for p in chosen:
             p.requires_grad_(True)
+
+    def set_execution(self, *, checkpointing: bool = False, compile: bool = False) -> None:
+        """Choose how the towers compute; results stay, up to rounding. For the meaning see TrainConfig.
+
+        Raises:
+            ModelError: the image tower offers no activation checkpointing, or cannot be compiled here.
+        """
+        visual = self.clip.visual
+        if checkpointing:
+            with _quiet_open_clip():
+                self.clip.set_grad_checkpointing(True)
+            if not any(getattr(m, "grad_checkpointing", False) for m in visual.modules()):  # OpenCLIP passes over a tower that has none
+                raise ModelError(f"{self.name}: the image tower offers no activation checkpointing; lower --tile-batch instead")
+        if compile:
+            visual.compile()
+            try:
+                self.encode_tiles(torch.zeros((2, *self.image_size, 3), dtype=torch.uint8, device=self.mean.device))
+            except Exception as error:  # many types: no C++ compiler, an operation that the compiler does not know
+                reason = str(error).strip().splitlines()[0][:200]
+                raise ModelError(f"{self.name}: cannot be compiled here ({reason}); leave --compile out") from error
 
     def train(self, mode: bool = True) -> "Encoder":
         """As nn.Module.train, but batch norm keeps its statistics: bank rows and fresh features must agree."""
@@ -275,23 +293,6 @@ def clean_report(text: str) -> str:
     text = re.sub(r"[^\w\s.,;:()/%<>=+\-'\"°µ&#?!]", " ", text)
     text = re.sub(r"([._\-=*])\1{2,}", " ", text)
     return re.sub(r"\s+", " ", text).strip()
-
-
-def forecast_tile_megabytes(encoder: Encoder) -> float:
-    """A rough upper bound of what one tile with gradient keeps in memory, MB: measured on the CPU with saved-tensor hooks."""
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor
-
-    h, w = encoder.image_size
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        tile = torch.zeros((1, h, w, 3), dtype=torch.uint8, device=encoder.mean.device)
-        encoder.encode_tiles(tile)
-    weights = sum(p.numel() * p.element_size() for p in encoder.tower_parameters() if p.requires_grad)
-    return max(0.0, total - math.ceil(weights)) / 1e6
 
 
 def _register_tiny() -> None:

@@ -10,26 +10,28 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from .bank import MemoryBank, bank_bytes
+from .bank import MemoryBank
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, window_tiles
 from .config import RunConfig
 from .distributed import Ranks, ranks
-from .encoder import Augmentation, Encoder, forecast_tile_megabytes
+from .encoder import Augmentation, Encoder
 from .errors import ConfigError, DreslclError, StoreError
 from .features import read_features
-from .files import atomic, fingerprint, hold, write_table
+from .files import atomic, fingerprint, hold
+from .forecast import forecast
 from .grid import hilbert_order
+from .journal import Journal, codebook_atlas, retrieval_examples, run_page
 from .metrics import first_hits, retrieval_metrics
 from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pass_size, pick_device
 from .progress import progress
@@ -38,6 +40,7 @@ from .residual import Codebook, refreshed_residuals
 log = logging.getLogger(__name__)
 
 CODEBOOK_ROWS = 20_000
+RETRIEVAL_SLIDES = 200  # of the training slides, where none are held out
 CHECKPOINT_VERSION = 1
 
 
@@ -96,6 +99,7 @@ class Trainer:
         ).to(self.device)
         if self.encoder is not None:
             self.encoder.set_trainable(config.encoder.tune if self.pixels else "none", text=self.tune_text)
+            self.encoder.set_execution(checkpointing=train.checkpointing, compile=train.compile)
         self.encoder_name = self.encoder.fingerprint() if self.pixels and self.encoder else f"features of width {dim}"
         self.grids_name = fingerprint([m.slide_id for m in cohort.members], [cohort.mark(i) for i in range(len(cohort))])
         self.shard_of = deal_patients(cohort.members, self.shards)
@@ -103,8 +107,10 @@ class Trainer:
         self.visits = np.zeros(len(cohort), np.int64)
         self.epoch = self.step = 0
         self.rows: list[dict[str, float]] = []
-        self.best, self.waited, self.drawn = -math.inf, 0, time.monotonic()
+        self.best, self.waited = -math.inf, 0
+        self.notes = list(cohort.notes)
         self.pieces = self._split_reports()
+        self.journal = Journal(out)
         self.orders: dict[int, np.ndarray] = {}
 
     # before the loop
@@ -116,24 +122,38 @@ class Trainer:
         return int(min(-(-sizes.max() * self.shards // self.train.batch), sizes.min()))
 
     def _split_reports(self) -> list[list[str]] | list[Tensor]:
-        """Pieces of each report: texts where the tower learns, vectors (n, X) where it is frozen (encoded once)."""
+        """Pieces of each report: texts, or vectors (n, X) made elsewhere."""
         reports = self.cohort.reports
         if not isinstance(reports[0], str):
-            pieces = [torch.from_numpy(r) for r in reports]
-        else:
-            texts = [self.encoder.split_report(r, sentences=self.train.report_part < 1) for r in reports]
-            longer = sum(len(self.encoder.split_report(r)) > 1 for r in reports)
-            log.info("%d of %d reports are longer than the text tower's %d tokens", longer, len(reports), self.encoder.context)
-            if self.tune_text:
-                return texts
-            pieces = []
+            return [torch.from_numpy(r) for r in reports]
+        windows = [self.encoder.split_report(r) for r in reports]
+        longer = sum(len(w) > 1 for w in windows)
+        self.notes.append(f"{longer} of {len(reports)} reports are longer than the text tower's {self.encoder.context} tokens")
+        return windows if self.train.report_part == 1 else [self.encoder.split_report(r, sentences=True) for r in reports]
+
+    def announce(self) -> None:
+        """Say what the run will take, on the first rank."""
+        if not self.group.first:
+            return
+        steps, world = self.steps_per_epoch, self.group.world
+        expected = forecast(self.model, self.cohort, self.held_out, self.reader, self.config, self.out, steps=steps, ranks=world)
+        for line in [*self.notes[len(self.cohort.notes) :], *expected.lines()]:
+            log.info(line)
+        for line in expected.warnings():
+            log.warning(line)
+
+    def encode_reports(self) -> None:
+        """Where the text tower does not learn: the vectors of each report's pieces, once for the whole run, and their centre."""
+        if self.tune_text:
+            return
+        if not isinstance(self.pieces[0], Tensor):
+            texts, self.pieces = self.pieces, []
             with inference(self.encoder), autocast(self.device, self.train.precision), progress("reading", len(texts), "reports") as bar:
-                for text in texts:
-                    pieces.append(self.encoder.encode_texts(text).cpu().clone())
+                for pieces in texts:
+                    self.pieces.append(self.encoder.encode_texts(pieces).clone())
                     bar.advance(bar.task_ids[0])
-        means = torch.stack([p.mean(0) for p in pieces])
-        self.model.text_centre.copy_(means.mean(0))
-        return [p.clone().to(self.device) for p in pieces]
+        self.pieces = [p.clone().to(self.device) for p in self.pieces]  # clones of inference tensors may enter a graph
+        self.model.text_centre.copy_(torch.stack([p.mean(0) for p in self.pieces]).mean(0))
 
     def make_bank(self) -> None:
         """Open the run's bank or make it; fill what is missing; fit the codebook where there is none."""
@@ -206,7 +226,7 @@ class Trainer:
                 if chosen:
                     groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": train.weight_decay * decay})
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def _set_learning_rates(self) -> None:
         """Warm-up and cosine over the epochs in which the tile encoder may learn, and once more over those in which it settles."""
@@ -273,7 +293,7 @@ class Trainer:
         return means | {"effective_rank": effective_rank(torch.cat(vectors))}
 
     def _flow(self, visits: Iterable[Visit]) -> Iterator[tuple[Visit, np.ndarray | None]]:
-        """Visits with their pixels, read ahead by two steps; without pixels where the encoder rests."""
+        """Visits with their pixels, read ahead by a step; without pixels where the encoder rests."""
         if not self.live:
             yield from ((visit, None) for visit in visits)
             return
@@ -284,7 +304,7 @@ class Trainer:
                 waiting.append(visit)
                 yield visit.member, np.concatenate([visit.tiles, visit.extra])
 
-        for pixels in self.reader.stream(jobs(), ahead=2 * -(-self.train.batch // self.group.world)):
+        for pixels in self.reader.stream(jobs(), ahead=-(-self.train.batch // self.group.world)):
             yield waiting.popleft(), pixels
 
     def train_step(
@@ -296,14 +316,14 @@ class Trainer:
         for v, p in zip(visits, pixels):
             if len(v.extra):
                 with inference(self.encoder), autocast(self.device, train.precision):
-                    self.bank.write(self._id(v.member), v.extra, self._encode(p[len(v.tiles) :], None).cpu().numpy(), self.step)
+                    self.bank.write(self._id(v.member), v.extra, self._encode([*p[len(v.tiles) :]], None).cpu().numpy(), self.step)
         index = [v.tiles for v in visits]
         if self.live:
-            tiles = np.concatenate([p[: len(v.tiles)] for v, p in zip(visits, pixels)])
+            tiles = [tile for v, p in zip(visits, pixels) for tile in p[: len(v.tiles)]]  # views: the batch is never copied as a whole
             views = self._views(visits) if train.augment else None
             fresh, encode_again = self._fresh(tiles, views)
         else:
-            index, fresh, encode_again = *self._from_bank(slides, visits), None
+            index, fresh = self._from_bank(slides, visits)
         sizes = [len(members) for members in plan]
         z = self._slide_vectors(slides, index, fresh, sizes)
         u = self._report_vectors(visits)
@@ -318,7 +338,7 @@ class Trainer:
             self._stop_on_nan("loss", slides)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if encode_again is not None:
+        if self.live:
             encode_again()
         self.group.sum_gradients(self.parameters)
         if self.live:
@@ -340,7 +360,7 @@ class Trainer:
         }
         return values, z_all.detach()
 
-    def _encode(self, tiles: np.ndarray, views: Augmentation | None) -> Float[Tensor, "n D"]:
+    def _encode(self, tiles: list[np.ndarray], views: Augmentation | None) -> Float[Tensor, "n D"]:
         """Features of any number of tiles, a micro-batch at a time."""
         step = self.tile_batch
         parts = [
@@ -349,9 +369,11 @@ class Trainer:
         ]
         return torch.cat(parts)
 
-    def _to_device(self, tiles: np.ndarray) -> Tensor:
-        batch = torch.from_numpy(tiles)
-        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
+    def _to_device(self, tiles: list[np.ndarray]) -> UInt8[Tensor, "n H W 3"]:
+        on_gpu = self.device.type == "cuda"
+        batch = torch.empty((len(tiles), *tiles[0].shape), dtype=torch.uint8, pin_memory=on_gpu)  # pinned: the copy does not wait
+        np.stack(tiles, out=batch.numpy())
+        return batch.to(self.device, non_blocking=True)
 
     def _views(self, visits: list[Visit]) -> Augmentation:
         drawn = []
@@ -360,34 +382,35 @@ class Trainer:
             drawn.append(Augmentation.draw(len(v.tiles), torch.Generator().manual_seed(seed), self.train.stain_jitter))
         return Augmentation(torch.cat([d.turns for d in drawn]), torch.cat([d.stain for d in drawn]))
 
-    def _fresh(self, tiles: np.ndarray, views: Augmentation | None) -> tuple[Float[Tensor, "N D"], Any]:
-        """Features with gradient, and the second pass that gradient caching owes once the loss was back-propagated (or None)."""
-        step, precision = self.tile_batch, self.train.precision
-        if len(tiles) <= step:
-            with autocast(self.device, precision):
-                return self._encode(tiles, views), None
-        starts = range(0, len(tiles), step)
-        states = []
+    def _fresh(self, tiles: list[np.ndarray], views: Augmentation | None) -> tuple[Float[Tensor, "N D"], Callable[[], None]]:
+        """Features with gradient, and the second pass that gradient caching owes once the loss was back-propagated.
 
-        def chunk(i: int) -> Tensor:
+        The last micro-batch keeps its graph at once: no other one is in memory meanwhile, and its second pass is saved.
+        """
+        step, precision = self.tile_batch, self.train.precision
+        *starts, last = range(0, len(tiles), step)
+        cuda, states = self.device.type == "cuda", []
+        get, put = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if cuda else (torch.get_rng_state, torch.set_rng_state)
+
+        def encode(i: int) -> Tensor:
             with autocast(self.device, precision):
                 return self._encode(tiles[i : i + step], views.part(i, i + step) if views else None)
 
-        parts = []
+        cached = torch.empty(last, self.model.dim, device=self.device)
         with torch.no_grad():
             for i in starts:
-                states.append(torch.get_rng_state())  # a tower with dropout must drop the same in both passes
-                parts.append(chunk(i))
-        fresh = torch.cat(parts).requires_grad_()
+                states.append(get())  # a tower with dropout must drop the same in both passes
+                cached[i : i + step] = encode(i)
+        cached.requires_grad_()
 
         def encode_again() -> None:
-            after = torch.get_rng_state()
+            after = get()
             for i, state in zip(starts, states):
-                torch.set_rng_state(state)
-                chunk(i).backward(fresh.grad[i : i + step])
-            torch.set_rng_state(after)
+                put(state)
+                encode(i).backward(cached.grad[i : i + step])
+            put(after)
 
-        return fresh, encode_again
+        return torch.cat([cached, encode(last)]), encode_again
 
     def _from_bank(self, slides: list[str], visits: list[Visit]) -> tuple[list[np.ndarray], Float[Tensor, "N D"]]:
         """Where the tile encoder rests: each slide's rows, thinned by `stale_dropout` and `bank_tiles`, in the place of fresh ones."""
@@ -425,11 +448,13 @@ class Trainer:
         return self.model.aggregator(sums, counts)
 
     def _report_vectors(self, visits: list[Visit]) -> Float[Tensor, "B X"]:
-        """u of each slide: the mean of its report's pieces, or of a random `report_part` of them."""
+        """u of each slide: the mean of its report's pieces, or of some of them drawn anew (`report_part`, `report_windows`)."""
         chosen: list[Any] = []
         for v in visits:
             pieces = self.pieces[self.cohort.members[v.member].report]
             keep = max(1, round(len(pieces) * self.train.report_part))
+            if self.tune_text and self.train.report_windows:
+                keep = min(keep, self.train.report_windows)
             picked = np.sort(self._rng(5, v.member).choice(len(pieces), keep, replace=False))
             chosen.append([pieces[i] for i in picked] if isinstance(pieces, list) else pieces[torch.from_numpy(picked).to(self.device)])
         if self.tune_text:
@@ -491,30 +516,39 @@ class Trainer:
         if self.group.first:
             if better and (self.held_out.members or stop):
                 self.model.save(self.out / "model")
+            self.journal.write(self.rows, picture=stop)  # first: what it logs beyond a checkpoint is void, what it missed would be lost
             self.save_checkpoint()
-            self.write_metrics(picture=stop)
         self.group.wait()
         return stop
 
     def held_out_retrieval(self) -> dict[str, float]:
-        """Report → slide retrieval among the held-out patients, all of whose tiles are encoded anew."""
-        members = self.held_out.members
-        if not members:
+        """Report → slide retrieval among the held-out patients."""
+        if not self.held_out.members:
             return {}
-        mine = range(self.group.rank, len(members), self.group.world)
-        own = {m: self.model.embed_features(parts) for m, parts in self._features(self.held_out, mine, None, "held-out slides")}
+        z, u = self._vectors(self.held_out)
+        number = np.array([m.report for m in self.held_out.members])
+        found = retrieval_metrics(first_hits(u @ z.T, number[:, None] == number), np.ones((1, len(z))))
+        return {f"held_out_{key}": float(value[0]) for key, value in found.items()}
+
+    def _vectors(self, cohort: Cohort) -> tuple[Float[np.ndarray, "S E"], Float[np.ndarray, "S E"]]:
+        """z and u of slides; every rank gets all. Held-out slides are encoded anew, training slides are read from the bank."""
+        members, own = cohort.members, {}
+        if cohort is self.held_out:
+            mine = range(self.group.rank, len(members), self.group.world)
+            own = {m: self.model.embed_features(parts) for m, parts in self._features(cohort, mine, None, "held-out slides")}
+        else:
+            for m, member in enumerate(members):
+                if member.slide_id in self.bank.slides:
+                    own[m] = self.model.embed_features([self.bank.gather(member.slide_id, np.arange(member.tiles)).astype(np.float32)])
         z = {m: vector for part in self.group.collect(own) for m, vector in part.items()}
-        reports = self.held_out.reports
+        reports = cohort.reports
         with inference(self.model):
             if isinstance(reports[0], str):
-                vectors = self.encoder.encode_reports([str(reports[m.report]) for m in members])
+                vectors = self.model.encoder.encode_reports([str(reports[m.report]) for m in members])
             else:
                 vectors = torch.from_numpy(np.stack([reports[m.report].mean(0) for m in members])).to(self.device)
             u = self.model.project_text(vectors).cpu().numpy()
-        number = np.array([m.report for m in members])
-        ranks_found = first_hits(u @ np.stack([z[m] for m in range(len(members))]).T, number[:, None] == number)
-        found = retrieval_metrics(ranks_found, np.ones((1, len(members))))
-        return {f"held_out_{key}": float(value[0]) for key, value in found.items()}
+        return np.stack([z[m] for m in range(len(members))]), u
 
     def save_checkpoint(self) -> None:
         """All that is needed to go on, loadable with weights_only=True."""
@@ -555,15 +589,27 @@ class Trainer:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
 
-    def write_metrics(self, *, picture: bool) -> None:
-        """metrics.csv, one row per epoch, and curves.png: the picture costs a second, so every half minute and at the end."""
-        from .report import curves
-
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        write_table(self.out / "metrics.csv", columns, [[row.get(c, "") for c in columns] for row in self.rows])
-        if picture or time.monotonic() - self.drawn > 30:
-            curves(self.out / "metrics.csv", self.out / "curves.png")
-            self.drawn = time.monotonic()
+    def write_report(self) -> None:
+        """report.html. All ranks encode what it shows of retrieval, the first one writes."""
+        cohort, words = self.held_out, self.model.aggregator.codewords.cpu().numpy()
+        if cohort.members:
+            self.model = DRESLCL.load(self.out / "model").to(self.device)  # the best epoch's
+            self.encoder = self.model.encoder
+        else:
+            some = draw_tiles(len(self.cohort), RETRIEVAL_SLIDES, np.random.default_rng(self.train.seed))
+            cohort = replace(self.cohort, members=tuple(self.cohort.members[i] for i in some))
+        z, u = self._vectors(cohort)
+        if not self.group.first:
+            return
+        which = "held-out slides, encoded by the kept model" if self.held_out.members else "training slides, which the model has seen"
+        run_page(
+            self.out,
+            settings=(self.out / "config.toml").read_text(encoding="utf-8"),
+            notes=self.notes,
+            rows=self.rows,
+            atlas=codebook_atlas(self.bank, words, self.cohort, self.reader, seed=self.train.seed) if self.reader else [],
+            examples=[f"Report → slide among {len(cohort)} {which}.", retrieval_examples(cohort, z, u)],
+        )
 
 
 def effective_rank(vectors: Float[Tensor, "S E"]) -> float:
@@ -575,34 +621,6 @@ def effective_rank(vectors: Float[Tensor, "S E"]) -> float:
 
 def _norm(gradients: Iterable[Tensor]) -> float:
     return float(torch.stack([g.norm() for g in gradients]).norm())
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run will take."""
-
-    slides: int
-    tiles: int
-    steps_per_epoch: int
-    bank_gb: float
-    tile_memory_mb: float
-    """Memory of one micro-batch of tiles with gradient."""
-
-    def lines(self) -> list[str]:
-        """For the terminal."""
-        return [
-            f"{self.slides} slides, {self.tiles:,} tiles; {self.steps_per_epoch} steps per epoch",
-            f"the bank takes {self.bank_gb:.3g} GB on disk; a micro-batch of tiles with gradient takes about {self.tile_memory_mb:,.0f} MB",
-        ]
-
-
-def forecast(trainer: Trainer) -> Forecast:
-    """Disk and memory that the run will need."""
-    members, config = trainer.cohort.members, trainer.config
-    size = bank_bytes({m.slide_id: m.tiles for m in members}, trainer.model.dim, config.model.codewords)
-    each = forecast_tile_megabytes(trainer.encoder) if trainer.pixels else 0.0
-    count = min(trainer.tile_batch, config.train.batch * config.train.tiles)
-    return Forecast(len(members), sum(m.tiles for m in members), trainer.steps_per_epoch, size / 1e9, each * count)
 
 
 def pretrain(
@@ -629,33 +647,31 @@ def pretrain(
         ConfigError, StoreError, ModelError, DreslclError: see the modules; the message says what to do.
     """
     out = Path(out)
-    with ranks(pick_device()) as group:
+    with ranks(pick_device()) as group, hold(out) if group.first and not dry_run else nullcontext():
+        if (out / "checkpoint.pt").exists() and not (resume or dry_run):
+            raise StoreError(f"{out}: holds a run already; go on with --resume, or choose another --out")
+        trainer = Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)
+        trainer.announce()
         if dry_run:
-            for line in forecast(Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)).lines():
-                log.info(line)
             return out / "model"
-        with hold(out) if group.first else nullcontext():
-            if (out / "checkpoint.pt").exists() and not resume:
-                raise StoreError(f"{out}: holds a run already; go on with --resume, or choose another --out")
-            trainer = Trainer(cohort, held_out or Cohort(()), config, out, group, shards=shards)
-            for line in forecast(trainer).lines():
-                log.info(line)
-            trainer.make_optimizer()
-            if resume and (out / "checkpoint.pt").exists():
-                trainer.load_checkpoint()
-                log.info("resuming after epoch %d of %d", trainer.epoch, config.train.epochs)
-            if group.first:
-                config.save(out / "config.toml")
-            trainer.make_bank()
-            if group.first and not (out / "checkpoint.pt").exists():
-                trainer.save_checkpoint()  # from here on the bank holds rows of a trained encoder: go on, never start over
-            while trainer.epoch < config.train.epochs:
-                start = time.monotonic()
-                stop = trainer.end_epoch(trainer.run_epoch())
-                row = trainer.rows[-1]
-                shown = ", ".join(f"{k} {row[k]:.3g}" for k in ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10") if k in row)
-                log.info("epoch %d/%d: %s (%.1f s)", trainer.epoch, config.train.epochs, shown, time.monotonic() - start)
-                if stop and trainer.epoch < config.train.epochs:
-                    log.info("stopping: no better held-out retrieval for %d epochs", config.train.patience)
-                    break
+        trainer.encode_reports()
+        trainer.make_optimizer()
+        if resume and (out / "checkpoint.pt").exists():
+            trainer.load_checkpoint()
+            log.info("resuming after epoch %d of %d", trainer.epoch, config.train.epochs)
+        if group.first:
+            config.save(out / "config.toml")
+        trainer.make_bank()
+        if group.first and not (out / "checkpoint.pt").exists():
+            trainer.save_checkpoint()  # from here on the bank holds rows of a trained encoder: go on, never start over
+        while trainer.epoch < config.train.epochs:
+            start = time.monotonic()
+            stop = trainer.end_epoch(trainer.run_epoch())
+            row = trainer.rows[-1]
+            shown = ", ".join(f"{k} {row[k]:.3g}" for k in ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10") if k in row)
+            log.info("epoch %d/%d: %s (%.1f s)", trainer.epoch, config.train.epochs, shown, time.monotonic() - start)
+            if stop and trainer.epoch < config.train.epochs:
+                log.info("stopping: no better held-out retrieval for %d epochs", config.train.patience)
+                break
+        trainer.write_report()
     return out / "model"

@@ -62,3 +62,11 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "model"
     made.save(folder)
     return folder
+
+
+@pytest.fixture
+def cohort(work):
+    """Those scans with their reports."""
+    from dreslcl.cohort import Cohort
+
+    return Cohort.load(work).with_reports(work / "reports.csv")

@@ -49,7 +49,7 @@ def test_join_says_what_matched_and_what_did_not(tmp_path):
     assert cohort.notes[1:] == (
         "2 of 3 slides have a report; without: like c",
         "2 of 3 reports have a slide; without: like z",
-        "1 distinct reports; 2 patients",
+        "1 distinct reports, 1 of them of several slides; 2 patients",
     )
 
 

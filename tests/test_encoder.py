@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dreslcl.config import EncoderConfig
-from dreslcl.encoder import Augmentation, Encoder, clean_report, describe_encoder, forecast_tile_megabytes, list_encoders
+from dreslcl.encoder import Augmentation, Encoder, clean_report, describe_encoder, list_encoders
 from dreslcl.errors import ModelError
 
 REPORT = " ".join(f"Finding {i}: the margin measures {i} mm, free of tumour." for i in range(40))
@@ -142,7 +142,7 @@ def test_vector_of_a_long_report_is_the_mean_of_its_windows(tiny):
     with torch.inference_mode():
         both = tiny.encode_reports([REPORT, "Short."])
         mean = tiny.encode_texts(tiny.split_report(REPORT)).mean(0)
-        assert torch.allclose(both[0], mean / mean.norm(), atol=1e-5)
+        assert torch.allclose(both[0], mean, atol=1e-5)
         assert torch.allclose(both[1], tiny.encode_texts(["Short."])[0], atol=1e-5)
 
 
@@ -364,6 +364,56 @@ def test_encoders_are_described_without_building_weights(no_network):
     assert describe_encoder("dreslcl-tiny", measure=True)["tiles_per_s"] > 0
 
 
-def test_memory_of_a_tile_is_forecast_and_grows_with_the_picture():
-    small, large = (forecast_tile_megabytes(build(VIT | {"image_size": size})) for size in (32, 64))
-    assert 0 < small < large
+# how the towers compute
+
+
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
+
+
+def towers_gradients(vision, **execution):
+    """Features of tiles and texts, and the gradients of all weights behind them."""
+    encoder = build(vision).train()
+    encoder.set_execution(**execution)
+    features, texts = encoder.encode_tiles(tiles(4)), encoder.encode_texts(["carcinoma", "benign"])
+    weights = torch.linspace(0, 1, features.shape[1])
+    (features @ weights).square().sum().add((texts @ weights).square().sum()).backward()
+    return features.detach(), {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("vision", [VIT, TIMM, TIMM | {"timm_model_name": "test_efficientnet_gn"}], ids=["ViT", "timm ViT", "timm CNN"])
+def test_checkpointing_changes_no_gradient_and_computes_blocks_twice(vision, monkeypatch):
+    calls = []
+    original = torch.nn.Module.__call__
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *a, **k: calls.append(type(self)) or original(self, *a, **k))
+    features, plain = towers_gradients(vision)
+    once = len(calls)
+    again, checkpointed = towers_gradients(vision, checkpointing=True)
+    assert len(calls) - once > 1.4 * once, "no block was computed again"
+    torch.testing.assert_close(again, features)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tower_without_checkpointing_says_so():
+    with pytest.raises(ModelError, match="offers no activation checkpointing; lower --tile-batch"):
+        build(RESNET).set_execution(checkpointing=True)
+
+
+def test_a_tower_that_cannot_be_compiled_says_so(monkeypatch):
+    encoder = build(VIT)
+    monkeypatch.setattr(encoder.clip.visual, "compile", lambda: monkeypatch.setattr(encoder, "encode_tiles", lambda _: 1 / 0))
+    with pytest.raises(ModelError, match=r"cannot be compiled here \(division by zero\); leave --compile out"):
+        encoder.set_execution(compile=True)
+
+
+@pytest.mark.slow
+def test_compiling_changes_no_gradient_and_no_fingerprint():
+    (features, plain), (again, compiled) = towers_gradients(VIT), towers_gradients(VIT, compile=True)
+    torch.testing.assert_close(again, features, rtol=1e-4, atol=1e-5)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-4)
+    encoder = build(VIT)
+    before = encoder.fingerprint()
+    encoder.set_execution(compile=True)
+    assert encoder.fingerprint() == before

@@ -13,9 +13,9 @@ import dreslcl
 from dreslcl.cli import app
 
 PACKAGE = Path(dreslcl.__file__).parent
-ORDER = (  # the trainer stands high because it draws its curves with the report's help
+ORDER = (  # the trainer stands high because its journal draws with the report's help
     "errors files progress config distributed segments slide tissue grid pack tiles shard bank residual encoder features cohort "
-    "metrics model layouts embedding labels evaluation heatmaps figures report trainer synthetic demo cli __main__"
+    "metrics model layouts embedding labels evaluation heatmaps figures report journal forecast trainer synthetic demo cli __main__"
 ).split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

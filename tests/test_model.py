@@ -8,7 +8,7 @@ import torch
 from dreslcl.config import EncoderConfig, ModelConfig
 from dreslcl.encoder import Encoder
 from dreslcl.errors import ModelError
-from dreslcl.model import DRESLCL, contrastive_loss
+from dreslcl.model import DRESLCL, autocast, contrastive_loss
 
 CONFIG = ModelConfig(codewords=4, width=16, heads=2, depth=1, dropout=0.0, joint_dim=8)
 
@@ -39,6 +39,12 @@ def test_siglip_equals_open_clips_when_all_reports_differ():
     z, u, scale, bias = unit(7, 12, 0), unit(7, 12, 1), torch.tensor(9.0), torch.tensor(-4.0)
     ours = contrastive_loss(z, u, torch.arange(7), scale, bias=bias)
     torch.testing.assert_close(ours, open_clip.loss.SigLipLoss()(z, u, scale, bias))
+
+
+def test_a_cpu_computes_in_float32_unless_bf16_is_asked_for():
+    for precision, kind in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(torch.device("cpu"), precision):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
 
 
 def test_slides_with_one_report_are_positives_of_each_other():

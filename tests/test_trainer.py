@@ -24,11 +24,6 @@ SMALL = RunConfig(
 )
 
 
-@pytest.fixture
-def cohort(work) -> Cohort:
-    return Cohort.load(work).with_reports(work / "reports.csv")
-
-
 def train(cohort, out, settings=SMALL, **changes):
     pretrain(cohort, out, replace(settings, train=replace(settings.train, **changes)))
     with (out / "metrics.csv").open() as file:
@@ -37,6 +32,7 @@ def train(cohort, out, settings=SMALL, **changes):
 
 def trainer(cohort, out, settings=SMALL, **changes) -> Trainer:
     made = Trainer(cohort, Cohort(()), replace(settings, train=replace(settings.train, **changes)), out, Ranks())
+    made.encode_reports()
     made.make_optimizer()
     made.make_bank()
     return made
@@ -233,3 +229,107 @@ def test_two_ranks_train_as_one_process_with_the_same_batch(cohort, work, tmp_pa
     replace(settings, train=replace(settings.train, epochs=3)).save(tmp_path / "settings.toml")
     torchrun(script, 1, str(work), str(tmp_path / "two"), "resume")
     assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["epoch"] == 3
+
+
+def test_a_long_report_costs_a_tuned_text_tower_no_more_than_its_cap(cohort, tmp_path, monkeypatch):
+    long = replace(cohort, reports=tuple(" ".join(f"Finding {i}." for i in range(40)) + r for r in cohort.reports))
+    made = trainer(long, tmp_path, report_windows=3)
+    read = []
+    encode = made.encoder.encode_texts
+    monkeypatch.setattr(made.encoder, "encode_texts", lambda texts: read.append(texts) or encode(texts))
+    visits = [made._visit(m) for m in range(4)]
+    made._report_vectors(visits)
+    made.epoch = 1
+    made._report_vectors(visits)
+    assert [len(texts) for texts in read] == [4 * 3, 4 * 3] and read[0] != read[1], "drawn anew each time"
+    free = trainer(long, tmp_path / "b", report_windows=0)
+    monkeypatch.setattr(free.encoder, "encode_texts", lambda texts: read.append(texts) or encode(texts))
+    free._report_vectors(visits)
+    assert len(read[-1]) == sum(round(len(free.pieces[cohort.members[v.member].report]) * 0.5) for v in visits) > 60
+
+
+def test_a_frozen_tower_gives_a_report_the_same_vector_in_training_and_after(cohort, tmp_path):
+    long = replace(cohort, reports=tuple(" ".join(f"Finding {i} is {r}" for i in range(9)) for r in cohort.reports))
+    frozen = replace(SMALL, encoder=EncoderConfig(text="frozen"))
+    made = trainer(long, tmp_path, frozen, report_part=1.0)
+    assert len(made.pieces[0]) > 1 and not made.tune_text
+    made.model.eval()
+    in_training = made._report_vectors([made._visit(0)]).detach().numpy()[0]
+    np.testing.assert_allclose(in_training, made.model.embed_text(long.reports[cohort.members[0].report]), atol=1e-5)
+
+
+def test_gradient_caching_encodes_all_but_the_last_micro_batch_twice(cohort, tmp_path, monkeypatch):
+    made = trainer(cohort, tmp_path, tile_batch=6)  # 16 tiles: 6, 6 and 4
+    sizes = []
+    encode = made.encoder.encode_tiles
+    monkeypatch.setattr(made.encoder, "encode_tiles", lambda tiles, views: sizes.append(len(tiles)) or encode(tiles, views))
+    gradients(made)
+    assert sizes == [6, 6, 4, 6, 6]
+
+
+def test_gradients_of_any_memory_layout_are_summed_over_ranks(monkeypatch):
+    weights = [torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)), torch.nn.Parameter(torch.randn(5))]
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    before = [p.grad.clone() for p in weights]
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(2))
+    Ranks(0, 2).sum_gradients(weights)
+    assert all(torch.equal(p.grad, 2 * b) for p, b in zip(weights, before))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dreslcl.cohort import Cohort
+from dreslcl.config import RunConfig
+from dreslcl.trainer import Trainer, pretrain
+work, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+step = Trainer.train_step
+def train_step(self, *arguments):
+    result = step(self, *arguments)
+    if self.step == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+Trainer.train_step = train_step
+reports = work / "reports.csv"
+kept, held_out = Cohort.load(work / "work", patients=reports).with_reports(reports).split("split=test", reports)
+pretrain(kept, out, RunConfig.load(out.with_suffix(".toml")), held_out=held_out, resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_within_seed_noise(tmp_path):
+    """Three seeds: SIGKILL in epoch 7 of 12, after the bank took in two of its three steps; then resumed to the end."""
+    from dreslcl.demo import SETTINGS, TILES
+    from dreslcl.synthetic import write_cohort
+    from dreslcl.tiles import tile_slides
+
+    write_cohort(tmp_path, slides=40, seed=0)
+    tile_slides(tmp_path / "slides", tmp_path / "work", TILES)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+
+    def run(name: str, seed: int, kill_at: int) -> int:
+        changed = replace(SETTINGS.train, epochs=12, batch=8, seed=seed)
+        replace(SETTINGS, train=changed).save(tmp_path / f"{name}.toml")
+        return subprocess.run([sys.executable, str(script), str(tmp_path), str(tmp_path / name), str(kill_at)], timeout=900).returncode
+
+    metric, undisturbed, resumed = "held_out_recall@10", [], []
+    for seed in range(3):
+        assert run(f"whole-{seed}", seed, -1) == 0
+        assert run(f"killed-{seed}", seed, 6 * 3 + 1) == -9
+        assert run(f"killed-{seed}", seed, -1) == 0
+        tables = []
+        for name in ("whole", "killed"):
+            with (tmp_path / f"{name}-{seed}" / "metrics.csv").open() as file:
+                tables.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
+        whole, again = tables
+        assert [row["epoch"] for row in again] == list(range(1, 13)) and [row["step"] for row in again] == [row["step"] for row in whole]
+        assert again[:6] == whole[:6]
+        assert again[6]["loss"] == pytest.approx(whole[6]["loss"], rel=0.05)
+        undisturbed.append(whole[-1][metric])
+        resumed.append(again[-1][metric])
+        print(f"seed {seed}: {metric} {undisturbed[-1]:.3f} undisturbed, {resumed[-1]:.3f} killed and resumed;", end=" ")
+        print(f"loss {whole[-1]['loss']:.3f}, {again[-1]['loss']:.3f}")
+    noise = max(undisturbed) - min(undisturbed) + 1 / 16  # 16 held-out slides
+    assert abs(np.mean(resumed) - np.mean(undisturbed)) <= noise
