@@ -6,7 +6,8 @@ FOLDER holds for `tcga` features/, reports.csv and labels.csv; for `crc` and `de
 split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets one row for
 each finished run, which is not done again; a run cut short goes on from its last epoch. Settings are the knobs of dreslcl/config.py:
 those of the cohort's line in DATA, then `--set`, then the variant's. To choose settings without looking at the held-out patients:
-`--fold 0/3` takes these out altogether and holds out a third of the training patients instead.
+`--fold 0/3` takes these out altogether and holds out a third of the training patients instead. OUT/held_out.txt lists the patients
+held out; `--variants` without a name writes it and stops.
 """
 
 import argparse
@@ -329,7 +330,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report-embeddings", type=Path, help="report vectors in place of the encoder's text tower")
-    parser.add_argument("--variants", nargs="+", default=["default"], help="names in VARIANTS, or KEY=VALUE,KEY=VALUE")
+    parser.add_argument("--variants", nargs="*", default=["default"], help="names in VARIANTS, or KEY=VALUE,KEY=VALUE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], help="KEY=VALUE for all variants")
     parser.add_argument("--tiles", nargs="+", default=[], help="KEY=VALUE of TileConfig, pixels only")
@@ -342,11 +343,12 @@ def main() -> None:
     log.setLevel(logging.INFO)
     data = DATA[options.data]
     tiles = replace(data["tiles"], **{k: json.loads(v) for k, v in (t.split("=") for t in options.tiles)}) if data["tiles"] else None
+    options.out.mkdir(parents=True, exist_ok=True)
     table = options.out / "study.csv"
     rows: list[dict[str, Any]] = list(read_table(table)) if table.exists() else []
     done = {row["key"] for row in rows}
     for fold in options.fold:
-        study = None
+        study = load_study(options.data, options.folder, options.out, options.report_embeddings, tiles, fold)
         for seed in options.seeds:
             for name, knobs in map(variant, options.variants):
                 knobs = dict(map(knob, options.set)) | knobs
@@ -355,8 +357,6 @@ def main() -> None:
                 key = fingerprint(options.data, asdict(config), str(tiles), pooling, fold, str(options.report_embeddings))
                 if key in done:
                     continue
-                options.out.mkdir(parents=True, exist_ok=True)
-                study = study or load_study(options.data, options.folder, options.out, options.report_embeddings, tiles, fold)
                 head = {"key": key, "data": options.data, "variant": name, "set": " ".join(options.set), "fold": fold or "", "seed": seed}
                 rows.append(head | run(study, config, pooling, key))
                 columns = list(dict.fromkeys(column for row in rows for column in row))
