@@ -136,7 +136,7 @@ class Cohort:
                 continue
             _, patient, report = rows[row]
             used.add(row)
-            key = report if isinstance(report, str) else row
+            key = report if isinstance(report, str) else report.tobytes()
             if key not in numbers:
                 numbers[key] = len(texts)
                 texts.append(report)

@@ -319,7 +319,7 @@ def report_rows(
     trained = DRESLCL.load(model)
     if vectors is not None:
         arrays = read_report_vectors(vectors)
-        rows = [{"slide_id": key, "patient_id": "", "report": f"vector {key}"} for key in arrays]
+        rows = [{"slide_id": k, "patient_id": "", "report": f"vectors {fingerprint(a.tolist())}"} for k, a in arrays.items()]
         means = torch.from_numpy(np.stack([array.mean(0) for array in arrays.values()]))
         if means.shape[1] != trained.text_dim:
             raise ModelError(f"{vectors}: vectors have width {means.shape[1]}, the model was trained on width {trained.text_dim}")

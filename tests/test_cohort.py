@@ -127,6 +127,12 @@ def test_report_vectors_come_from_hdf5_and_npz_with_one_or_several_rows(tmp_path
         assert [m.slide_id for m in cohort.members] == ["a", "b"] and np.array_equal(cohort.reports[0], one[None])
 
 
+def test_slides_with_equal_report_vectors_share_their_report(tmp_path):
+    np.savez(tmp_path / "v.npz", a=np.ones((2, 4)), b=np.zeros(4), c=np.ones((2, 4)))
+    cohort = cohort_of("a", "b", "c").with_reports(None, tmp_path / "v.npz")
+    assert [m.report for m in cohort.members] == [0, 1, 0] and len(cohort.reports) == 2
+
+
 @pytest.mark.parametrize("values", [{"a": np.ones(3), "b": np.ones(4)}, {"a": np.ones((1, 2, 3))}, {"a": np.ones((0, 3))}, {}])
 def test_report_vectors_of_several_shapes_are_refused(tmp_path, values):
     np.savez(tmp_path / "v.npz", **values)

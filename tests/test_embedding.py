@@ -316,6 +316,13 @@ def test_report_rows_and_prompts_are_vectors_of_the_joint_space(model, work, tmp
         assert [v.shape[0] for v in prompts.values()] == [2, 1]
 
 
+def test_slides_with_equal_report_vectors_have_one_report_to_retrieve(model, tmp_path):
+    width = DRESLCL.load(model).text_dim
+    np.savez(tmp_path / "v.npz", a=np.ones((2, width)), b=np.eye(2, width), c=np.ones((2, width)))
+    rows, _ = report_rows(None, tmp_path / "v.npz", model)
+    assert rows[0]["report"] == rows[2]["report"] != rows[1]["report"]
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"a": []}', '{"a": [1]}', '{"a": 3}'])
 def test_prompts_of_another_layout_are_refused_in_one_line(model, tmp_path, text):
     (tmp_path / "p.json").write_text(text)

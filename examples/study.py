@@ -1,0 +1,372 @@
+"""A study: variants x seeds on one cohort, each held against the same baselines with the same probe.
+
+    study.py tcga FOLDER --out OUT [--report-embeddings FILE] [--variants default no-mean-path ...] [--seeds 0 1 2]
+
+FOLDER holds for `tcga` features/, reports.csv and labels.csv; for `crc` and `demo` slides/, reports.csv and labels.csv with a column
+split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets one row for
+each finished run, which is not done again; a run cut short goes on from its last epoch. Settings are the knobs of dreslcl/config.py:
+those of the cohort's line in DATA, then `--set`, then the variant's. To choose settings without looking at the held-out patients:
+`--fold 0/3` takes these out altogether and holds out a third of the training patients instead. OUT/held_out.txt lists the patients
+held out; `--variants` without a name writes it and stops.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dreslcl import Codebook, Cohort, Embeddings, embed, evaluate, pretrain, tile_slides
+from dreslcl.config import EvalConfig, RunConfig, TileConfig, updated
+from dreslcl.demo import SETTINGS, TILES
+from dreslcl.embedding import report_rows
+from dreslcl.features import find_features, read_features
+from dreslcl.files import fingerprint, read_table, write_table
+from dreslcl.model import DRESLCL
+from dreslcl.residual import ResidualAggregator, residual_sums
+from dreslcl.trainer import Trainer
+
+log = logging.getLogger("dreslcl.study")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # baselines, trained alike (same loss, text head, batches, budget): `pooling` stands in the residual encoder's place
+    "mean-mlp": {"pooling": "mean-mlp"},
+    "attention": {"pooling": "attention"},
+    # the method, and one knob changed at a time
+    "default": {},
+    "no-bank": {"bank": False},
+    "bank-tiles-16": {"bank_tiles": 16},
+    "frozen": {"tune": "none"},
+    "freeze-2": {"freeze_epochs": 2},
+    "encoder-lr-low": {"encoder_lr": 1e-5},
+    "encoder-lr-high": {"encoder_lr": 1e-3},
+    "gradient-1": {"gradient_scale": "1"},
+    "gradient-full": {"gradient_scale": "full"},
+    "refresh-16": {"refresh": 16},
+    "refresh-every-2": {"refresh_every": 2},
+    "codewords-4": {"codewords": 4},
+    "codewords-8": {"codewords": 8},
+    "codewords-32": {"codewords": 32},
+    "refit-5": {"codebook_refit": 5},
+    "soft": {"soft_assignment": 10.0},
+    "no-stale-dropout": {"stale_dropout": 0.0},
+    "stale-dropout": {"stale_dropout": 0.3},
+    "window": {"sampling": "window"},
+    "no-intra-norm": {"intra_norm": False},
+    "no-count-term": {"count_term": False},
+    "no-mean-path": {"mean_path": False},
+    "depth-1": {"depth": 1},
+    "depth-4": {"depth": 4},
+    "no-dropout": {"dropout": 0.0},
+    "dropout-0.5": {"dropout": 0.5},
+    "weight-decay-0": {"weight_decay": 0.0},
+    "weight-decay-0.5": {"weight_decay": 0.5},
+    "text-frozen": {"text": "frozen"},
+    "text-tune": {"text": "tune"},
+    "whole-report": {"report_part": 1.0},
+    "report-part-0.5": {"report_part": 0.5},
+    "siglip": {"loss": "siglip"},
+    "label-smoothing": {"label_smoothing": 0.1},
+    "temperature-0.2": {"temperature": 0.2},
+    "view": {"view_weight": 0.5},
+    "batch-16": {"batch": 16},
+}
+
+DATA = {
+    "tcga": {"tiles": None, "settings": RunConfig(), "tasks": {"subtype": ["subtype"], "mutation": ["TP53"]}},
+    "crc": {"tiles": TileConfig(), "settings": RunConfig(), "tasks": {"subtype": ["subtype"], "recognition": ["recognition"]}},
+    "demo": {"tiles": TILES, "settings": SETTINGS, "tasks": {t: [t] for t in ("subtype", "recognition", "mutation")}},
+}
+PROBE = EvalConfig(shots=())
+PARTS = {f.name: part for part in ("encoder", "model", "train") for f in fields(type(getattr(RunConfig(), part)))}
+
+
+# the cohort
+
+
+@dataclass(frozen=True)
+class Study:
+    """A cohort in two parts: slides whose reports are learnt from, and held-out patients."""
+
+    name: str
+    out: Path
+    reports: Path
+    vectors: Path | None
+    everything: Cohort
+    train: Cohort
+    labels: list[dict[str, str]]
+    """With a column `split`: train or test."""
+
+
+def share(patient: str, salt: str = "") -> int:
+    """A percentage, 0 to 99, that a patient's id alone decides."""
+    return int(hashlib.sha256(f"{salt}{patient}".encode()).hexdigest(), 16) % 100
+
+
+def load_study(name: str, folder: Path, out: Path, vectors: Path | None, tiles: TileConfig | None, fold: str | None) -> Study:
+    labels, reports = read_table(folder / "labels.csv", ["slide_id", "patient_id"]), folder / "reports.csv"
+    if tiles is None:
+        everything = Cohort.of_features(find_features(folder / "features"), patients=folder / "labels.csv")
+        for row in labels:
+            row["split"] = "test" if share(row["patient_id"]) < 35 else "train"
+    else:
+        tile_slides(folder / "slides", out / "work", tiles)
+        everything = Cohort.load(out / "work", patients=folder / "labels.csv")
+    if fold:
+        number, count = map(int, fold.split("/"))
+        left = {row["patient_id"] for row in labels if row["split"] != "test"}
+        everything = replace(everything, members=tuple(m for m in everything.members if m.patient_id in left))
+        labels = [row for row in labels if row["patient_id"] in left]
+        for row in labels:
+            row["split"] = "test" if share(row["patient_id"], "fold") % count == number else "train"
+    held = out / f"held_out{fold.replace('/', 'of') if fold else ''}.txt"
+    held.write_text("\n".join(sorted({row["patient_id"] for row in labels if row["split"] == "test"})))
+    train, _ = everything.with_reports(reports, vectors).split(str(held), None)
+    log.info("%s: %d slides, %d to train on, %d held-out patients", name, len(everything), len(train), len(held.read_text().split()))
+    return Study(name, out, reports, vectors, everything, train, labels)
+
+
+def untrained(study: Study, config: RunConfig) -> tuple[Embeddings, Embeddings]:
+    """The baselines that learn nothing: the mean of a slide's tile features, and its residuals to a codebook, each at unit length."""
+    out = study.out / f"untrained-{fingerprint(asdict(config.encoder))}"
+    pixels = study.everything.work is not None
+    means = embed(study.everything, out, encoder=config.encoder if pixels else None, tile_features=pixels)
+    files = {m.slide_id: out / "tile_features" / f"{m.slide_id}.h5" if pixels else m.source for m in study.everything.members}
+    rows = {slide: read_features(file) for slide, file in files.items()}
+    seen, rng = frozenset(m.slide_id for m in study.train.members), np.random.default_rng(config.train.seed)
+    each = max(1, 20_000 // len(seen))
+    sample = np.concatenate([rng.permutation(rows[slide])[:each] for slide in sorted(seen)])
+    words = torch.from_numpy(Codebook.fit(sample, config.model.codewords, seed=config.train.seed, encoder="untrained").codewords)
+    vectors = []
+    for slide in means.ids:
+        features = torch.from_numpy(rows[slide])
+        sums, _ = residual_sums(features, torch.cdist(features, words).argmin(1), words)
+        vectors.append(nn.functional.normalize(nn.functional.normalize(sums, dim=1).flatten(), dim=0).numpy())
+    return replace(means, seen=seen), Embeddings(means.ids, means.patients, np.stack(vectors), None, seen)
+
+
+# baselines in the residual encoder's place
+
+
+class MeanMLP(ResidualAggregator):
+    """The slide's standardised mean feature through two layers."""
+
+    def __init__(self, dim: int, joint_dim: int, config: Any):
+        super().__init__(dim, joint_dim, replace(config, mean_path=False))
+        hidden = nn.Sequential(nn.Linear(dim, 2 * config.width), nn.GELU(), nn.Dropout(config.dropout))
+        self.layers = nn.Sequential(hidden, nn.Linear(2 * config.width, joint_dim))
+
+    def forward(self, sums: Tensor, counts: Tensor) -> Tensor:
+        return nn.functional.normalize(self.layers(self.mean(sums, counts) / self.spread), dim=1)
+
+
+class AttentionPooling(MeanMLP):
+    """Gated attention over the tiles (Ilse et al. 2018, arXiv 1802.04712), then the same two layers."""
+
+    def __init__(self, dim: int, joint_dim: int, config: Any):
+        super().__init__(dim, joint_dim, config)
+        self.value, self.gate, self.score = nn.Linear(dim, config.width), nn.Linear(dim, config.width), nn.Linear(config.width, 1)
+
+    def pool(self, features: Tensor, lengths: list[int]) -> Tensor:
+        x = (features - self.centre) / self.spread
+        scores = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))
+        shares = torch.cat([part.softmax(0) for part in scores.split(lengths)])
+        slide = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        pooled = torch.zeros(len(lengths), x.shape[1]).index_add(0, slide, shares * x)
+        return nn.functional.normalize(self.layers(pooled), dim=1)
+
+
+class AttentionModel(DRESLCL):
+    @torch.no_grad()
+    def embed_features(self, parts: Any) -> np.ndarray:
+        was_training = self.training
+        self.eval()
+        rows = torch.from_numpy(np.concatenate([part.astype(np.float16) for part in parts])).float()
+        vector = self.aggregator.pool(rows, [len(rows)])[0].numpy()
+        self.train(was_training)
+        return vector
+
+
+class AttentionTrainer(Trainer):
+    def _slide_vectors(self, slides: list[str], index: list[np.ndarray], fresh: Tensor, sizes: list[int]) -> Tensor:
+        if not len(fresh):
+            index = [np.arange(self.bank.tiles(slide)) for slide in slides]
+            fresh = torch.from_numpy(np.concatenate([self.bank.gather(slide, i) for slide, i in zip(slides, index)])).float()
+        return self.model.aggregator.pool(fresh, [len(i) for i in index])
+
+
+@contextmanager
+def pooled(kind: str | None) -> Iterator[None]:
+    """Let pretrain and embed build a baseline in place of the residual encoder. Attention is for tile features on the CPU."""
+    with ExitStack() as stack:
+        if kind:
+            aggregator = {"mean-mlp": MeanMLP, "attention": AttentionPooling}[kind]
+            stack.enter_context(patch("dreslcl.model.ResidualAggregator", aggregator))
+        if kind == "attention":
+            stack.enter_context(patch("dreslcl.trainer.DRESLCL", AttentionModel))
+            stack.enter_context(patch("dreslcl.model.DRESLCL", AttentionModel))
+            stack.enter_context(patch("dreslcl.trainer.Trainer", AttentionTrainer))
+        yield
+
+
+# one run
+
+
+def settings(base: RunConfig, knobs: dict[str, Any]) -> RunConfig:
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
+    for knob, value in knobs.items():
+        parts[PARTS[knob]][knob] = value
+    return updated(base, **parts)
+
+
+def run(study: Study, config: RunConfig, pooling: str | None, key: str) -> dict[str, Any]:
+    """Train, embed, measure. Returns columns of the CSV."""
+    folder, start = study.out / "runs" / key, time.monotonic()
+    with pooled(pooling):
+        model = pretrain(study.train, folder, config, resume=True)
+        trained = embed(study.everything, folder / "embeddings", model=model)
+        asked, text = report_rows(None if study.vectors else study.reports, study.vectors, model)
+    row: dict[str, Any] = {"seconds": round(time.monotonic() - start)}
+    row |= {f"last.{name}": value for name, value in read_table(folder / "metrics.csv")[-1].items()}
+    means, residuals = untrained(study, config)
+    if study.everything.work is None:  # then the mean of the trained tile features is that of the untrained ones
+        means, trained = None, replace(trained, mean=means.vectors)
+    split = {"split_column": "split"} if study.everything.work is not None else {}
+    for task, columns in DATA[study.name]["tasks"].items():
+        ours = evaluate(trained, study.labels, task=task, columns=columns, compare=means, config=PROBE, **split)
+        row |= scores(ours, task)
+        row |= scores(baseline(study, residuals, task, columns, split), task, "residuals")
+    row |= scores(evaluate(trained, asked, task="retrieval", text=text, config=PROBE), "retrieval")
+    for name in ("bank", "embeddings"):
+        shutil.rmtree(folder / name)
+    (folder / "checkpoint.pt").unlink()
+    return row
+
+
+_measured: dict[tuple[Any, ...], Any] = {}
+
+
+def baseline(study: Study, residuals: Embeddings, task: str, columns: list[str], split: dict[str, str]) -> Any:
+    key = (fingerprint(residuals.vectors.tobytes().hex()), task)
+    if key not in _measured:
+        _measured[key] = evaluate(residuals, study.labels, task=task, columns=columns, config=PROBE, **split)
+    return _measured[key]
+
+
+def scores(result: Any, task: str, alias: str = "embedding") -> dict[str, float]:
+    """Columns task.features.probe.metric, with .low and .high, of a result; differences as task.embedding-features.probe.metric."""
+    found = {}
+    for outcome in result.outcomes:
+        tables = {f: s for f, s in outcome.scores.items() if f not in ("majority class",)}
+        tables |= {f"{alias}-{f}": s for f, s in outcome.differences.items() if f != "majority class"}
+        for features, probes in tables.items():
+            features = {"embedding": alias, "compared": "untrained-mean", "embedding-compared": "embedding-untrained-mean"}.get(
+                features, features
+            )
+            for probe, metrics in probes.items():
+                for metric, value in metrics.items():
+                    name = ".".join((task, features, probe, metric)).replace(" ", "_")
+                    found |= {name: round(value.value, 4), f"{name}.low": round(value.low, 4), f"{name}.high": round(value.high, 4)}
+    return found
+
+
+# all runs
+
+
+def knob(text: str) -> tuple[str, Any]:
+    """KEY=VALUE as on the command line, the value as JSON or else as text."""
+    key, _, value = text.partition("=")
+    if key not in PARTS and key != "pooling":
+        raise SystemExit(f"{key!r} is no knob of config.py; there are {', '.join(PARTS)}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def variant(text: str) -> tuple[str, dict[str, Any]]:
+    """A name in VARIANTS, or KEY=VALUE,KEY=VALUE ..., or both: NAME,KEY=VALUE."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        if "=" in part:
+            found |= [knob(part)]
+        elif part in VARIANTS:
+            found |= VARIANTS[part]
+        else:
+            raise SystemExit(f"no variant {part!r}; there are {', '.join(VARIANTS)}, and KEY=VALUE")
+    return text, found
+
+
+def summary(rows: list[dict[str, Any]], shown: list[str]) -> None:
+    """Mean and standard deviation over runs of each variant, in the order of the CSV."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[f"{row['data']} {row['variant']} [{row['set']}]"].append(row)
+    print("\t".join(["variant", "runs", *shown]))
+    for name, group in groups.items():
+        cells = []
+        for column in shown:
+            values = [float(row[column]) for row in group if row.get(column)]
+            cells.append(f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0:.3f}" if values else "")
+        print("\t".join([name, str(len(group)), *cells]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=list(DATA))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report-embeddings", type=Path, help="report vectors in place of the encoder's text tower")
+    parser.add_argument("--variants", nargs="*", default=["default"], help="names in VARIANTS, or KEY=VALUE,KEY=VALUE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], help="KEY=VALUE for all variants")
+    parser.add_argument("--tiles", nargs="+", default=[], help="KEY=VALUE of TileConfig, pixels only")
+    parser.add_argument(
+        "--fold", nargs="+", default=[None], help="I/N: leave out the held-out patients, hold out part I of N of the others"
+    )
+    parser.add_argument("--show", nargs="+", help="columns of the summary", default=None)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    data = DATA[options.data]
+    tiles = replace(data["tiles"], **{k: json.loads(v) for k, v in (t.split("=") for t in options.tiles)}) if data["tiles"] else None
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = options.out / "study.csv"
+    rows: list[dict[str, Any]] = list(read_table(table)) if table.exists() else []
+    done = {row["key"] for row in rows}
+    for fold in options.fold:
+        study = load_study(options.data, options.folder, options.out, options.report_embeddings, tiles, fold)
+        for seed in options.seeds:
+            for name, knobs in map(variant, options.variants):
+                knobs = dict(map(knob, options.set)) | knobs
+                pooling = knobs.pop("pooling", None)
+                config = settings(data["settings"], knobs | {"seed": seed})
+                key = fingerprint(options.data, asdict(config), str(tiles), pooling, fold, str(options.report_embeddings))
+                if key in done:
+                    continue
+                head = {"key": key, "data": options.data, "variant": name, "set": " ".join(options.set), "fold": fold or "", "seed": seed}
+                rows.append(head | run(study, config, pooling, key))
+                columns = list(dict.fromkeys(column for row in rows for column in row))
+                write_table(table, columns, [[row.get(c, "") for c in columns] for row in rows])
+                done.add(key)
+                log.info("%s, seed %d, fold %s: %s s", name, seed, fold, rows[-1]["seconds"])
+    recall = "retrieval.embedding.report_→_slide.recall@10"
+    tasks = [f"{task}.{f}.linear.auroc" for task in data["tasks"] for f in ("embedding", "mean-pool", "untrained-mean", "residuals")]
+    summary([{k: str(v) for k, v in row.items()} for row in rows], options.show or [recall, *tasks])
+
+
+if __name__ == "__main__":
+    main()
