@@ -161,9 +161,13 @@ class DRESLCL(nn.Module):
         return fingerprint(own, self.encoder.fingerprint() if self.encoder else None)
 
     def save(self, folder: Path) -> None:
-        """Write config.json, weights.safetensors and, with an encoder, the OpenCLIP folder open_clip/; the configuration last."""
+        """Write config.json, weights.safetensors and, with an encoder, the OpenCLIP folder open_clip/.
+
+        The configuration goes first and comes last: between the two the folder is no model, never a mix of an older and this one.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
         if self.encoder is not None:
             self.encoder.save(folder / "open_clip")
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if not k.startswith("encoder.")}

@@ -541,6 +541,8 @@ class Trainer:
             raise StoreError(f"{path}: cannot be resumed ({str(error).splitlines()[0]}); start anew without --resume") from error
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
+        if not (self.out / "model" / "config.json").exists():  # its replacement by a better one was cut short
+            self.best = -math.inf
 
     def write_metrics(self, *, picture: bool) -> None:
         """metrics.csv, one row per epoch, and curves.png: the picture costs a second, so every half minute and at the end."""
