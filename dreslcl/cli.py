@@ -112,6 +112,7 @@ def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debugging messages too.")] = False,
 ) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged scan is told in one line of our own
     logging.getLogger("dreslcl").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from .errors import ConfigError, ModelError, StoreError
-from .files import atomic, fingerprint
+from .files import fingerprint, hdf5_file, hold
 
 if TYPE_CHECKING:
     from .cohort import Cohort
@@ -67,7 +68,7 @@ class Embeddings:
     def save(self, path: Path) -> None:
         """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen and mean_features, attribute model."""
         text = h5py.string_dtype("utf-8")
-        with atomic(path) as part, h5py.File(part, "w") as file:
+        with hdf5_file(path) as file:
             file.attrs["version"] = VERSION
             file.attrs["model"] = self.model
             file["features"] = self.vectors
@@ -166,7 +167,7 @@ def embed(
     out = Path(out)
     files = [out / "slide_features" / f"{m.slide_id}.h5" for m in cohort.members]
     besides = [tile_files(out, layout, m.slide_id) if tile_features else [] for m in cohort.members]
-    with ranks(device) as group:
+    with ranks(device) as group, hold(out) if group.first else nullcontext():
         marks = [fingerprint(name, mark) for mark in cohort.marks()]
         todo = [i for i, file in enumerate(files) if force or _mark(file) != marks[i] or not all(f.exists() for f in besides[i])]
         if len(todo) < len(files):
@@ -219,7 +220,7 @@ class _Mean:
 
 
 def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.ndarray | None, mark: str) -> None:
-    with atomic(path) as part, h5py.File(part, "w") as file:
+    with hdf5_file(path) as file:
         file["features"] = vector
         file["mean_features"] = mean
         if coords is not None:

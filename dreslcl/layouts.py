@@ -6,13 +6,12 @@ Tile features come with the grid they were made on, slide vectors with the ids t
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import numpy as np
 from jaxtyping import Float32
 
 from . import __version__
 from .errors import ConfigError
-from .files import atomic, write_table
+from .files import atomic, hdf5_file, write_table
 from .grid import TileGrid
 
 Layout = Literal["trident", "clam", "stamp", "patho-bench"]
@@ -41,9 +40,9 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
     for file in tensor:
         import torch
 
-        with atomic(file) as part:
-            torch.save(torch.from_numpy(features), part)
-    with atomic(path) as part, h5py.File(part, "w") as file:
+        with atomic(file) as part, part.open("wb") as stream:
+            torch.save(torch.from_numpy(features), stream)
+    with hdf5_file(path) as file:
         if layout == "stamp":
             file["feats"] = features.astype(np.float16)
             file["coords"] = (grid.xy * grid.mpp_level0).astype(np.float32)
@@ -68,7 +67,7 @@ def write_vectors(
     kind = "patient" if ids == patients else "slide"
     for name, vector in zip(ids, vectors):
         folder = out / ("stamp_slides" if layout == "stamp" else "patho_bench")
-        with atomic(folder / f"{name}.h5") as part, h5py.File(part, "w") as file:
+        with hdf5_file(folder / f"{name}.h5") as file:
             if layout == "stamp":
                 file["feats"] = vector[None]
                 file.attrs.update(feat_type=kind, encoder=f"dreslcl {model}", precision="float32")

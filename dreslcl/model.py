@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .cohort import Cohort, TileReader
@@ -25,7 +25,7 @@ from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder
 from .errors import ModelError, SlideError
 from .features import read_features
-from .files import atomic, fingerprint, write_json
+from .files import fingerprint, write_bytes, write_json
 from .progress import progress
 from .residual import ResidualAggregator, encode_residuals
 from .slide import Slide
@@ -171,8 +171,7 @@ class DRESLCL(nn.Module):
         if self.encoder is not None:
             self.encoder.save(folder / "open_clip")
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        with atomic(folder / "weights.safetensors") as part:
-            save_file(weights, part)
+        write_bytes(folder / "weights.safetensors", save(weights))
         header = {
             "version": VERSION,
             "model": asdict(self.config),

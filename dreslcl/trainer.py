@@ -518,8 +518,8 @@ class Trainer:
             "best": self.best,
             "waited": self.waited,
         }
-        with atomic(self.out / "checkpoint.pt") as part:
-            torch.save(state, part)
+        with atomic(self.out / "checkpoint.pt") as part, part.open("wb") as file:
+            torch.save(state, file)
 
     def load_checkpoint(self) -> None:
         """Go on where the last whole epoch ended.

@@ -5,7 +5,6 @@ longer than most attacks.
 """
 
 import ctypes
-import errno
 import io
 import multiprocessing
 import os
@@ -25,6 +24,13 @@ import numpy as np
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dreslcl.trainer", "dreslcl.embedding", "dreslcl.evaluation", "dreslcl.report", "sklearn.cluster"])
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Forbidden(Exception):
+    """This machine does not let us make the fault."""
 
 
 class Crash(AssertionError):
@@ -51,6 +57,8 @@ def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = 300
     finally:
         process.kill()
         process.join()
+    if isinstance(value, Forbidden):
+        raise value
     if not good:
         raise Crash(value)
     return value
@@ -62,6 +70,8 @@ def _answer(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...])
     torch.set_num_threads(1)
     try:
         pipe.send((True, function(*arguments)))
+    except Forbidden as error:
+        pipe.send((False, error))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
 
@@ -198,34 +208,28 @@ def forget_root() -> None:
     class Header(ctypes.Structure):
         _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.capset(ctypes.byref(Header(0x20080522, 0)), (ctypes.c_uint32 * 6)()):
-        raise OSError(ctypes.get_errno(), "capset")
+    assert LIBC.capset(ctypes.byref(Header(0x20080522, 0)), (ctypes.c_uint32 * 6)()) == 0, os.strerror(ctypes.get_errno())
 
 
-def small_disk(place: Path, size: str) -> None:
-    """Mount a tmpfs of `size` that only this process sees.
+def small_disk(place: Path, kilobytes: int, *, read_only: bool = False) -> None:
+    """Mount a tmpfs of `kilobytes` that only this process sees.
 
     Raises:
-        PermissionError: not allowed here.
+        Forbidden: not allowed here.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, new_users, private = 0x20000, 0x10000000, 0x44000  # CLONE_NEWNS, CLONE_NEWUSER, MS_REC | MS_PRIVATE
-    user = f"0 {os.getuid()} 1"
-    flags = new_mounts if os.geteuid() == 0 else new_mounts | new_users
-    if libc.unshare(flags):
-        raise PermissionError(ctypes.get_errno(), "unshare")
-    if flags & new_users:
+    user, root = f"0 {os.getuid()} 1", os.geteuid() == 0
+    failed = LIBC.unshare(new_mounts if root else new_mounts | new_users)
+    if not failed and not root:
         Path("/proc/self/uid_map").write_text(user)
-    if libc.mount(b"none", b"/", None, private, None) or libc.mount(b"none", bytes(place), b"tmpfs", 0, f"size={size}".encode()):
-        raise PermissionError(ctypes.get_errno(), "mount")
+    if failed or LIBC.mount(b"none", b"/", None, private, None) or _mount(place, kilobytes, read_only):
+        raise Forbidden(os.strerror(ctypes.get_errno()))
 
 
-def set_read_only(place: Path, on: bool) -> None:
-    """Remount what `small_disk` made."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", bytes(place), b"tmpfs", 32 | on, None):  # MS_REMOUNT, MS_RDONLY
-        raise OSError(ctypes.get_errno(), "remount")
+def resize(place: Path, kilobytes: int) -> None:
+    """Make what `small_disk` mounted larger, and writable."""
+    assert _mount(place, kilobytes, 32) == 0, os.strerror(ctypes.get_errno())  # MS_REMOUNT
 
 
-DISK_WORDS = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG))
+def _mount(place: Path, kilobytes: int, flags: int) -> int:
+    return LIBC.mount(b"none", bytes(place), b"tmpfs", flags, f"size={kilobytes}k".encode())
