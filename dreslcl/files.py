@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,7 +157,7 @@ def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]
     UTF-8 with or without a byte-order mark, and UTF-16 with one, are read.
 
     Raises:
-        TableError: no such file, not text, no header, or a required column is absent (the columns there are listed).
+        TableError: no such file, not text, no header, a column twice, or a required one absent (those there are listed).
     """
     path = Path(path)
     try:
@@ -180,6 +181,8 @@ def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]
     except csv.Error as error:
         raise TableError(f"{path}: line {reader.line_num}: {error}") from error
     columns = [c.strip() for c in reader.fieldnames or []]
+    if twice := [c for c, times in Counter(columns).items() if c and times > 1]:
+        raise TableError(f"{path}: column {twice[0]!r} comes twice; keep one")
     missing = [c for c in required if c not in columns]
     if missing:
         raise TableError(f"{path}: no column {', '.join(map(repr, missing))}; there are {', '.join(columns)}")

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from . import __version__
 from .errors import ConfigError
-from .files import atomic, hdf5_file, write_table
+from .files import atomic, check_id, hdf5_file, write_table
 from .grid import TileGrid
 
 Layout = Literal["trident", "clam", "stamp", "patho-bench"]
@@ -61,11 +61,15 @@ def write_vectors(
     """Write one file per slide (or per patient, where ids are patients) as STAMP or Patho-Bench read them, and STAMP's slide table.
 
     TRIDENT's slide features are what `embed` writes anyway; CLAM reads none.
+
+    Raises:
+        TableError: an id (a patient's, from a table) that cannot name a file.
     """
     if layout not in ("stamp", "patho-bench"):
         return
     kind = "patient" if ids == patients else "slide"
     for name, vector in zip(ids, vectors):
+        check_id(name, str(out))
         folder = out / ("stamp_slides" if layout == "stamp" else "patho_bench")
         with hdf5_file(folder / f"{name}.h5") as file:
             if layout == "stamp":

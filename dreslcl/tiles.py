@@ -52,13 +52,17 @@ def read_slides(work: Path) -> list[dict[str, str]]:
     """The rows of WORK/slides.csv, in the order of their ids.
 
     Raises:
-        TableError: `work` holds none.
+        TableError: `work` holds none, or one with an id that cannot name a file.
     """
     path = Path(work) / "slides.csv"
     if not path.is_file():
         raise TableError(f"{path}: not there; run `dreslcl tile SLIDES --out {work}` first")
     rows = read_table(path, COLUMNS)
-    return [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
+    rows = [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
+    for row in rows:
+        if row["status"] != "error":  # the failed ones may be there for their very name
+            check_id(row["slide_id"], str(path))
+    return rows
 
 
 @dataclass(frozen=True)

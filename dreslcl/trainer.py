@@ -535,12 +535,12 @@ class Trainer:
                     raise StoreError(f"{path}: made with {key} {state[key]}, asked for {here}; use another --out, or the same inputs")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+            self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
         except StoreError:
             raise
         except Exception as error:  # torch raises many types for a damaged or hostile file
             raise StoreError(f"{path}: cannot be resumed ({str(error).splitlines()[0]}); start anew without --resume") from error
-        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
-        self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
         if not (self.out / "model" / "config.json").exists():  # its replacement by a better one was cut short
             self.best = -math.inf
 

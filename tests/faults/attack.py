@@ -107,6 +107,21 @@ def dreslcl(*arguments: Any) -> Done:
     return Done(int(code or 0), out.getvalue(), err.getvalue())
 
 
+TILE = ("--size", 64, "--mpp", 2.0, "--mask-mpp", 8.0, "--workers", 1)
+TRAIN = "--epochs 2 --batch 4 --tiles 4 --tile-batch 64 --codewords 4 --width 16 --heads 2 --depth 1 --cache-gb 0 --resume".split()
+
+
+def command(name: str, work: Path, whole: Path) -> list:
+    """The command line of one step up to its output folder, its inputs being those of `whole`."""
+    probe = "--task subtype --split-column split --include-seen --bootstrap 20".split()
+    return {
+        "tile": ["tile", work.parent / "slides", *TILE, "--out"],
+        "pretrain": ["pretrain", work, "--reports", work / "reports.csv", *TRAIN, "--out"],
+        "embed": ["embed", work, "--model", whole / "pretrain" / "model", "--tile-features", "--workers", 1, "--out"],
+        "eval": ["eval", whole / "embed", "--labels", whole / "labels.csv", *probe, "--out"],
+    }[name]
+
+
 # killing
 
 

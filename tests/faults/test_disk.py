@@ -8,36 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import Done, Forbidden, contents, dreslcl, forget_root, hdf5, in_child, resize, small_disk
+from attack import TILE, Done, Forbidden, command, contents, dreslcl, forget_root, hdf5, in_child, resize, small_disk
 from test_kill import assert_whole_run, tiled
 
-from dreslcl.files import read_table, write_table
-
-TILE = ("--size", 64, "--mpp", 2.0, "--mask-mpp", 8.0, "--workers", 1)
-TRAIN = "--epochs 2 --batch 4 --tiles 4 --tile-batch 64 --codewords 4 --width 16 --heads 2 --depth 1 --cache-gb 0 --resume".split()
-
-
-@pytest.fixture(scope="module")
-def whole(work, tmp_path_factory) -> Path:
-    """A folder with undisturbed results of all four commands."""
-    folder = tmp_path_factory.mktemp("whole")
-    labels = [(f"s{i}", f"p{i}", "ab"[i % 2], "train" if i < 4 else "test") for i in range(8)]
-    write_table(folder / "labels.csv", ["slide_id", "patient_id", "subtype", "split"], labels)
-    for name in ("tile", "pretrain", "embed", "eval"):
-        done = in_child(dreslcl, *command(name, work, folder), folder / name)
-        assert done.code == 0, done
-    return folder
-
-
-def command(name: str, work: Path, whole: Path) -> list:
-    """The command line of one step up to its output folder, its inputs being those of `whole`."""
-    probe = "--task subtype --split-column split --include-seen --bootstrap 20".split()
-    return {
-        "tile": ["tile", work.parent / "slides", *TILE, "--out"],
-        "pretrain": ["pretrain", work, "--reports", work / "reports.csv", *TRAIN, "--out"],
-        "embed": ["embed", work, "--model", whole / "pretrain" / "model", "--tile-features", "--workers", 1, "--out"],
-        "eval": ["eval", whole / "embed", "--labels", whole / "labels.csv", *probe, "--out"],
-    }[name]
+from dreslcl.files import read_table
 
 
 def assert_like_whole(name: str, out: Path, whole: Path) -> None:

@@ -130,15 +130,9 @@ def test_pretrain_killed_at_any_moment_goes_on(work, tmp_path, times):
     assert at_random(phases, times, attack) >= times  # most kills hit their phase: else this shows nothing
 
 
-@pytest.fixture(scope="module")
-def model(work, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("trained")
-    in_child(pretrain, work, out)
-    return out / "model"
-
-
 @pytest.mark.parametrize("times", TRIES)
-def test_embed_killed_at_any_moment_ends_as_an_undisturbed_run(work, model, tmp_path, times):
+def test_embed_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, tmp_path, times):
+    model = whole / "pretrain" / "model"
     phases = durations(run_embed, work, tmp_path / "whole", model)
     expected = contents(tmp_path / "whole")
 
