@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BusyError, StoreError, TableError
+from .errors import BusyError, DiskError, TableError
 
 if TYPE_CHECKING:
     import h5py
@@ -35,7 +35,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Write with Python's own calls: libraries that open files themselves lose the reason why a write failed.
 
     Raises:
-        StoreError: it cannot be written; the message says why.
+        DiskError: it cannot be written; the message says why.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -52,13 +52,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn faults of the disk, and of the way to `path`, into a StoreError; an input that cannot be read stays what it is."""
+    """Turn faults of the disk, and of the way to `path`, into a DiskError; an input that cannot be read stays what it is."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FAULTS or (error.filename and str(path).startswith(str(error.filename))):
             why = f"cannot be written ({error.strerror}); make room or mend its permissions, and run the same command again"
-            raise StoreError(f"{str(path).removesuffix('.part')}: {why}") from error
+            raise DiskError(f"{str(path).removesuffix('.part')}: {why}") from error
         raise
 
 
@@ -84,7 +84,7 @@ def hold(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool 
 
     Raises:
         BusyError: another process holds the folder; the message says which, on which host.
-        StoreError: the folder cannot be written.
+        DiskError: the folder cannot be written.
     """
     path = Path(folder) / name
     with _writing(path):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .cohort import Cohort, TileReader
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder
-from .errors import ModelError, SlideError
+from .errors import ConfigError, ModelError, SlideError
 from .features import read_features
 from .files import fingerprint, write_bytes, write_json
 from .progress import progress
@@ -205,7 +205,7 @@ class DRESLCL(nn.Module):
                 about=header["about"],
             )
             missing, extra = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{folder}: not a whole dreslcl model folder ({reason}); give RUN/model of a finished pretrain") from error
         if extra or any(not k.startswith("encoder.") for k in missing):

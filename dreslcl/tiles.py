@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from . import __version__
 from .config import TileConfig
-from .errors import ConfigError, DreslclError, StoreError, TableError
+from .errors import ConfigError, DiskError, DreslclError, StoreError, TableError
 from .files import check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_bytes, write_json, write_table
 from .grid import TileGrid, aligned_extent, grid_corners, read_coords, thin_out
 from .pack import pack_path, packed_fingerprint, write_pack
@@ -140,7 +140,7 @@ def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
                 _save_jpeg(overlay, job.out / "overlays" / f"{job.slide_id}.jpg")
                 if job.pack and write_pack(slide, grid, pack_path(job.out, job.slide_id)):
                     log.info("%s: packed without encoding anew", job.slide_id)
-    except StoreError:  # not the scan's fault
+    except DiskError:  # not the scan's fault
         raise
     except (DreslclError, MemoryError) as error:
         row |= {"status": "error", "tiles": 0, "error": " ".join(str(error).split()) or "not enough memory"}
