@@ -149,7 +149,7 @@ class MemoryBank:
         try:
             bank = cls(folder, header, range(len(header["shards"])) if shards is None else shards)
         except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise StoreError(f"{folder}: the bank cannot be opened ({error!r}); mend its permissions, or delete it") from error
+            raise StoreError(f"{folder}: the bank cannot be opened ({type(error).__name__}: {error}); mend or delete it") from error
         for slide in bank.slides:
             shard, number, _ = bank._find(slide)
             if shard.state[number] == DIRTY:

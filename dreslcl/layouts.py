@@ -3,6 +3,7 @@
 Tile features come with the grid they were made on, slide vectors with the ids they stand for.
 """
 
+import io
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from jaxtyping import Float32
 
 from . import __version__
 from .errors import ConfigError
-from .files import atomic, check_id, hdf5_file, write_table
+from .files import check_id, hdf5_file, write_bytes, write_table
 from .grid import TileGrid
 
 Layout = Literal["trident", "clam", "stamp", "patho-bench"]
@@ -40,8 +41,9 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
     for file in tensor:
         import torch
 
-        with atomic(file) as part, part.open("wb") as stream:
-            torch.save(torch.from_numpy(features), stream)
+        memory = io.BytesIO()
+        torch.save(torch.from_numpy(features), memory)
+        write_bytes(file, memory.getbuffer())
     with hdf5_file(path) as file:
         if layout == "stamp":
             file["feats"] = features.astype(np.float16)

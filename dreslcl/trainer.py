@@ -6,6 +6,7 @@ write the fresh features back. Beyond `tile_batch` tiles the gradient is cached 
 without graph, loss gradient with respect to the features, then each micro-batch again with graph. Same gradients, flat memory.
 """
 
+import io
 import logging
 import math
 import time
@@ -28,7 +29,7 @@ from .distributed import Ranks, ranks
 from .encoder import Augmentation, Encoder, forecast_tile_megabytes
 from .errors import ConfigError, DreslclError, StoreError
 from .features import read_features
-from .files import atomic, fingerprint, hold, write_table
+from .files import fingerprint, hold, write_bytes, write_table
 from .grid import hilbert_order
 from .metrics import first_hits, retrieval_metrics
 from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pick_device
@@ -518,8 +519,9 @@ class Trainer:
             "best": self.best,
             "waited": self.waited,
         }
-        with atomic(self.out / "checkpoint.pt") as part, part.open("wb") as file:
-            torch.save(state, file)
+        memory = io.BytesIO()  # torch itself loses the reason why a write failed
+        torch.save(state, memory)
+        write_bytes(self.out / "checkpoint.pt", memory.getbuffer())
 
     def load_checkpoint(self) -> None:
         """Go on where the last whole epoch ended.
