@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float, Float16, Float32, Int32, Integer, UInt16
@@ -136,8 +137,8 @@ class MemoryBank:
         """
         folder = Path(folder)
         try:
-            header = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            header = dict(json.loads((folder / "bank.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise StoreError(f"{folder}: no bank here (bank.json: {error}); run pretrain without --resume to make one") from error
         asked = {"version": VERSION, "encoder": encoder, "grids": grids, "dim": dim, "codewords": codewords}
         for key, value in asked.items():
@@ -145,7 +146,10 @@ class MemoryBank:
                 raise StoreError(
                     f"{folder}: the bank was made with {key} {header.get(key)}, asked for {value}; use another --out, or delete it"
                 )
-        bank = cls(folder, header, range(len(header["shards"])) if shards is None else shards)
+        try:
+            bank = cls(folder, header, range(len(header["shards"])) if shards is None else shards)
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+            raise StoreError(f"{folder}: the bank cannot be opened ({type(error).__name__}: {error}); mend or delete it") from error
         for slide in bank.slides:
             shard, number, _ = bank._find(slide)
             if shard.state[number] == DIRTY:

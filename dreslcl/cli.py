@@ -154,6 +154,7 @@ def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debugging messages too.")] = False,
 ) -> None:
     logging.basicConfig(handlers=[_Stderr()], format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged scan is told in one line of our own
     quiet = quiet or rank_and_world()[0] > 0  # of several ranks one speaks
     logging.getLogger("dreslcl").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logging.captureWarnings(True)  # what libraries warn of is for us to mend, not for the user

@@ -7,7 +7,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from .errors import ConfigError, DreslclError, ModelError, SlideError, StoreError, reason
-from .files import atomic, fingerprint, hold
+from .files import fingerprint, hdf5_file, hold
 
 if TYPE_CHECKING:
     from .bank import MemoryBank
@@ -71,7 +71,7 @@ class Embeddings:
     def save(self, path: Path) -> None:
         """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen and mean_features, attribute model."""
         text = h5py.string_dtype("utf-8")
-        with atomic(path) as part, h5py.File(part, "w") as file:
+        with hdf5_file(path) as file:
             file.attrs["version"] = VERSION
             file.attrs["model"] = self.model
             file["features"] = self.vectors
@@ -180,7 +180,11 @@ def embed(
     files = [out / "slide_features" / f"{m.slide_id}.h5" for m in cohort.members]
     besides = [tile_files(out, layout, m.slide_id) if tile_features else [] for m in cohort.members]
     failed, marks = dict(cohort.unreadable), {}
-    with ranks(device) as group, hold(model.parent, shared=True) if from_bank else nullcontext():
+    with ranks(device) as group, ExitStack() as held:
+        if group.first:
+            held.enter_context(hold(out))
+        if from_bank:
+            held.enter_context(hold(model.parent, shared=True))
         bank = MemoryBank.open(model.parent / "bank") if from_bank else None
         for i, member in enumerate(cohort.members):
             try:
@@ -266,7 +270,7 @@ class _Mean:
 
 
 def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.ndarray | None, mark: str) -> None:
-    with atomic(path) as part, h5py.File(part, "w") as file:
+    with hdf5_file(path) as file:
         file["features"] = vector
         file["mean_features"] = mean
         if coords is not None:

@@ -20,12 +20,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import EncoderConfig
 from .errors import ModelError
-from .files import atomic, write_json
+from .files import write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -279,8 +279,7 @@ class Encoder(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.clip.state_dict().items()}
-        with atomic(folder / "open_clip_model.safetensors") as part:
-            save_file(weights, part)
+        write_bytes(folder / "open_clip_model.safetensors", save(weights))
         if hasattr(self.tokenizer, "tokenizer"):
             self.tokenizer.save_pretrained(folder)
         preprocess = {k: v for k, v in self.preprocess_cfg.items() if k != "size"}  # the architecture says the size

@@ -25,6 +25,10 @@ class StoreError(DreslclError):
     """A file that dreslcl wrote is missing, damaged, or was made with other settings than asked for now."""
 
 
+class DiskError(DreslclError):
+    """Results cannot be written: the disk is full or read-only, or permissions forbid it."""
+
+
 class ModelError(DreslclError):
     """An encoder or a model cannot be built, downloaded or loaded."""
 

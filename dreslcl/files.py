@@ -7,32 +7,70 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import BusyError, TableError
+from .errors import BusyError, DiskError, TableError
+
+if TYPE_CHECKING:
+    import h5py
 
 csv.field_size_limit(1 << 24)
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield `NAME.part` to write to; rename it to `path` on success, remove it on any error."""
+    """Yield `NAME.part` to write to; rename it to `path` on success, remove it on any error.
+
+    Write with Python's own calls: libraries that open files themselves lose the reason why a write failed.
+
+    Raises:
+        DiskError: it cannot be written; the message says why.
+    """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(part):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        except BaseException:
+            with suppress(OSError):  # the first error says why
+                part.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn faults of the disk, and of the way to `path`, into a DiskError; an input that cannot be read stays what it is."""
     try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in DISK_FAULTS or (error.filename and str(path).startswith(str(error.filename))):
+            why = f"cannot be written ({error.strerror}); make room or mend its permissions, and run the same command again"
+            raise DiskError(f"{str(path).removesuffix('.part')}: {why}") from error
         raise
+
+
+@contextmanager
+def hdf5_file(path: Path) -> "Iterator[h5py.File]":
+    """An HDF5 file to fill in memory; written atomically at the end."""
+    import h5py
+
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        yield file
+    write_bytes(path, memory.getbuffer())
 
 
 @contextmanager
@@ -46,29 +84,37 @@ def hold(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool 
 
     Raises:
         BusyError: another process holds the folder; the message says which, on which host.
+        DiskError: the folder cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a+", encoding="utf-8") as file:
+    path = Path(folder) / name
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    with file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode().strip() or "another process"
             raise BusyError(f"{folder} is in use by {holder}; wait until it ends, or choose another folder") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
                 raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with _writing(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file atomically."""
+    with atomic(path) as part:
+        part.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
-    with atomic(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -111,7 +157,7 @@ def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]
     UTF-8 with or without a byte-order mark, and UTF-16 with one, are read.
 
     Raises:
-        TableError: no such file, not text, no header, or a required column is absent (the columns there are listed).
+        TableError: no such file, not text, no header, a column twice, or a required one absent (those there are listed).
     """
     path = Path(path)
     try:
@@ -135,6 +181,8 @@ def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]
     except csv.Error as error:
         raise TableError(f"{path}: line {reader.line_num}: {error}") from error
     columns = [c.strip() for c in reader.fieldnames or []]
+    if twice := [c for c, times in Counter(columns).items() if c and times > 1]:
+        raise TableError(f"{path}: column {twice[0]!r} comes twice; keep one")
     missing = [c for c in required if c not in columns]
     if missing:
         raise TableError(f"{path}: no column {', '.join(map(repr, missing))}; there are {', '.join(columns)}")

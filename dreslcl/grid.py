@@ -1,6 +1,5 @@
 """TileGrid, the places of a slide's tiles, its HDF5 file, and the arithmetic that lays it."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from jaxtyping import Float32, Int64
 from . import __version__
 from .config import TileConfig
 from .errors import SlideError, StoreError
-from .files import atomic
+from .files import hdf5_file
 from .slide import Slide
 
 
@@ -42,12 +41,9 @@ class TileGrid:
 
     def save(self, path: Path) -> None:
         """Write TRIDENT's coordinate layout (see formats.md: resolutions as magnifications, 10 / mpp, so that they stay exact)."""
-        memory = io.BytesIO()
-        with h5py.File(memory, "w") as file:
+        with hdf5_file(path) as file:
             self.describe(file.create_dataset("coords", data=self.xy), path.parent.name)
             file.create_dataset("tissue_fraction", data=self.tissue)
-        with atomic(path) as part:
-            part.write_bytes(memory.getvalue())
 
     def describe(self, coords: h5py.Dataset, folder: str) -> None:
         """Put TRIDENT's attributes, and ours, on a dataset of this grid's corners; `folder` is the one that the file is in."""

@@ -123,7 +123,8 @@ def match(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where: str
         differing = [c for c in columns if row[key] and row[c] != rows[table[row[key]]][c]]
         if differing:
             raise TableError(f"{where}: two rows of {key} {row[key]!r} differ in {differing[0]!r}; keep one")
-    alone = [name for name in table if name not in set(names)]
+    known = set(names)
+    alone = [name for name in table if name not in known]
     bare = [slide for i, slide in enumerate(embeddings.ids) if i not in found]
     warnings = [f"{where}: {len(alone)} of {len(table)} ids have no embedding and are left out ({some(alone)})"] * bool(alone)
     return found, warnings + [f"{where}: {len(bare)} of {len(names)} embeddings have no row and are left out ({some(bare)})"] * bool(bare)

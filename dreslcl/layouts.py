@@ -3,16 +3,16 @@
 Tile features come with the grid they were made on, slide vectors with the ids they stand for.
 """
 
+import io
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import numpy as np
 from jaxtyping import Float32
 
 from . import __version__
 from .errors import ConfigError
-from .files import atomic, write_table
+from .files import check_id, hdf5_file, write_bytes, write_table
 from .grid import TileGrid
 
 Layout = Literal["trident", "clam", "stamp", "patho-bench"]
@@ -41,9 +41,10 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
     for file in tensor:
         import torch
 
-        with atomic(file) as part:
-            torch.save(torch.from_numpy(features), part)
-    with atomic(path) as part, h5py.File(part, "w") as file:
+        memory = io.BytesIO()
+        torch.save(torch.from_numpy(features), memory)
+        write_bytes(file, memory.getbuffer())
+    with hdf5_file(path) as file:
         if layout == "stamp":
             file["feats"] = features.astype(np.float16)
             file["coords"] = (grid.xy * grid.mpp_level0).astype(np.float32)
@@ -62,13 +63,17 @@ def write_vectors(
     """Write one file per slide (or per patient, where ids are patients) as STAMP or Patho-Bench read them, and STAMP's slide table.
 
     TRIDENT's slide features are what `embed` writes anyway; CLAM reads none.
+
+    Raises:
+        TableError: an id (a patient's, from a table) that cannot name a file.
     """
     if layout not in ("stamp", "patho-bench"):
         return
     kind = "patient" if ids == patients else "slide"
     for name, vector in zip(ids, vectors):
+        check_id(name, str(out))
         folder = out / ("stamp_slides" if layout == "stamp" else "patho_bench")
-        with atomic(folder / f"{name}.h5") as part, h5py.File(part, "w") as file:
+        with hdf5_file(folder / f"{name}.h5") as file:
             if layout == "stamp":
                 file["feats"] = vector[None]
                 file.attrs.update(feat_type=kind, encoder=f"dreslcl {model}", precision="float32")

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .cohort import Cohort, TileReader, prefetch
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder
-from .errors import DreslclError, ModelError, SlideError
+from .errors import ConfigError, DreslclError, ModelError, SlideError
 from .features import read_features
-from .files import atomic, fingerprint, write_json
+from .files import fingerprint, write_bytes, write_json
 from .progress import progress
 from .residual import ResidualAggregator, encode_residuals
 from .slide import Slide
@@ -163,14 +163,17 @@ class DRESLCL(nn.Module):
         return fingerprint(own, self.encoder.fingerprint() if self.encoder else None)
 
     def save(self, folder: Path) -> None:
-        """Write config.json, weights.safetensors and, with an encoder, the OpenCLIP folder open_clip/; the configuration last."""
+        """Write config.json, weights.safetensors and, with an encoder, the OpenCLIP folder open_clip/.
+
+        The configuration goes first and comes last: between the two the folder is no model, never a mix of an older and this one.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
         if self.encoder is not None:
             self.encoder.save(folder / "open_clip")
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        with atomic(folder / "weights.safetensors") as part:
-            save_file(weights, part)
+        write_bytes(folder / "weights.safetensors", save(weights))
         header = {
             "version": VERSION,
             "model": asdict(self.config),
@@ -204,7 +207,7 @@ class DRESLCL(nn.Module):
                 about=header["about"],
             )
             missing, extra = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{folder}: not a whole dreslcl model folder ({reason}); give RUN/model of a finished pretrain") from error
         if extra or any(not k.startswith("encoder.") for k in missing):

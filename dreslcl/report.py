@@ -18,7 +18,7 @@ from PIL import Image
 from . import figures
 from .errors import TableError
 from .evaluation import Outcome, Result
-from .files import atomic, read_table, write_text
+from .files import read_table, write_bytes, write_text
 from .metrics import NAMES, show
 
 PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
@@ -125,8 +125,9 @@ def curves(metrics_csv: Path, path: Path) -> None:
     for ax in panels[len(groups) :]:
         ax.set_axis_off()
     panels[0].set_xlabel("epoch", fontsize=8)
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=130)
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=130)
+    write_bytes(path, memory.getbuffer())
 
 
 def _number(text: str) -> float | None:

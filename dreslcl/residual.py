@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .bank import MemoryBank
 from .config import ModelConfig
 from .errors import ConfigError, StoreError
-from .files import atomic, fingerprint
+from .files import fingerprint, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -198,10 +198,9 @@ class Codebook:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        with atomic(path) as part:
-            save_file({"codewords": self.codewords}, part, metadata={"version": "1", "encoder": self.encoder})
+        write_bytes(path, save({"codewords": self.codewords}, metadata={"version": "1", "encoder": self.encoder}))
 
     @classmethod
     def load(cls, path: Path, encoder: str | None = None) -> "Codebook":

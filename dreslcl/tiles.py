@@ -5,7 +5,6 @@ the fingerprint of what made it. So a row means a finished slide; `slides.csv` i
 which is what makes killed, repeated and shared-out runs end in the same files.
 """
 
-import errno
 import io
 import json
 import logging
@@ -25,8 +24,8 @@ from PIL import Image, ImageDraw
 
 from . import __version__
 from .config import TileConfig
-from .errors import ConfigError, DreslclError, StoreError, TableError, reason
-from .files import atomic, check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_json, write_table
+from .errors import ConfigError, DiskError, DreslclError, StoreError, TableError, reason
+from .files import check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_bytes, write_json, write_table
 from .grid import TileGrid, aligned_extent, grid_corners, read_coords, thin_out
 from .pack import pack_path, packed_fingerprint, write_pack
 from .progress import progress
@@ -42,7 +41,6 @@ OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide
     "mpp": float, "threshold": float, "min_tissue": float, "max_tiles": int, "min_sharpness": float, "mask_mpp": float,
     "drop_pen": lambda text: text.lower() in ("1", "true", "yes"),
 }  # fmt: skip
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def grid_path(work: Path, slide_id: str) -> Path:
@@ -54,13 +52,17 @@ def read_slides(work: Path) -> list[dict[str, str]]:
     """The rows of WORK/slides.csv, in the order of their ids.
 
     Raises:
-        TableError: `work` holds none.
+        TableError: `work` holds none, or one with an id that cannot name a file.
     """
     path = Path(work) / "slides.csv"
     if not path.is_file():
         raise TableError(f"{path}: not there; run `dreslcl tile SLIDES --out {work}` first")
     rows = read_table(path, COLUMNS)
-    return [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
+    rows = [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
+    for row in rows:
+        if row["status"] != "error":  # the failed ones may be there for their very name
+            check_id(row["slide_id"], str(path))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,9 @@ def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
                 _save_jpeg(overlay, job.out / "overlays" / f"{job.slide_id}.jpg")
                 if job.pack and write_pack(slide, grid, pack_path(job.out, job.slide_id)):
                     log.info("%s: packed without encoding anew", job.slide_id)
-    except (DreslclError, MemoryError) as error:
-        row |= {"status": "error", "tiles": 0, "error": reason(error)}
-    except OSError as error:
-        if error.errno in DISK_FAULTS:
-            raise StoreError(f"{job.out}: cannot be written ({error.strerror}); free some space and run the same command again") from error
+    except DiskError:  # not the scan's fault
+        raise
+    except (DreslclError, OSError, MemoryError) as error:
         row |= {"status": "error", "tiles": 0, "error": reason(error)}
     except Exception as error:
         log.debug("%s", job.path, exc_info=True)
@@ -403,7 +403,6 @@ def _contact_sheet(out: Path) -> None:
 
 
 def _save_jpeg(image: Image.Image, path: Path) -> None:
-    memory = io.BytesIO()  # on a full disk Pillow itself would not say why it fails
+    memory = io.BytesIO()
     image.save(memory, "JPEG", quality=85)
-    with atomic(path) as part:
-        part.write_bytes(memory.getvalue())
+    write_bytes(path, memory.getbuffer())

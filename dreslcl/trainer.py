@@ -6,6 +6,7 @@ write the fresh features back. Beyond `tile_batch` tiles the gradient is cached 
 without graph, loss gradient with respect to the features, then each micro-batch again with graph. Same gradients, flat memory.
 """
 
+import io
 import logging
 import math
 import time
@@ -28,7 +29,7 @@ from .distributed import Ranks, ranks
 from .encoder import Augmentation, Encoder
 from .errors import ConfigError, DreslclError, StoreError
 from .features import read_features
-from .files import atomic, fingerprint, hold
+from .files import fingerprint, hold, write_bytes
 from .forecast import forecast
 from .grid import hilbert_order
 from .journal import Journal, codebook_atlas, retrieval_examples, run_page
@@ -565,8 +566,9 @@ class Trainer:
             "best": self.best,
             "waited": self.waited,
         }
-        with atomic(self.out / "checkpoint.pt") as part:
-            torch.save(state, part)
+        memory = io.BytesIO()  # torch itself loses the reason why a write failed
+        torch.save(state, memory)
+        write_bytes(self.out / "checkpoint.pt", memory.getbuffer())
 
     def load_checkpoint(self) -> None:
         """Go on where the last whole epoch ended.
@@ -582,12 +584,14 @@ class Trainer:
                     raise StoreError(f"{path}: made with {key} {state[key]}, asked for {here}; use another --out, or the same inputs")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+            self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
         except StoreError:
             raise
         except Exception as error:  # torch raises many types for a damaged or hostile file
             raise StoreError(f"{path}: cannot be resumed ({str(error).splitlines()[0]}); start anew without --resume") from error
-        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
-        self.visits, self.best, self.waited = state["visits"].cpu().numpy(), state["best"], state["waited"]
+        if not (self.out / "model" / "config.json").exists():  # its replacement by a better one was cut short
+            self.best = -math.inf
 
     def write_report(self) -> None:
         """report.html. All ranks encode what it shows of retrieval, the first one writes."""

@@ -1,0 +1,173 @@
+"""SIGKILL at random moments; the next run ends where an undisturbed one does."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attack import contents, durations, in_child, kill, kills, marked
+
+from dreslcl import embedding, report, tiles, trainer
+from dreslcl.bank import MemoryBank
+from dreslcl.cohort import Cohort
+from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
+from dreslcl.errors import ModelError
+from dreslcl.files import read_table
+from dreslcl.model import DRESLCL
+
+TRIES = [1, pytest.param(20, marks=pytest.mark.slow)]
+SETTINGS = RunConfig(
+    EncoderConfig(),
+    ModelConfig(codewords=4, width=16, heads=2, depth=1),
+    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, encoder_lr=1e-3, refresh_every=1),
+)
+
+
+def tile(work: Path, out: Path) -> None:
+    tiles.tile_slides(work.parent / "slides", out, TileConfig(size=64, mpp=2.0, mask_mpp=8.0), workers=2)
+
+
+def pretrain(work: Path, out: Path, held_out: bool = False) -> None:
+    report.curves = lambda *_: None  # half of the time of such a small run
+    cohort = Cohort.load(work).with_reports(work / "reports.csv")
+    kept, val = cohort.split("split=val" if held_out else None, work / "reports.csv")
+    trainer.pretrain(kept, out, SETTINGS, held_out=val, resume=True)
+
+
+def embed(work: Path, out: Path, model: Path) -> None:
+    embedding.embed(Cohort.load(work), out, model=model, tile_features=True, workers=1)
+
+
+def at_random(phases: dict[str, list[float]], times: int, attack: Callable[[int, tuple[str, int, float]], bool]) -> int:
+    """Attack at `times` random moments of each phase, two at once; how many were killed within it."""
+    moments = kills(phases, times, seed=times)
+    with ThreadPoolExecutor(2) as pool:
+        cut = sum(pool.map(attack, range(len(moments)), moments))
+    print(f"\n{len(moments)} killed, {cut} within {', '.join(phases)}")
+    return cut
+
+
+def run_tile(pipe, *arguments) -> None:
+    marked(pipe, {}, tile, arguments)
+
+
+def run_pretrain(pipe, *arguments) -> None:
+    phases = {"fill": "_fill", "step": "train_step", "checkpoint": "save_checkpoint", "epoch end": "end_epoch"}
+    marked(pipe, {phase: (trainer.Trainer, name) for phase, name in phases.items()}, pretrain, arguments)
+
+
+def run_embed(pipe, *arguments) -> None:
+    marked(pipe, {"write": (embedding, "_write_slide")}, embed, arguments)
+
+
+def tiled(out: Path) -> dict:
+    """What `tile` wrote, without the seconds each slide took."""
+    found = contents(out)
+    for name in [name for name in found if name.startswith("rows/")]:
+        made = json.loads(found[name])
+        found[name] = made | {"row": made["row"] | {"seconds": 0}}
+    return found | {"slides.csv": [row | {"seconds": 0} for row in read_table(out / "slides.csv")]}
+
+
+def assert_whole_run(out: Path, epochs: int) -> None:
+    """The log goes on without a gap, the bank's sums are those of its rows, and model and checkpoint belong together."""
+    rows = read_table(out / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [str(e + 1) for e in range(epochs)]
+    assert len(set(np.diff([0, *(int(row["step"]) for row in rows)]))) == 1
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    bank = MemoryBank.open(out / "bank")
+    for slide in bank.slides:
+        sums, counts = bank.residuals(slide)
+        bank.rebuild(slide)
+        again, again_counts = bank.residuals(slide)
+        assert (counts == again_counts).all() and np.abs(sums - again).max() <= 1e-4 * np.abs(again).max()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == epochs
+    model = DRESLCL.load(out / "model").state_dict()
+    assert all(torch.equal(model[key], value) for key, value in state["model"].items())
+    assert not list(out.rglob("*.part"))
+
+
+@pytest.mark.parametrize("times", TRIES)
+def test_tile_killed_at_any_moment_ends_as_an_undisturbed_run(work, tmp_path, times):
+    phases = durations(run_tile, work, tmp_path / "whole")
+    expected = tiled(tmp_path / "whole")
+
+    def attack(n: int, moment: tuple[str, int, float]) -> bool:
+        out = tmp_path / f"killed{n}"
+        cut = kill(*moment, run_tile, work, out)
+        for path in out.glob("tiles/*.h5"):
+            tiles.TileGrid.load(path)  # what is there is whole
+        in_child(tile, work, out)
+        assert tiled(out) == expected
+        shutil.rmtree(out)
+        return cut
+
+    at_random(phases, times, attack)
+
+
+@pytest.mark.parametrize("times", TRIES)
+def test_pretrain_killed_at_any_moment_goes_on(work, tmp_path, times):
+    phases = durations(run_pretrain, work, tmp_path / "whole")
+    assert_whole_run(tmp_path / "whole", 2)
+    phases.pop("whole")
+    assert phases.keys() == {"fill", "step", "checkpoint", "epoch end"}
+
+    def attack(n: int, moment: tuple[str, int, float]) -> bool:
+        out = tmp_path / f"killed{n}"
+        cut = kill(*moment, run_pretrain, work, out)
+        in_child(pretrain, work, out)
+        assert_whole_run(out, 2)
+        shutil.rmtree(out)
+        return cut
+
+    assert at_random(phases, times, attack) >= times  # most kills hit their phase: else this shows nothing
+
+
+@pytest.mark.parametrize("times", TRIES)
+def test_embed_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, tmp_path, times):
+    model = whole / "pretrain" / "model"
+    phases = durations(run_embed, work, tmp_path / "whole", model)
+    expected = contents(tmp_path / "whole")
+
+    def attack(n: int, moment: tuple[str, int, float]) -> bool:
+        out = tmp_path / f"killed{n}"
+        cut = kill(*moment, run_embed, work, out, model)
+        in_child(embed, work, out, model)
+        assert contents(out) == expected
+        shutil.rmtree(out)
+        return cut
+
+    at_random(phases, times, attack)
+
+
+def _pretrain_killed_in_second_save(work: Path, out: Path) -> None:
+    """Dies between the encoder's weights and the aggregator's, of the second model it saves."""
+    from dreslcl import model
+
+    save, calls = model.save, []
+
+    def dies(weights):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(weights)
+
+    model.save = dies
+    trainer.Trainer.held_out_retrieval = lambda self: {"held_out_recall@10": self.epoch / 10}  # each epoch is better
+    pretrain(work, out, True)
+
+
+def test_a_model_killed_while_it_replaces_an_older_one_is_never_a_mix(work, tmp_path):
+    with pytest.raises(AssertionError, match=f"ended with {-signal.SIGKILL}"):
+        in_child(_pretrain_killed_in_second_save, work, tmp_path)
+    with pytest.raises(ModelError, match="not a whole dreslcl model folder"):
+        DRESLCL.load(tmp_path / "model")
+    in_child(pretrain, work, tmp_path, True)
+    assert DRESLCL.load(tmp_path / "model")

@@ -1,0 +1,183 @@
+"""Hostile tables: encodings, sizes, ids that climb out of folders, formulas for spreadsheets, scripts for browsers."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from attack import contents, dreslcl, in_child
+
+from dreslcl.cohort import Cohort, read_reports
+from dreslcl.embedding import Embeddings
+from dreslcl.errors import DreslclError, TableError
+from dreslcl.files import read_table
+
+TEXT = 'Adenocarcinoma, "moderately"\r\ndifferentiated; größer = 3 mm\t<b>'
+CLIMBING = ("../../etc/x", "..", ".", "/etc/x", "a/../../b", "..\\..\\x", "C:\\x", "a\0b", "a\nb", ".hidden", "")
+FORMULAS = ("=cmd|'/c calc'!A1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("x")')
+EVIL = ("<script>document.title='RAN'</script>", "<img src=x onerror=\"document.title='RAN'\">", '"><svg onload="document.title=\'RAN\'">')
+EVIL += ("{{ 7*7 }}", "</td></table><iframe srcdoc=\"<script>parent.document.title='RAN'</script>\">", "javascript:document.title='RAN'")
+
+
+def quoted(rows: list[list[str]], delimiter: str = ",", end: str = "\n") -> str:
+    """A table with every field quoted."""
+    return end.join(delimiter.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows) + end
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_table_in_any_encoding_is_read_as_it_is_or_refused_in_one_line(tmp_path, encoding, end):
+    bom = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    (tmp_path / "r.csv").write_bytes((bom + quoted([["slide_id", "report"], ["007", TEXT]], end=end)).encode(encoding))
+    try:
+        [row] = read_table(tmp_path / "r.csv", ["slide_id", "report"])
+    except TableError as error:
+        assert encoding in ("utf-32", "latin-1", "cp1252") and "\n" not in str(error)
+    else:
+        assert row == {"slide_id": "007", "report": TEXT}
+
+
+def test_a_field_of_a_megabyte_is_read_whole_and_a_field_of_seventeen_is_refused(tmp_path):
+    for size, path in ((1 << 20, tmp_path / "a.csv"), (17 << 20, tmp_path / "b.csv")):
+        path.write_text(quoted([["slide_id", "report"], ["a", "x" * size]]))
+    assert len(read_table(tmp_path / "a.csv")[0]["report"]) == 1 << 20
+    with pytest.raises(TableError, match="field larger than field limit") as caught:
+        read_table(tmp_path / "b.csv")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"slide_id,report\na,one\0two\n", b"\0" * 100,
+         b"slide_id,report\n\xff\xfe\n", b"\xff\xfeab\0", b"slide_id\nreport", b"\n\n\n", b"\xef\xbb\xbf",
+        b'slide_id,report\na,"never closed\n' * 3, b"slide_id,slide_id,report\na,b,c\n",
+        b"slide_id,report\na\n", b"slide_id,report\na,b,c,d\n",
+        b",,\n,,\n", b'"slide_id\n","report"\n', b"PK\x03\x04 a spreadsheet", b"slide_id;report\na;b\n", os.urandom(4096),
+    ],
+)  # fmt: skip
+def test_a_broken_table_is_read_or_refused_in_one_line(tmp_path, data):
+    (tmp_path / "r.csv").write_bytes(data)
+    for read in (read_reports, lambda path: read_table(path, ["slide_id", "report"])):
+        try:
+            read(path := tmp_path / "r.csv")
+        except DreslclError as error:
+            assert "\n" not in str(error) and str(path) in str(error) and len(str(error)) < 500
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "r.csv").write_text("slide_id,report,report\na,one,two\n")
+    with pytest.raises(TableError, match="column 'report' comes twice"):
+        read_table(tmp_path / "r.csv")
+
+
+def renamed(work: Path, name: str) -> None:
+    """Give the third slide of a table another id."""
+    rows = read_table(work / "slides.csv")
+    rows[2] |= {"slide_id": name}
+    (work / "slides.csv").write_text(quoted([list(rows[0]), *(list(row.values()) for row in rows)]))
+
+
+@pytest.mark.parametrize("name", CLIMBING)
+def test_ids_that_climb_out_of_the_folder_are_refused(work, tmp_path, name):
+    shutil.copy(work / "slides.csv", tmp_path)
+    renamed(tmp_path, name)
+    with pytest.raises(TableError) as caught:
+        Cohort.load(tmp_path)
+    assert "\n" not in str(caught.value) and "slides.csv" in str(caught.value)
+
+
+def test_nothing_is_written_outside_the_output_folder(work, tmp_path):
+    """A hostile slides.csv whose climbing id has a grid to match, and a patient's id that climbs."""
+    inside = tmp_path / "deep" / "er"
+    shutil.copytree(work, inside / "work")
+    shutil.copy(work / "tiles" / "s2.h5", inside / "x.h5")
+    (inside / "patients.csv").write_text(quoted([["slide_id", "patient_id"], *([f"s{i}", f"../../p{i}"] for i in range(8))]))
+    before = contents(tmp_path)
+    by_patient = ["--patients", inside / "patients.csv", "--by", "patient", "--layout", "patho-bench"]
+    in_child(dreslcl, "embed", inside / "work", *by_patient, "--out", inside / "out" / "a").says("'../../p0' cannot be an id")
+    renamed(inside / "work", "../../x")
+    before["deep/er/work/slides.csv"] = (inside / "work" / "slides.csv").read_bytes()
+    in_child(dreslcl, "embed", inside / "work", "--out", inside / "out" / "b").says("'../../x' cannot be an id")
+    assert {key: value for key, value in contents(tmp_path).items() if not key.startswith("deep/er/out/a")} == before
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """Embeddings and labels whose ids, patients and classes are all hostile texts."""
+    folder, rng = tmp_path_factory.mktemp("hostile"), np.random.default_rng(0)
+    names = [*FORMULAS[:4], *EVIL]
+    ids = [f"{names[i % len(names)]}{i}" for i in range(40)]
+    labels = [(EVIL[0], FORMULAS[0])[i % 2] for i in range(40)]
+    vectors = rng.normal(size=(40, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    Embeddings(tuple(ids), tuple(ids), vectors).save(folder / "emb" / "embeddings.h5")
+    header = ["slide_id", "patient_id", EVIL[1], FORMULAS[3]]
+    (folder / "labels.csv").write_text(quoted([header, *([s, s, c, c] for s, c in zip(ids, labels))]))
+    (folder / "reports.csv").write_text(quoted([["slide_id", "report"], *([s, f"{c} {EVIL[2]}"] for s, c in zip(ids, labels))]))
+    columns = ("--column", EVIL[1], "--column", FORMULAS[3])
+    evaluation = ("--task", "mutation", "--reports", folder / "reports.csv", "--bootstrap", 20, "--shots", 1, "--draws", 1)
+    done = in_child(dreslcl, "eval", folder / "emb", "--labels", folder / "labels.csv", *columns, *evaluation, "--out", folder / "eval")
+    assert done.code == 0, done
+    return folder / "eval"
+
+
+def test_no_cell_of_predictions_is_a_formula(hostile):
+    for path in hostile.rglob("*.csv"):
+        with path.open(newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert cells and not [c for c in cells if c[:1] in "=+-@\t\r" and c and not c.lstrip("-").replace(".", "").isdigit()], path
+    assert any("'=cmd" in cell for cell in cells)
+
+
+def test_html_of_hostile_texts_runs_nothing_in_a_browser(hostile, tmp_path):
+    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium here to open the page in")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+    flags += ["--disable-component-update", "--disable-sync", "--virtual-time-budget=2000", "--dump-dom"]
+
+    def dom(page: Path) -> str:
+        profile = f"--user-data-dir={tmp_path / page.stem}"
+        done = subprocess.run([browser, *flags, profile, page.as_uri()], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout
+
+    (tmp_path / "control.html").write_text(f"<title>x</title>{EVIL[0]}")
+    assert "<title>RAN</title>" in dom(tmp_path / "control.html")  # the browser does run scripts
+    page = dom(hostile / "report.html")
+    assert "<title>dreslcl evaluation: mutation</title>" in page and "document.title='RAN'" in page
+    for tag in ("<script", "<iframe", "<svg", '<img src="x'):
+        assert tag not in page, tag
+
+
+def test_the_page_holds_the_hostile_texts_as_text(hostile):
+    html = (hostile / "report.html").read_text()
+    assert "&lt;script&gt;document.title" in html and "&lt;img src=x" in html and "<script" not in html
+    everything = json.loads((hostile / "metrics.json").read_text())
+    assert set(everything["results"]) == {EVIL[1], FORMULAS[3]}
+
+
+def test_formulas_in_ids_survive_the_way_through_stamps_table(tmp_path):
+    for i, name in enumerate(("=1+1", "-a", "007")):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["features"] = np.eye(3, 4, dtype=np.float32)[[i]]
+    done = in_child(dreslcl, "embed", "--features", tmp_path, "--layout", "stamp", "--out", tmp_path / "emb")
+    assert done.code == 0, done
+    assert {r["FILENAME"] for r in read_table(tmp_path / "emb" / "stamp_slides.csv")} == {"'=1+1.h5", "'-a.h5", "007.h5"}
+    assert Embeddings.load(tmp_path / "emb").ids == ("-a", "007", "=1+1")
+
+
+def test_duplicate_ids_are_refused_where_they_contradict(work, tmp_path):
+    for rows, good in (([("s0", "A"), ("s0", "A")], True), ([("s0", "A"), ("s0", "B")], False), ([("s0.svs", "A"), ("s0", "B")], False)):
+        (tmp_path / "r.csv").write_text(quoted([["slide_id", "report"], *map(list, rows)]))
+        if good:
+            assert len(Cohort.load(work).with_reports(tmp_path / "r.csv")) == 1
+        else:
+            with pytest.raises(TableError, match="more than one report"):
+                Cohort.load(work).with_reports(tmp_path / "r.csv")
