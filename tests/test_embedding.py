@@ -121,10 +121,11 @@ def test_a_slide_that_cannot_be_read_is_left_out_and_named_and_a_second_run_does
 
 
 def test_a_slide_that_breaks_midway_is_left_at_once(cohort, model, tmp_path, monkeypatch):
-    encoded, read = [], TileReader.read
+    encoded, faults, read = [], [], TileReader.read
 
     def torn(self, member, index):
         if member == 1 and index[0] >= 8:
+            faults.append(index)
             raise OSError(5, "Input/output error")
         return read(self, member, index)
 
@@ -134,6 +135,7 @@ def test_a_slide_that_breaks_midway_is_left_at_once(cohort, model, tmp_path, mon
     monkeypatch.setattr(Encoder, "encode_tiles", lambda self, tiles, *a: encoded.append(len(tiles)) or encode(self, tiles, *a))
     result = embed(cohort, tmp_path, model=model, workers=1)
     assert result.failed == {"s1": "cannot be read (Input/output error)"} and result.ids == ("s0", "s2")
+    assert len(faults) == 1  # nothing more is read of it
     assert sum(encoded) == cohort.members[0].tiles + 8 + cohort.members[2].tiles
 
 

@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.pipeline import Pipeline
 
 from dreslcl.cohort import Cohort
-from dreslcl.config import EvalConfig, ModelConfig
-from dreslcl.embedding import Embeddings, embed, read_slide
+from dreslcl.config import ModelConfig
+from dreslcl.embedding import Embeddings, embed
 from dreslcl.errors import ConfigError, TableError
-from dreslcl.evaluation import fit_probe, inner_folds
 from dreslcl.features import read_features
 from dreslcl.files import write_table
 from dreslcl.heatmaps import class_targets, contributions, draw_heatmaps, score_slopes, tile_values
 from dreslcl.model import DRESLCL
 from dreslcl.residual import ResidualAggregator, assignment_shares
 
-PATIENTS = np.array(["p0", "p0", *(f"p{i}" for i in range(2, 8))])
 VARIANTS = [
     {},
     {"intra_norm": False},
@@ -138,11 +137,11 @@ def test_a_slide_whose_scan_is_gone_is_named_and_the_others_are_drawn(embedded, 
         assert image.info["fingerprint"]
 
 
-def test_each_slide_is_mapped_for_its_own_class_or_else_the_predicted_one(embedded, tmp_path):
+def test_each_slide_is_mapped_for_its_own_class_or_else_the_predicted_one(embedded, tmp_path, monkeypatch):
     cohort, out, _ = embedded
     members, names = list(range(8)), ["a", "b", "c"]
     classes = [i % 3 for i in range(8)]
-    vectors = np.stack([read_slide(out, m.slide_id)[0] for m in cohort.members])
+    monkeypatch.setattr(Pipeline, "predict", lambda self, x: np.ones(len(x), int))  # a probe that says b to all
     write_table(tmp_path / "l.csv", ["slide_id", "grade"], [(f"s{i}", names[c] if i != 5 else "") for i, c in enumerate(classes)])
     targets = class_targets(cohort, members, out, tmp_path / "l.csv", "grade")
     titles = [f"Contribution to grade {names[c]}" for c in classes]
@@ -150,9 +149,7 @@ def test_each_slide_is_mapped_for_its_own_class_or_else_the_predicted_one(embedd
     assert np.allclose(sum(targets[i].direction for i in range(3)), 0, atol=1e-4)  # logits of all classes sum to a constant
     own = next(t for i, t in enumerate(targets) if i != 5 and t.title == targets[5].title)
     assert np.array_equal(targets[5].direction, own.direction)
-    known = [i for i in range(8) if i != 5]
-    probe = fit_probe(vectors[known], np.array(classes)[known], inner_folds(np.array(classes)[known], PATIENTS[known], EvalConfig()), 3)
-    assert targets[5].title[-1] == names[probe.predict(vectors[5:6])[0]]
+    assert targets[5].title == "Contribution to grade b"
     write_table(tmp_path / "two.csv", ["slide_id", "grade"], [(f"s{i}", "ab"[i % 2]) for i in range(8)])
     a, b = class_targets(cohort, members[:2], out, tmp_path / "two.csv", "grade")
     assert np.array_equal(a.direction, -b.direction)
