@@ -327,9 +327,7 @@ def embed(
     pretrained: Annotated[
         str | None, option("Without --model: OpenCLIP's tag of that encoder's weights, or a weights file.", panel=_INPUTS)
     ] = None,
-    tile_batch: Annotated[
-        int, option("Tiles in one pass of the encoder; 0: 16 on a CPU, 256 on a GPU.", panel=_RUNNING, min=0)
-    ] = TrainConfig.tile_batch,
+    tile_batch: Annotated[int, option("Tiles in one pass of the encoder.", panel=_RUNNING, min=1)] = TrainConfig.tile_batch,
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], option("Arithmetic of the tile encoder; auto: bf16 on a GPU that has it.", panel=_RUNNING)
     ] = "auto",

@@ -123,8 +123,8 @@ class TrainConfig:
     """B, slides in a batch over all ranks."""
     tiles: int = 16
     """T, tiles encoded with gradient per slide and step."""
-    tile_batch: int = 0
-    """Tiles in one pass of the encoder: bounds memory, changes no result. 0: 16 on a CPU (more only wait for memory), 256 on a GPU."""
+    tile_batch: int = 128
+    """Tiles in one pass of the encoder: bounds memory, changes no result."""
     lr: float = 3e-4
     """Peak learning rate of the aggregator and the heads."""
     encoder_lr: float = 1e-4
@@ -197,7 +197,7 @@ class TrainConfig:
             f"freeze_epochs and settle_epochs make {self.freeze_epochs + self.settle_epochs} of only {self.epochs} epochs",
         )
         _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
-        _require(self.tile_batch >= 0, f"tile_batch must be 0 (as fits the device) or more, got {self.tile_batch}")
+        _require(self.tile_batch >= 1, f"tile_batch must be at least 1, got {self.tile_batch}")
         _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         for name in ("lr", "encoder_lr", "text_lr", "weight_decay", "clip_grad", "view_weight", "cache_gb"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")

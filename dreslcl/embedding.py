@@ -124,7 +124,7 @@ def embed(
     *,
     model: Path | None = None,
     encoder: "EncoderConfig | None" = None,
-    batch: int = 0,
+    batch: int = 128,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     workers: int = 2,
     by: Literal["slide", "patient"] = "slide",
@@ -143,7 +143,7 @@ def embed(
         out: gets embeddings.h5 and slide_features/<slide_id>.h5 (TRIDENT's slide-feature layout).
         model: folder of a trained model; without one, a slide's vector is the mean of its tile features.
         encoder: which encoder makes those tile features, where there is no model.
-        batch: tiles in one pass of the encoder; 0: as fits the device.
+        batch: tiles in one pass of the encoder.
         by: slide, or patient: the normalised mean of a patient's slide vectors.
         layout: whose files to write besides, see layouts.py.
         tile_features: write each slide's tile features too, in that layout; holds those of one slide in memory.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .bank import bank_bytes
 from .cohort import Cohort, TileReader, draw_tiles
 from .config import RunConfig
-from .model import DRESLCL, autocast, inference, pass_size
+from .model import DRESLCL, autocast, inference
 
 TEXTS = 8
 
@@ -85,8 +85,7 @@ def forecast(
     sizes = [m.tiles for m in cohort.members]
     batch = -(-train.batch // ranks)  # slides in a step of this rank
     drawn = batch * min(train.tiles, max(sizes))  # tiles in a step of this rank
-    one_pass = pass_size(train.tile_batch, device)
-    count = min(one_pass, drawn)
+    count = min(train.tile_batch, drawn)
     training = model.training
     model.train()
 
@@ -135,7 +134,7 @@ def forecast(
     together = max if cuda else lambda read, compute: read + compute  # without a GPU readers and encoder share the cores
     fresh = sum(min(train.tiles, n) for n in sizes)
     extra = sum(min(train.refresh, n) for n in sizes)
-    again = drawn > one_pass  # gradient caching encodes all but the last micro-batch twice
+    again = drawn > train.tile_batch  # gradient caching encodes all but the last micro-batch twice
     live_s = fresh * (both_s + again * forward_s) + extra * forward_s if both_s else 0.0
     epoch_s = together((fresh + extra) * read_s / workers, live_s) if both_s else 0.0
     held_out_tiles, folder = sum(m.tiles for m in held_out.members), next(p for p in (out, *out.absolute().parents) if p.exists())

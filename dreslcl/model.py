@@ -251,11 +251,6 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-def pass_size(tile_batch: int, device: torch.device) -> int:
-    """Tiles in one pass of the encoder; 0 chooses: a CPU waits for memory with more than 16 (measured: a third of the speed at 128)."""
-    return tile_batch or (256 if device.type == "cuda" else 16)
-
-
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient, and back."""
@@ -292,7 +287,6 @@ def encode_members(
         return
     assert encoder is not None, "pixels need a tile encoder"
     device, reader = encoder.mean.device, reader or TileReader(cohort, workers=workers)
-    batch = pass_size(batch, device)
     jobs = [(m, np.arange(i, min(i + CHUNK, cohort.members[m].tiles))) for m in members for i in range(0, cohort.members[m].tiles, CHUNK)]
     bad: dict[int, Exception] = {}
 

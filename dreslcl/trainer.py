@@ -34,7 +34,7 @@ from .forecast import forecast
 from .grid import hilbert_order
 from .journal import Journal, codebook_atlas, retrieval_examples, run_page
 from .metrics import first_hits, retrieval_metrics
-from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pass_size, pick_device
+from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pick_device
 from .progress import progress
 from .residual import Codebook, refreshed_residuals
 
@@ -64,7 +64,6 @@ class Trainer:
         if train.batch % self.shards:
             raise ConfigError(f"batch must be a multiple of the {self.shards} ranks, got {train.batch}")
         self.device = pick_device()
-        self.tile_batch = pass_size(train.tile_batch, self.device)
         self.pixels = cohort.work is not None
         vectors = not isinstance(cohort.reports[0], str)
         self.encoder = Encoder.create(config.encoder, seed=train.seed) if self.pixels or not vectors else None
@@ -194,7 +193,7 @@ class Trainer:
         train = self.train
         return encode_members(
             *(self.encoder, cohort, members),
-            batch=self.tile_batch,
+            batch=self.train.tile_batch,
             precision=train.precision,
             workers=train.workers,
             title=title,
@@ -363,7 +362,7 @@ class Trainer:
 
     def _encode(self, tiles: list[np.ndarray], views: Augmentation | None) -> Float[Tensor, "n D"]:
         """Features of any number of tiles, a micro-batch at a time."""
-        step = self.tile_batch
+        step = self.train.tile_batch
         parts = [
             self.encoder.encode_tiles(self._to_device(tiles[i : i + step]), views.part(i, i + step) if views else None)
             for i in range(0, len(tiles), step)
@@ -388,7 +387,7 @@ class Trainer:
 
         The last micro-batch keeps its graph at once: no other one is in memory meanwhile, and its second pass is saved.
         """
-        step, precision = self.tile_batch, self.train.precision
+        step, precision = self.train.tile_batch, self.train.precision
         *starts, last = range(0, len(tiles), step)
         cuda, states = self.device.type == "cuda", []
         get, put = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if cuda else (torch.get_rng_state, torch.set_rng_state)

@@ -23,8 +23,8 @@ from dreslcl.errors import BusyError, ConfigError, DreslclError, ModelError, Sli
 from dreslcl.features import find_features
 from dreslcl.files import hold, read_table
 from dreslcl.grid import TileGrid
-from dreslcl.model import DRESLCL
 from dreslcl.layouts import write_tiles
+from dreslcl.model import DRESLCL
 from dreslcl.synthetic import write_scan
 
 
