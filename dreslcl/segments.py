@@ -212,7 +212,7 @@ def from_page(page: Any, name: str) -> Segments:
     if key.photometric == 3:
         raise SlideError(f"{name}: palette colours are not read; convert it to 8-bit RGB")
     if samples not in (3, 4) or key.photometric not in (RGB, YCBCR):
-        kind = getattr(key.photometric, "name", key.photometric)
+        kind = str(getattr(key.photometric, "name", key.photometric))[:20]
         raise SlideError(
             f"{name}: {samples} channel(s), {kind}, not RGB; only 8-bit RGB scans can be tiled (convert it or take a brightfield scan)"
         )
@@ -229,7 +229,7 @@ def from_page(page: Any, name: str) -> Segments:
     elif key.compression in LOSSLESS and key.photometric == RGB:
         decode = _lossless(key.decode)
     else:
-        kind = getattr(key.compression, "name", key.compression)
+        kind = str(getattr(key.compression, "name", key.compression))[:20]  # a damaged entry may hold thousands of numbers
         raise SlideError(
             f"{name}: {kind} compression (photometric {int(key.photometric)}, planar {key.planarconfig}) is not read; convert it"
         )

@@ -159,7 +159,7 @@ def test_a_scan_that_may_not_be_read_gets_its_row(work, tmp_path):
 
 
 def vanishing(scan: Path, module: str, name: str, cut: bool, arguments: list) -> Done:
-    """The command where `scan` is deleted, or cut in half, just before the function `name` is called for the first time."""
+    """The command where `scan` is deleted, or cut to a tenth, just before the function `name` is called for the first time."""
     owner = importlib.import_module(module)
     *path, name = name.split(".")
     for step in path:
@@ -169,7 +169,7 @@ def vanishing(scan: Path, module: str, name: str, cut: bool, arguments: list) ->
     def wrapper(*args, **options):
         calls.append(1)
         if len(calls) == 1:
-            os.truncate(scan, scan.stat().st_size // 2) if cut else scan.unlink()
+            os.truncate(scan, scan.stat().st_size // 10) if cut else scan.unlink()
         return original(*args, **options)
 
     setattr(owner, name, wrapper)

@@ -270,6 +270,7 @@ SCANS = {
     "an entry of 2^32 texts": lambda: tiff([*page(), (270, 2, HUGE, 8)]),
     "an entry of unknown type": lambda: stored(TILE, extra=((270, 99, 1, 8),)),
     "1,000 samples a pixel": lambda: tiff([e if e[0] != 277 else (277, 3, 1, 1000) for e in page()]),
+    "2,000 numbers for a compression": lambda: tiff([e if e[0] != 259 else (259, 3, 2000, 8) for e in page()], behind=bytes(4000)),
     "BigTIFF with 2^63 entries": lambda: big_tiff(16, 2**63),
     "BigTIFF page at 2^64": lambda: big_tiff(2**64 - 1),
     "BigTIFF that points at itself": lambda: big_tiff(16),
