@@ -250,9 +250,6 @@ class ResidualAggregator(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, joint_dim)
         self.mean_head = nn.Linear(dim, joint_dim, bias=False) if config.mean_path else None
-        if self.mean_head is not None:  # starts as mean pooling, turned: training adds what the residuals know, and forgets little
-            nn.init.orthogonal_(self.mean_head.weight)
-            nn.init.zeros_(self.head.weight)
 
     def set_codebook(self, codewords: Float32[np.ndarray, "K D"], slide_means: Float32[np.ndarray, "S D"]) -> None:
         """Take over a codebook, and what standardises the mean path: mean and deviation of the training slides' mean features."""
