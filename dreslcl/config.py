@@ -117,7 +117,7 @@ class ModelConfig:
 class TrainConfig:
     """The training loop."""
 
-    epochs: int = 20
+    epochs: int = 30
     """Passes over the slides."""
     batch: int = 16
     """B, slides in a batch over all ranks."""
@@ -139,8 +139,6 @@ class TrainConfig:
     """Largest gradient norm; 0 does not clip."""
     freeze_epochs: int = 0
     """Epochs at the start in which the tile encoder does not learn."""
-    settle_epochs: int = 0
-    """Epochs at the end in which the tile encoder rests: all tiles are encoded anew and the aggregator learns from rows that stay."""
     bank: bool = True
     """Use the memory bank; without it a slide is its T fresh tiles."""
     bank_tiles: int = 0
@@ -165,7 +163,7 @@ class TrainConfig:
     """Temperature at the start; it is learnt."""
     view_weight: float = 0.0
     """Weight of the report-free objective: two disjoint tile samples of one slide as a positive pair."""
-    report_part: float = 1.0
+    report_part: float = 0.5
     """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
     report_windows: int = 8
     """At most so many of them where the text tower learns: bounds the time and memory of long reports; 0: no bound."""
@@ -192,10 +190,6 @@ class TrainConfig:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
         _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
-        _require(
-            self.freeze_epochs + self.settle_epochs <= self.epochs,
-            f"freeze_epochs and settle_epochs make {self.freeze_epochs + self.settle_epochs} of only {self.epochs} epochs",
-        )
         _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
         _require(self.tile_batch >= 1, f"tile_batch must be at least 1, got {self.tile_batch}")
         _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")

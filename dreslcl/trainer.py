@@ -229,12 +229,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def _set_learning_rates(self) -> None:
-        """Warm-up and cosine over the epochs in which the tile encoder may learn, and once more over those in which it settles."""
-        learning = self.steps_per_epoch * (self.train.epochs - self.train.settle_epochs)
-        settling = self.steps_per_epoch * self.train.epochs - learning
-        step, total = (self.step, learning) if self.step < learning else (self.step - learning, settling)
+        total = self.steps_per_epoch * self.train.epochs
         rise = max(1, round(total * self.train.warmup))
-        factor = (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+        factor = (self.step + 1) / rise if self.step < rise else 0.5 * (1 + math.cos(math.pi * (self.step - rise) / max(1, total - rise)))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
@@ -246,8 +243,7 @@ class Trainer:
     @property
     def live(self) -> bool:
         """Whether the tile encoder learns in this epoch; else a slide is read from the bank alone."""
-        learning = range(self.train.freeze_epochs, self.train.epochs - self.train.settle_epochs)
-        return self.pixels and self.config.encoder.tune != "none" and self.epoch in learning
+        return self.pixels and self.config.encoder.tune != "none" and self.epoch >= self.train.freeze_epochs
 
     def plan(self) -> list[list[Int64[np.ndarray, "_"]]]:
         """The epoch's batches, each a list with one array of members per rank; every rank knows all of it."""
@@ -496,10 +492,9 @@ class Trainer:
         train, moved = self.train, self.live
         self.epoch += 1
         last = self.epoch == train.epochs
-        settles = moved and not self.live and not last
-        if settles or (moved and train.refresh_every and self.epoch % train.refresh_every == 0 and not last):
+        if moved and train.refresh_every and self.epoch % train.refresh_every == 0 and not last:
             self._fill(self.mine)
-        if settles or (train.codebook_refit and self.epoch % train.codebook_refit == 0 and not last):
+        if train.codebook_refit and self.epoch % train.codebook_refit == 0 and not last:
             self.fit_codebook()
         elif moved:
             for i in self.mine:
