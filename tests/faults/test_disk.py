@@ -207,7 +207,8 @@ def test_a_scan_that_vanishes_while_training_is_named_and_the_run_goes_on_when_i
     data = scan.read_bytes()
     arguments = [*command("pretrain", own, whole), tmp_path / "out"]
     done = in_child(vanishing, scan, "dreslcl.trainer", "MemoryBank.fill", cut, arguments)
-    done.says("s6.svs")
+    if cut or done.code:  # a deleted scan that is open already can be read to the end
+        done.says("s6.svs")
     scan.write_bytes(data)
     assert in_child(dreslcl, *arguments).code == 0
     assert_whole_run(tmp_path / "out", 2)
