@@ -253,11 +253,14 @@ class ResidualAggregator(nn.Module):
 
     def set_codebook(self, codewords: Float32[np.ndarray, "K D"], slide_means: Float32[np.ndarray, "S D"]) -> None:
         """Take over a codebook, and what standardises the mean path: mean and deviation of the training slides' mean features."""
-        spread = slide_means.std(0)
-        typical = float(np.sqrt((spread**2).mean()))
         self.codewords.copy_(torch.from_numpy(codewords))
         self.centre.copy_(torch.from_numpy(slide_means.mean(0)))
-        self.spread.copy_(torch.from_numpy(np.maximum(spread, 0.1 * typical)) if typical > 1e-6 else torch.ones(()))
+        self._set_spread(torch.from_numpy(slide_means.std(0)))
+
+    def _set_spread(self, spread: Float[Tensor, "D"]) -> None:
+        """Divide by a tenth of the typical deviation at least: a feature that is the same in all slides would become noise, then NaN."""
+        typical = spread.square().mean().sqrt()
+        self.spread.copy_(spread.clamp_min(0.1 * typical) if typical > 1e-6 else torch.ones_like(spread))
 
     def track(self, means: Float[Tensor, "B D"], momentum: float = 0.9) -> None:
         """Let what standardises the mean path follow the features of a tile encoder that learns (running mean and deviation, no gradient).
@@ -268,7 +271,7 @@ class ResidualAggregator(nn.Module):
         with torch.no_grad():
             means = means.detach() + self.centre  # `mean` gives them less the centre
             self.centre.lerp_(means.mean(0), momentum)
-            self.spread.copy_(self.spread.square().lerp((means - self.centre).square().mean(0), momentum).sqrt())
+            self._set_spread(self.spread.square().lerp((means - self.centre).square().mean(0), momentum).sqrt())
 
     def mean(self, sums: Float[Tensor, "B K D"], counts: Float[Tensor, "B K"]) -> Float[Tensor, "B D"]:
         """Each slide's mean feature less the centre: Σ n_k (c_k − centre) and Σ R_k over M, which keeps the digits of small differences."""

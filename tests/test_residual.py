@@ -301,3 +301,16 @@ def test_a_codebook_saves_and_loads_and_refuses_another_encoder(tmp_path):
     for name in ("bad", "absent"):
         with pytest.raises(StoreError, match="not a codebook"):
             Codebook.load(tmp_path / name)
+
+
+def test_a_feature_that_is_the_same_in_all_slides_does_not_blow_up_the_mean_path():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(6, 8)).astype(np.float32)
+    means[:, 3] = 0.25  # a dead channel
+    aggregator = ResidualAggregator(8, 4, ModelConfig(codewords=2, width=8, heads=2))
+    aggregator.set_codebook(rng.normal(size=(2, 8)).astype(np.float32), means)
+    for _ in range(100):
+        aggregator.track(torch.from_numpy(means) - aggregator.centre)
+    assert float(aggregator.spread[3]) == pytest.approx(0.1 * float(aggregator.spread.square().mean().sqrt()), rel=0.1)
+    moved = torch.from_numpy(means[:1]) + 1e-4
+    assert float(((moved - aggregator.centre) / aggregator.spread)[0, 3]) < 0.01
