@@ -153,7 +153,7 @@ class Encoder(nn.Module):
     def encode_tiles(self, tiles: UInt8[Tensor, "N H W 3"], views: Augmentation | None = None) -> Float[Tensor, "N D"]:
         """Unit-norm features of tiles, float32; with `views`, of an augmented view of each. A CPU takes them a few at a time."""
         h, w = self.image_size
-        step = len(tiles) if tiles.is_cuda else max(1, CPU_PIXELS // (h * w))
+        step = max(1, len(tiles) if tiles.is_cuda else CPU_PIXELS // (h * w))
         parts = []
         for i in range(0, max(1, len(tiles)), step):
             images = self.preprocess(tiles[i : i + step])

@@ -27,7 +27,7 @@ from .embedding import Embeddings, bank_rows, read_slide
 from .errors import ConfigError, SlideError, StoreError, TableError, reason
 from .evaluation import fit_probe, inner_folds
 from .features import read_features
-from .files import atomic, fingerprint, hold, rank_and_world, read_table, write_text
+from .files import fingerprint, hold, rank_and_world, read_table, write_bytes, write_text
 from .grid import TileGrid
 from .labels import UNLABELLED, encode, select
 from .layouts import Layout, tile_files
@@ -245,8 +245,9 @@ def _save_map(
         bar.ax.tick_params(labelsize=12)
     else:
         ax.legend(handles=key, fontsize=13, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=150, metadata={"fingerprint": mark})
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=150, metadata={"fingerprint": mark})
+    write_bytes(path, memory.getbuffer())
 
 
 def _round_length(um: float) -> float:
@@ -266,8 +267,7 @@ def _save_sheet(path: Path, tiles: UInt8[np.ndarray, "n h w 3"], values: Float32
         sheet.paste(Image.fromarray(tile).resize((cell, cell), Image.Resampling.BICUBIC), (x, y + 20))
     memory = io.BytesIO()
     sheet.save(memory, "JPEG", quality=90)
-    with atomic(path) as part:
-        part.write_bytes(memory.getvalue())
+    write_bytes(path, memory.getbuffer())
 
 
 def tiles_geojson(

@@ -26,6 +26,7 @@ from .bank import MemoryBank
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, window_tiles
 from .config import RunConfig
 from .distributed import Ranks, ranks
+from .embedding import bank_rows
 from .encoder import Augmentation, Encoder
 from .errors import ConfigError, DreslclError, StoreError
 from .features import read_features
@@ -534,7 +535,7 @@ class Trainer:
         else:
             for m, member in enumerate(members):
                 if member.slide_id in self.bank.slides:
-                    own[m] = self.model.embed_features([self.bank.gather(member.slide_id, np.arange(member.tiles)).astype(np.float32)])
+                    own[m] = self.model.embed_features(bank_rows(self.bank, member.slide_id, member.tiles))
         z = {m: vector for part in self.group.collect(own) for m, vector in part.items()}
         reports = cohort.reports
         with inference(self.model):
