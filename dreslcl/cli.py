@@ -415,7 +415,6 @@ def eval_(
     prompts: Annotated[Path | None, option("Zeroshot: JSON or TOML, class -> list of prompts.", panel=_INPUTS, exists=True)] = None,
 ) -> None:
     """Measure slide embeddings: subtype, recognition, mutation, retrieval, zeroshot."""
-    from .cohort import read_reports
     from .embedding import Embeddings
     from .evaluation import evaluate
     from .report import evaluation_page
@@ -425,9 +424,6 @@ def eval_(
     rows: Any = labels
     text: Any = None
     compare_text: Any = None
-    leaks = None
-    if reports and task != "retrieval":
-        leaks = [dict(zip(("slide_id", "patient_id", "report"), row)) for row in read_reports(reports)]
     if task in ("retrieval", "zeroshot"):
         from .embedding import prompt_vectors, report_rows
 
@@ -450,7 +446,7 @@ def eval_(
         splits=splits,
         compare=Embeddings.load(compare) if compare else None,
         include_seen=include_seen,
-        reports=leaks,
+        reports=None if task == "retrieval" else reports,
         text=text,
         compare_text=compare_text,
     )

@@ -122,7 +122,7 @@ class Cohort:
         if vectors is not None:
             rows = [(key, key, array) for key, array in read_report_vectors(vectors).items()]
         elif reports is not None:
-            rows = read_reports(reports)
+            rows = [(row["slide_id"], row["patient_id"], row["report"]) for row in read_reports(reports)]
         else:
             raise ConfigError("pretraining needs reports: --reports TABLE or --report-embeddings FILE")
         source = vectors or reports
@@ -240,8 +240,8 @@ def _rows(path: Path, *required: str) -> list[dict[str, str]]:
         raise TableError(f"{path}: not HistGen's layout {{split: [{{id, report}}]}} ({error!r})") from error
 
 
-def read_reports(path: Path) -> list[tuple[str, str, str]]:
-    """Reports as (slide id or "", patient id or "", text); empty ones are left out.
+def read_reports(path: Path) -> list[dict[str, str]]:
+    """Rows slide_id, patient_id ("" where the table has none) and report; those without an id or a text are left out.
 
     Reads our table (slide_id and/or patient_id, report), TCGA_Reports.csv (patient_filename, text) and HistGen's JSON
     ({split: [{id, report}]}; the split counts as a column).
@@ -253,8 +253,8 @@ def read_reports(path: Path) -> list[tuple[str, str, str]]:
     columns = set(rows[0]) if rows else set()
     if not ("report" in columns and columns & {"slide_id", "patient_id"}):
         raise TableError(f"{path}: needs columns report and slide_id or patient_id; there are {', '.join(sorted(columns)) or 'none'}")
-    found = [(r.get("slide_id", ""), r.get("patient_id", ""), r["report"]) for r in rows if r["report"].strip()]
-    found = [row for row in found if row[0] or row[1]]
+    found = [{key: row.get(key, "") for key in ("slide_id", "patient_id", "report")} for row in rows if row["report"].strip()]
+    found = [row for row in found if row["slide_id"] or row["patient_id"]]
     if not found:
         raise TableError(f"{path}: none of its {len(rows)} rows has a report and an id")
     return found
@@ -341,9 +341,9 @@ class TileReader:
         self.cohort, self.workers = cohort, max(1, workers)
         self._open = lru_cache(maxsize=128)(self._open_tiles)
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
-        sizes = [m.tiles for m in cohort.members]
-        pixels = sum(sizes) * self.grid(0).size ** 2 * 3 if sizes and cache_bytes else 0
-        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if pixels <= cache_bytes and cache_bytes else None
+        tiles = sum(m.tiles for m in cohort.members)
+        fits = cache_bytes and tiles * self.grid(0).size ** 2 * 3 <= cache_bytes
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
 
     def _open_tiles(self, member: int) -> tuple[Slide, Int64[np.ndarray, "M 2"]]:
         assert self.cohort.work is not None, "a cohort of features has no pixels"

@@ -6,11 +6,12 @@ torch loads inside the functions that need it: `evaluation.py` reads `Embeddings
 import json
 import logging
 import tomllib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import h5py
 import numpy as np
@@ -201,15 +202,10 @@ def embed(
         else:
             stream = encode_members(towers, cohort, todo, batch=batch, precision=precision, workers=workers, title="embedding")
         for i, parts in stream:
-            mean, slide = _Mean(), cohort.members[i].slide_id
+            slide = cohort.members[i].slide_id
             try:
                 kept = list(parts) if tile_features else parts
-                if trained:
-                    vector = trained.embed_features(mean.watch(kept))
-                else:
-                    for _ in mean.watch(kept):
-                        pass
-                    vector = mean.value / max(float(np.linalg.norm(mean.value)), 1e-12)
+                vector, mean = _slide_vector(trained, kept)
                 coords = cohort.coordinates(i)
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)
@@ -217,7 +213,7 @@ def embed(
                 continue
             if tile_features:
                 write_tiles(out, layout, np.concatenate(kept), cohort.grid(i), towers.name if towers else name)
-            _write_slide(files[i], vector, mean.value, coords, marks[i])
+            _write_slide(files[i], vector, mean, coords, marks[i])
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
         done = [(member, *read_slide(out, member.slide_id)) for member in cohort.members if member.slide_id not in failed]
         if not done:
@@ -251,22 +247,21 @@ def bank_rows(bank: "MemoryBank", slide: str, tiles: int) -> Iterator[Float32[np
         yield bank.gather(slide, np.arange(start, min(start + 8192, tiles))).astype(np.float32)
 
 
-class _Mean:
-    """The mean feature of a stream of parts that somebody else reads."""
+def _slide_vector(trained: "DRESLCL | None", parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:
+    """A slide's vector and the mean of its tile features; without a model the vector is that mean at unit length."""
+    total, tiles = np.zeros(1), 0
 
-    def __init__(self) -> None:
-        self._sum: Any = 0.0
-        self._tiles = 0
-
-    def watch(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal total, tiles
         for part in parts:
-            self._sum = self._sum + part.sum(axis=0, dtype=np.float64)
-            self._tiles += len(part)
+            total, tiles = total + part.sum(axis=0, dtype=np.float64), tiles + len(part)
             yield part
 
-    @property
-    def value(self) -> Float32[np.ndarray, "D"]:
-        return (self._sum / self._tiles).astype(np.float32)
+    vector = trained.embed_features(counted()) if trained else None
+    if vector is None:
+        deque(counted(), maxlen=0)
+    mean = (total / tiles).astype(np.float32)
+    return mean / max(float(np.linalg.norm(mean)), 1e-12) if vector is None else vector, mean
 
 
 def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.ndarray | None, mark: str) -> None:
@@ -323,13 +318,13 @@ def report_rows(
     trained = DRESLCL.load(model)
     if vectors is not None:
         arrays = read_report_vectors(vectors)
-        rows = [{"slide_id": k, "patient_id": "", "report": f"vectors {fingerprint(a.tolist())}"} for k, a in arrays.items()]
+        rows = [{"slide_id": k, "patient_id": k, "report": f"vectors {fingerprint(a.tolist())}"} for k, a in arrays.items()]
         means = torch.from_numpy(np.stack([array.mean(0) for array in arrays.values()]))
         if means.shape[1] != trained.text_dim:
             raise ModelError(f"{vectors}: vectors have width {means.shape[1]}, the model was trained on width {trained.text_dim}")
         with torch.inference_mode():
             return rows, trained.project_text(means).numpy()
-    rows = [{"slide_id": slide, "patient_id": patient, "report": text} for slide, patient, text in read_reports(reports)]
+    rows = read_reports(reports)
     return rows, trained.embed_text([row["report"] for row in rows])
 
 

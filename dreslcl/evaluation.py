@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
+from .cohort import read_reports
 from .config import EvalConfig
 from .embedding import Embeddings
 from .errors import TableError
@@ -261,7 +262,7 @@ def evaluate(
         slides.parts[split_column] = [row[split_column] for row in slides.rows]
     scanned = ["No leak scan: the reports that pretraining used were not given (--reports)."] if task != "retrieval" else []
     if reports is not None:
-        read = seen_reports(read_table(reports, ["report"]) if isinstance(reports, Path) else reports, embeddings)
+        read = seen_reports(read_reports(reports) if isinstance(reports, Path) else reports, embeddings)
         names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows if task != "retrieval"})
         leaks = leak_scan(read, names)
         scanned = [f"Leak scan: {len(leaks)} of the classes' names stand in the {len(read)} reports that pretraining used."]
@@ -358,7 +359,11 @@ def _probe(
 
 
 def zero_shot(vectors: np.ndarray, prompts: Mapping[str, np.ndarray], names: Sequence[str], column: str) -> Matrix:
-    """Softmax over classes of the cosine between each slide and the class's mean prompt vector. Nothing is fitted."""
+    """Softmax over classes of the cosine between each slide and the class's mean prompt vector. Nothing is fitted.
+
+    Raises:
+        TableError: a class without a prompt.
+    """
     missing = [name for name in names if name not in prompts]
     if missing:
         raise TableError(f"{column}: no prompt for class {some(missing)}; the prompts have {some(list(prompts), 20)}")

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,12 +72,22 @@ def clock(seconds: float) -> str:
 
 
 def forecast(
-    model: DRESLCL, cohort: Cohort, held_out: Cohort, reader: TileReader | None, config: RunConfig, out: Path, *, steps: int, ranks: int
+    model: DRESLCL,
+    cohort: Cohort,
+    held_out: Cohort,
+    reader: TileReader | None,
+    pieces: Sequence[Sequence[str]] | Sequence[Tensor],
+    config: RunConfig,
+    out: Path,
+    *,
+    steps: int,
+    ranks: int,
 ) -> Forecast:
     """Measure reading, encoding and the heads on a few tiles and texts; nothing is written, no weight changes.
 
     Args:
         reader: of the cohort's tiles; None where there are no pixels.
+        pieces: of each report.
         steps: per epoch.
         ranks: processes that share the work.
     """
@@ -113,10 +123,10 @@ def forecast(
 
     text_s = 0.0
     if encoder is not None and _learns(encoder.text_parameters()):
-        pieces = [p for r in cohort.reports[:TEXTS] for p in encoder.split_report(r, sentences=train.report_part < 1)]
+        texts = [text for report in pieces[:TEXTS] for text in report][:TEXTS]
         with autocast(device, train.precision):
-            text_s = _seconds(lambda: encoder.encode_texts(pieces[:TEXTS]).sum().backward(), device) / len(pieces[:TEXTS])
-        each = len(pieces) / min(TEXTS, len(cohort.reports)) * train.report_part
+            text_s = _seconds(lambda: encoder.encode_texts(texts).sum().backward(), device) / len(texts)
+        each = np.mean([len(report) for report in pieces]) * train.report_part
         text_s *= batch * min(each, train.report_windows or math.inf)
     K = config.model.codewords
     sums = torch.randn(batch, K, model.dim, device=device)

@@ -55,7 +55,11 @@ class Slides:
 
 
 def select(embeddings: Embeddings, compare: Embeddings | None, rows: Rows, columns: Sequence[str], where: str) -> tuple[Slides, list[str]]:
-    """The slides of the embeddings (of both, where two are compared) that have a row, and warnings about those left out."""
+    """The slides of the embeddings (of both, where two are compared) that have a row, and warnings about those left out.
+
+    Raises:
+        TableError: as `match`, or the two embeddings share no slide.
+    """
     found, warnings = match(embeddings, rows, columns, where)
     ids, index, seen, features = embeddings.ids, sorted(found), embeddings.seen, {}
     if compare is not None:
@@ -82,7 +86,11 @@ def table_patient(row: Mapping[str, str]) -> str:
 
 
 def split_table(path: Path, slides: Slides) -> dict[str, list[str]]:
-    """Fold column of a split table -> the part of each slide ("" where the table lacks the slide)."""
+    """Fold column of a split table -> the part of each slide ("" where the table lacks the slide).
+
+    Raises:
+        TableError: no column fold_0, fold_1 ..., or no id of the table is known.
+    """
     rows = read_table(path)
     columns = sorted((c for c in (rows[0] if rows else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
     if not columns:
@@ -131,15 +139,21 @@ def match(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where: str
 
 
 def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
-    """The patient: as the table says, else the embeddings, else a TCGA barcode's first 12 characters, else the slide is its own."""
-    barcode = slide[:12] if re.match(r"TCGA-\w\w-\w{4}", slide) else slide
-    return in_table or (in_embeddings if in_embeddings != slide else "") or barcode
+    """The patient: as the table says, else the embeddings, else a TCGA barcode's first 12 characters, else the slide is its own.
+
+    A patient called like the slide says nothing: it only means that nobody knew.
+    """
+    named = [name for name in (in_table, in_embeddings) if name not in ("", slide)]
+    return named[0] if named else slide[:12] if re.match(r"TCGA-\w\w-\w{4}", slide) else slide
 
 
 def encode(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class numbers and names; with two classes the positive one is number 1.
 
     The positive class is `positive` (against the rest), else the one that does not read as a negative ("0", "normal", "wild type" ...).
+
+    Raises:
+        TableError: fewer than two classes, more than two where `binary` asks for two, or no class `positive`.
     """
     classes = sorted(set(values))
     if len(classes) < 2:
@@ -220,7 +234,11 @@ def leak_scan(reports: Rows, names: Sequence[str]) -> list[str]:
 
 
 def make_folds(slides: Slides, column: str, y: np.ndarray, names: Sequence[str], config: EvalConfig, probing: bool) -> list[Fold]:
-    """The given split, else folds by patient; all slides are the test part where nothing is fitted."""
+    """The given split, else folds by patient; all slides are the test part where nothing is fitted.
+
+    Raises:
+        TableError: as `fixed_folds`, or a class with fewer patients than there are folds.
+    """
     if slides.parts:
         return fixed_folds(slides.parts, slides.ids, slides.patients, slides.where)
     if not probing:

@@ -137,7 +137,8 @@ class Trainer:
         if not self.group.first:
             return
         steps, world = self.steps_per_epoch, self.group.world
-        expected = forecast(self.model, self.cohort, self.held_out, self.reader, self.config, self.out, steps=steps, ranks=world)
+        about = (self.model, self.cohort, self.held_out, self.reader, self.pieces)
+        expected = forecast(*about, self.config, self.out, steps=steps, ranks=world)
         for line in [*self.notes[len(self.cohort.notes) :], *expected.lines()]:
             log.info(line)
         for line in expected.warnings():

@@ -53,10 +53,10 @@ def tfidf_vectors(texts: list[str], fit_on: list[str]) -> np.ndarray:
 def main(options: argparse.Namespace) -> None:
     reports = read_reports(options.reports)
     out = set(options.exclude.read_text().split()) if options.exclude else set()
-    rows = {slide or patient: windows(text, options.words) for slide, patient, text in reports}
+    rows = {row["slide_id"] or row["patient_id"]: windows(row["report"], options.words) for row in reports}
     texts = list(dict.fromkeys(piece for pieces in rows.values() for piece in pieces))
     if options.tfidf:
-        kept = [rows[slide or patient] for slide, patient, _ in reports if not {slide, patient} & out]
+        kept = [rows[row["slide_id"] or row["patient_id"]] for row in reports if not {row["slide_id"], row["patient_id"]} & out]
         vectors = tfidf_vectors(texts, [piece for pieces in kept for piece in pieces])
     else:
         vectors = sentence_vectors(texts, options.model)

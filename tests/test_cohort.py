@@ -79,11 +79,11 @@ def test_no_match_shows_both_sides(tmp_path):
 def test_tables_of_tcga_and_histgen_are_read(tmp_path):
     rows = ("TCGA-CQ-7063.be787b58-3a45", 0, "One."), ("TCGA-AA-0001.x", 0, " ")
     tcga = table(tmp_path / "t.csv", ["patient_filename", "label", "text"], *rows)
-    assert read_reports(tcga) == [("", "TCGA-CQ-7063", "One.")]
+    assert read_reports(tcga) == [{"slide_id": "", "patient_id": "TCGA-CQ-7063", "report": "One."}]
     (tmp_path / "a.json").write_text(
         json.dumps({"train": [{"id": "a", "report": "One.", "image_path": []}], "test": [{"id": "b", "report": "Two."}]})
     )
-    assert read_reports(tmp_path / "a.json") == [("a", "", "One."), ("b", "", "Two.")]
+    assert [(row["slide_id"], row["report"]) for row in read_reports(tmp_path / "a.json")] == [("a", "One."), ("b", "Two.")]
     kept, gone = cohort_of("a", "b").with_reports(tmp_path / "a.json").split("split=test", tmp_path / "a.json")
     assert [m.slide_id for m in kept.members] == ["a"] and [m.slide_id for m in gone.members] == ["b"]
 

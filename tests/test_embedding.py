@@ -20,6 +20,7 @@ from dreslcl.config import EncoderConfig
 from dreslcl.embedding import Embeddings, embed, prompt_vectors, report_rows
 from dreslcl.encoder import Encoder
 from dreslcl.errors import BusyError, ConfigError, DreslclError, ModelError, SlideError, StoreError
+from dreslcl.evaluation import evaluate
 from dreslcl.features import find_features
 from dreslcl.files import hold, read_table
 from dreslcl.grid import TileGrid
@@ -324,6 +325,18 @@ def test_slides_with_equal_report_vectors_have_one_report_to_retrieve(model, tmp
     np.savez(tmp_path / "v.npz", a=np.ones((2, width)), b=np.eye(2, width), c=np.ones((2, width)))
     rows, _ = report_rows(None, tmp_path / "v.npz", model)
     assert rows[0]["report"] == rows[2]["report"] != rows[1]["report"]
+
+
+@pytest.mark.parametrize("names", ["slides", "patients"])
+def test_report_vectors_named_by_slide_or_by_patient_are_retrieved(model, tmp_path, names):
+    width, ids = DRESLCL.load(model).text_dim, tuple(f"s{i}" for i in range(6))
+    patients = ("p0", "p0", "p1", "p1", "p2", "p2")
+    keys = ids if names == "slides" else patients
+    np.savez(tmp_path / "v.npz", **{key: np.random.default_rng(i).normal(size=width) for i, key in enumerate(dict.fromkeys(keys))})
+    rows, text = report_rows(None, tmp_path / "v.npz", model)
+    z = np.random.default_rng(0).normal(size=(6, text.shape[1])).astype(np.float32)
+    (outcome,) = evaluate(Embeddings(ids, patients, z), rows, task="retrieval", text=text).outcomes
+    assert outcome.counts == {"slides": 6, "patients": 3, "reports": len(set(keys)), "seen_left_out": []}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"a": []}', '{"a": [1]}', '{"a": 3}'])

@@ -17,7 +17,7 @@ from dreslcl.trainer import pretrain
 
 def expect(made, **changes):
     config = replace(made.config, train=replace(made.config.train, **changes))
-    return forecast(made.model, made.cohort, Cohort(()), made.reader, config, made.out, steps=2, ranks=1)
+    return forecast(made.model, made.cohort, Cohort(()), made.reader, made.pieces, config, made.out, steps=2, ranks=1)
 
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(cohort, tmp_path, caplog):
@@ -49,7 +49,7 @@ def test_epoch_time_counts_steps_tiles_and_held_out_slides(cohort, tmp_path, mon
 
     def seconds(held_out=(), **changes):
         config = replace(made.config, train=replace(made.config.train, workers=10**6, **changes))
-        return forecast(made.model, cohort, Cohort(tuple(held_out)), made.reader, config, tmp_path, steps=2, ranks=1)
+        return forecast(made.model, cohort, Cohort(tuple(held_out)), made.reader, made.pieces, config, tmp_path, steps=2, ranks=1)
 
     plain = seconds()
     assert plain.fill_s == pytest.approx(tiles / 8, rel=0.05)  # one pass over 8 tiles "takes" a second
