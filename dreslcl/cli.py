@@ -378,8 +378,15 @@ def embed(
     if heatmaps and model:
         from .heatmaps import draw_heatmaps
 
-        chosen = {"text": heatmap_text, "labels": heatmap_labels, "column": heatmap_column}
-        failed |= draw_heatmaps(cohort, out, model, result, **chosen, layout=layout, from_bank=from_bank, force=force)
+        failed |= draw_heatmaps(
+            *(cohort, out, model, result),
+            text=heatmap_text,
+            labels=heatmap_labels,
+            column=heatmap_column,
+            layout=layout,
+            from_bank=from_bank,
+            force=force,
+        )
         print(f"maps: {out / 'heatmaps'}")
     if failed:
         slide, why = next(iter(failed.items()))

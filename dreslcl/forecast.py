@@ -126,7 +126,7 @@ def forecast(
         texts = [text for report in pieces[:TEXTS] for text in report][:TEXTS]
         with autocast(device, train.precision):
             text_s = _seconds(lambda: encoder.encode_texts(texts).sum().backward(), device) / len(texts)
-        each = np.mean([len(report) for report in pieces]) * train.report_part
+        each = sum(map(len, pieces)) / len(pieces) * train.report_part
         text_s *= batch * min(each, train.report_windows or math.inf)
     K = config.model.codewords
     sums = torch.randn(batch, K, model.dim, device=device)

@@ -67,7 +67,8 @@ def score_slopes(
     parts = [encode_residuals(part, aggregator.codewords, aggregator.config.soft_assignment) for part in features.split(CHUNK)]
     sums, counts = (torch.stack(side).sum(0).requires_grad_() for side in zip(*parts))
     with torch.enable_grad():
-        return torch.autograd.grad(aggregator(sums[None], counts[None])[0] @ direction, (sums, counts))
+        by_sum, by_count = torch.autograd.grad(aggregator(sums[None], counts[None])[0] @ direction, (sums, counts))
+    return by_sum, by_count
 
 
 def tile_values(
@@ -199,9 +200,9 @@ def _draw(
 ) -> None:
     thumbnail = scan.thumbnail(max(scan.size) * grid.mpp_level0 / 1400)
     thumbnail = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)  # grey: the map has all the colour
-    colours = colormaps["tab20" if codewords <= 18 else "turbo"]
+    colormap = colormaps["tab20" if codewords <= 18 else "turbo"]
     order = [*range(0, 14, 2), 16, 18, *range(1, 15, 2), 17, 19]  # the strong ones first, without grey
-    palette = colours(order[:codewords] if codewords <= 18 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
+    palette = colormap(order[:codewords] if codewords <= 18 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
     if target:
         norm = CenteredNorm(halfrange=max(float(np.percentile(np.abs(values), 99)), 1e-12))
         scale = ScalarMappable(norm, colormaps["RdBu_r"])

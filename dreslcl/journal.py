@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +28,8 @@ class Journal:
     """The log of one run, on the rank that writes. Nothing is written before the first epoch's end."""
 
     def __init__(self, out: Path):
-        self.out, self.drawn, self.events = out, time.monotonic(), None
+        self.out, self.drawn = out, time.monotonic()
+        self.events: Any = None
 
     def write(self, rows: Sequence[Row], *, picture: bool) -> None:
         """All rows to metrics.csv, the last one to TensorBoard; curves.png costs a second: every half minute, and with `picture`."""
@@ -69,8 +71,8 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
     for k in np.argsort(-counts, kind="stable"):
         nearest = sorted(found[k])[:ATLAS_TILES]  # each slide's nearest before any slide's second
         if nearest:
-            tiles = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
-            strip = np.concatenate(tiles, axis=1)
+            shown = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
+            strip = np.concatenate(shown, axis=1)
             pictures.append(Picture(_jpeg(strip), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
     return pictures
 

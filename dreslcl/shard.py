@@ -5,9 +5,10 @@ Stored as plain arrays in C order: `rows.f16` (ΣM, D) features · `step.i32` (�
 dirty · `codebook.npz` the codewords the sums are for.
 
 Random rows of a file larger than memory: MADV_RANDOM stops read-ahead, and posix_fadvise announces all rows of a gather before the
-first is touched, so that the disk serves them together (~125× plain mmap, measured). A touched row maps up to 64 kB around it, and
-these pages are let go again after `RESIDENT` rows: RSS stays flat, the page cache keeps them. Reading through the mapping takes 0.2 µs a
-warm row, `pread` 1.3; writing 0.4 µs (12 where the page must be mapped again) against 22 for `pwrite` (ext4).
+first is touched, so that the disk serves them together (~125× plain mmap, measured). A touched row maps 64 kB around it, or 1.6 MB where
+a recent kernel keeps a file just written in large folios (measured, Linux 6.18); these pages are let go again before they make up
+`RESIDENT`: RSS stays flat, the page cache keeps them. Reading through the mapping takes 0.2 µs a warm row, `pread` 1.3; writing 0.4 µs (12
+where the page must be mapped again) against 22 for `pwrite` (ext4).
 """
 
 import mmap
@@ -25,7 +26,9 @@ from .files import atomic
 
 EMPTY, CLEAN, DIRTY = 0, 1, 2  # state of a slide
 CHUNK = 8192  # rows in memory at a time when many are read
-RESIDENT = 8192  # rows touched before mapped pages are let go: up to 512 MB
+RESIDENT = 1 << 30  # bytes of mapped pages before they are let go
+TOUCHES = 64  # rows between two looks at how much is mapped
+STATM = Path("/proc/self/statm")
 
 
 def file_layout(tiles: int, slides: int, dim: int, codewords: int) -> dict[str, tuple[type, tuple[int, ...], int]]:
@@ -61,6 +64,11 @@ def sum_residuals(
     return _product(members, residuals), np.bincount(codes, minlength=len(codewords)).astype(np.int32)
 
 
+def _mapped_bytes() -> int:
+    """Bytes of files that are mapped into this process and in its memory."""
+    return int(STATM.read_text().split()[2]) * mmap.PAGESIZE
+
+
 class Shard:
     """The mapped files of one shard; rows are numbered over all its slides."""
 
@@ -69,7 +77,7 @@ class Shard:
         self.number = {slide: i for i, slide in enumerate(spans)}
         self.start = dict(zip(spans, np.cumsum([0, *spans.values()]).tolist()))  # first row of each slide
         self._maps: list[mmap.mmap] = []
-        self._touched = 0
+        self._touched, self._mapped = 0, _mapped_bytes() if STATM.exists() else 0
         arrays = [self._map(name, *file) for name, file in file_layout(sum(spans.values()), len(spans), dim, codewords).items()]
         self.rows, self.step, self.code, self.sums, self.counts, self.state = arrays
         self._file = (folder / "rows.f16").open("r+b", buffering=0)
@@ -127,12 +135,16 @@ class Shard:
         return found
 
     def touched(self, rows: int) -> None:
-        """Count rows used through the mapping; let mapped pages go now and then."""
+        """Count rows used through the mapping; let mapped pages go now and then (Linux)."""
         self._touched += rows
-        if self._touched >= RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
-            self._touched = 0
+        if self._touched < TOUCHES or not STATM.exists():
+            return
+        self._touched, now = 0, _mapped_bytes()
+        if now - self._mapped > RESIDENT:
             for mapped in self._maps:  # of a shared mapping: changed pages stay in the page cache and reach the disk
                 mapped.madvise(mmap.MADV_DONTNEED)
+            now = self._mapped = _mapped_bytes()
+        self._mapped = min(self._mapped, now)
 
     def stream(self, rows: slice) -> Iterator[tuple[slice, Float16[np.ndarray, "n D"]]]:
         """Consecutive rows a chunk at a time, read as a file (with read-ahead) and not through the mapping."""

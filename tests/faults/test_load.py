@@ -17,6 +17,7 @@ from dreslcl.grid import TileGrid, grid_corners, hilbert_order
 from dreslcl.synthetic import write_scan
 
 pytestmark = pytest.mark.slow
+LET_GO = 128  # MB of mapped pages of the bank, in place of its 1 GB
 
 
 def measured(function, *arguments):
@@ -85,8 +86,10 @@ def steps(folder: Path, tiles: int, count: int) -> tuple[float, float]:
     """Fill a bank with slides of so many tiles and take training steps; seconds of the fill and of a step (median)."""
     import torch
 
+    from dreslcl import shard
     from dreslcl.residual import ResidualAggregator, refreshed_residuals
 
+    shard.RESIDENT = LET_GO << 20
     D, K, T, B = 384, 16, 16, 2
     rng = np.random.default_rng(0)
     spans = {f"s{i}": tiles for i in range(B)}
@@ -119,7 +122,7 @@ def test_a_slide_of_half_a_million_tiles_goes_through_grid_bank_and_step_in_flat
         found[tiles] = mb, step
         print(f"\n2 slides of {tiles:,} tiles: fill {filled:.1f} s, step {step * 1e3:.1f} ms, {mb:.0f} MB more memory")
     size = sum(p.stat().st_size for p in (tmp_path / "500000").iterdir()) / 1e6
-    assert found[500_000][0] < found[5_000][0] + 0.6 * size, f"memory grew with a bank of {size:.0f} MB"
+    assert found[500_000][0] < found[5_000][0] + LET_GO + 200 < size, f"memory grew with a bank of {size:.0f} MB"
     xy = grid_corners((1000 * 512, 500 * 512), 512, 512)
     grid = TileGrid("a", xy, np.ones(len(xy), np.float32), 512, 256, 0.5, 0.25, "x", (512_000, 256_000), "f")
     start = time.monotonic()
