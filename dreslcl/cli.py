@@ -31,7 +31,7 @@ from .config import (
     updated,
 )
 from .errors import ConfigError, DreslclError
-from .files import rank_and_world
+from .files import hold, rank_and_world
 
 app = typer.Typer(
     help="Learn slide representations from whole-slide images and their pathology reports (DRE-SLCL, arXiv 2511.05034).",
@@ -457,10 +457,11 @@ def eval_(
         text=text,
         compare_text=compare_text,
     )
-    result.save(out)
-    maps = (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
-    pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((maps / kind).glob("*.png"))}
-    evaluation_page(result, out / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]), pictures=pictures)
+    with hold(out):
+        result.save(out)
+        maps = (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
+        pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((maps / kind).glob("*.png"))}
+        evaluation_page(result, out / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]), pictures=pictures)
     for warning in result.warnings:
         log.warning("warning: %s", warning)
     print_table(*result.table())

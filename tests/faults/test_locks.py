@@ -24,7 +24,7 @@ def holder(folder: Path, pipe) -> None:
         time.sleep(600)
 
 
-@pytest.mark.parametrize("name", ["tile", "pretrain", "embed"])
+@pytest.mark.parametrize("name", ["tile", "pretrain", "embed", "eval"])
 def test_the_second_process_is_told_who_holds_the_folder_and_a_crash_lets_go(work, whole, tmp_path, name):
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=holder, args=(tmp_path, theirs))
