@@ -168,6 +168,12 @@ def _version(on: bool) -> bool:
     return on
 
 
+def say(line: str) -> None:
+    """Print a line of the result, once where several ranks run."""
+    if rank_and_world()[0] == 0:
+        print(line)
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """A table on stdout: rich on a terminal, tab-separated text elsewhere."""
     if not sys.stdout.isatty():
@@ -293,7 +299,7 @@ def pretrain(
         log.info(note)
     folder = run(cohort, out, settings, held_out=held_out, resume=resume, dry_run=dry_run)
     if not dry_run:
-        print(f"model: {folder}")
+        say(f"model: {folder}")
 
 
 def _cohort(work: Path | None, features: Path | None, patients: Path | None, *, skip: bool = False) -> Any:
@@ -373,7 +379,7 @@ def embed(
         from_bank=from_bank,
         force=force,
     )
-    print(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
+    say(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
     failed = dict(result.failed)
     if heatmaps and model:
         from .heatmaps import draw_heatmaps
@@ -387,7 +393,7 @@ def embed(
             from_bank=from_bank,
             force=force,
         )
-        print(f"maps: {out / 'heatmaps'}")
+        say(f"maps: {out / 'heatmaps'}")
     if failed:
         slide, why = next(iter(failed.items()))
         total = len(cohort) + len(cohort.unreadable)

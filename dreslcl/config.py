@@ -84,11 +84,11 @@ class EncoderConfig:
 class ModelConfig:
     """The residual encoder: tile features of a slide -> one vector."""
 
-    codewords: int = 16
+    codewords: int = 8
     """K, entries of the codebook."""
-    width: int = 128
+    width: int = 64
     """Width of the aggregator's Transformer."""
-    depth: int = 2
+    depth: int = 1
     """Layers of the aggregator's Transformer."""
     heads: int = 4
     """Attention heads of the aggregator's Transformer."""
@@ -102,7 +102,7 @@ class ModelConfig:
     """Scale each codeword's residual sum to unit length (else to the square root of its count)."""
     soft_assignment: float = 0.0
     """Share each tile out over the codewords by a softmax of this times minus the squared distance (ablation; reads all rows); 0: hard."""
-    joint_dim: int = 256
+    joint_dim: int = 512
     """E, width of the joint space, where the text tower does not fix it (precomputed report vectors)."""
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class TrainConfig:
     """T, tiles encoded with gradient per slide and step."""
     tile_batch: int = 128
     """Tiles in one pass of the encoder: bounds memory, changes no result."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Peak learning rate of the aggregator and the heads."""
     encoder_lr: float = 1e-4
     """Peak learning rate of the tile encoder."""
@@ -190,6 +190,7 @@ class TrainConfig:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
         _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        _require(self.tiles >= 2 or not self.view_weight, f"the two views of view_weight need tiles 2 or more, got {self.tiles}")
         _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
         _require(self.tile_batch >= 1, f"tile_batch must be at least 1, got {self.tile_batch}")
         _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
@@ -314,10 +315,12 @@ def knob_help(config: type) -> dict[str, str]:
 PRESETS = {
     "paper": RunConfig(
         EncoderConfig(name="ViT-S-16", text="frozen"),
-        ModelConfig(codewords=32, width=256),
+        ModelConfig(codewords=32, width=256, depth=2),
         TrainConfig(tiles=64, batch=32, encoder_lr=1e-5),
     ),
     "tiny": RunConfig(),
-    "clip-b32": RunConfig(EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(width=256), TrainConfig(encoder_lr=1e-5)),
+    "clip-b32": RunConfig(
+        EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(codewords=16, width=256, depth=2), TrainConfig(encoder_lr=1e-5)
+    ),
 }
 """Known settings; `paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults) with frozen text."""

@@ -247,6 +247,11 @@ class Trainer:
         """Whether the tile encoder learns in this epoch; else a slide is read from the bank alone."""
         return self.pixels and self.config.encoder.tune != "none" and self.epoch >= self.train.freeze_epochs
 
+    @property
+    def _whole_slides(self) -> bool:
+        """Whether the bank gives all the other tiles of a slide; where the encoder rests, leaving rows out reads those that stay."""
+        return self.train.bank and (self.live or not (self.train.stale_dropout or self.train.bank_tiles))
+
     def plan(self) -> list[list[Int64[np.ndarray, "_"]]]:
         """The epoch's batches, each a list with one array of members per rank; every rank knows all of it."""
         shards = [[i for i, s in enumerate(self.shard_of) if s == shard] for shard in range(self.shards)]
@@ -411,13 +416,16 @@ class Trainer:
         return torch.cat([cached, encode(last)]), encode_again
 
     def _from_bank(self, slides: list[str], visits: list[Visit]) -> tuple[list[np.ndarray], Float[Tensor, "N D"]]:
-        """Where the tile encoder rests: each slide's rows, thinned by `stale_dropout` and `bank_tiles`, in the place of fresh ones."""
+        """Where the tile encoder rests: rows in the place of fresh tiles.
+
+        Those that `stale_dropout` and `bank_tiles` leave, which are then all of the slide; or T, for the two views or without a bank.
+        """
         train, index, rows = self.train, [], []
-        if train.bank and not (train.stale_dropout or train.bank_tiles or train.view_weight):
+        if self._whole_slides and not train.view_weight:
             return [np.empty(0, np.int64) for _ in slides], torch.empty(0, self.model.dim, device=self.device)
         for slide, visit in zip(slides, visits):
             M, rng = self.bank.tiles(slide), self._rng(3, visit.member)
-            most = train.bank_tiles if train.bank and train.bank_tiles else M if train.bank else train.tiles
+            most = train.tiles if self._whole_slides or not train.bank else train.bank_tiles or M
             keep = max(2, round(min(most, M) * (1 - train.stale_dropout)))
             index.append(draw_tiles(M, keep, rng))
             rows.append(torch.from_numpy(self.bank.gather(slide, index[-1])))
@@ -427,10 +435,9 @@ class Trainer:
         self, slides: list[str], index: list[np.ndarray], fresh: Float[Tensor, "N D"], sizes: list[int]
     ) -> Float[Tensor, "B E"]:
         train = self.train
-        whole = train.bank and (self.live or not len(fresh))
         rng = self._rng(4, self.step, self.group.rank)
         sums, counts = refreshed_residuals(
-            self.bank if whole else None,
+            self.bank if self._whole_slides else None,
             slides,
             index,
             fresh,

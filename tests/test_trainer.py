@@ -267,6 +267,16 @@ def test_gradient_caching_encodes_all_but_the_last_micro_batch_twice(cohort, tmp
     assert sizes == [6, 6, 4, 6, 6]
 
 
+def test_two_views_of_a_resting_encoder_read_only_the_drawn_rows_and_leave_the_slides_whole(cohort, tmp_path):
+    frozen = replace(SMALL, encoder=EncoderConfig(tune="none"))
+    plain, views = (trainer(cohort, tmp_path / str(w), frozen, view_weight=w) for w in (0.0, 1.0))
+    slides, visits = [plain._id(0)], [views._visit(0)]
+    (index,), fresh = views._from_bank(slides, visits)
+    assert len(fresh) == len(index) == SMALL.train.tiles < views.bank.tiles(slides[0])
+    vectors = [made._slide_vectors(slides, *made._from_bank(slides, visits), [1]) for made in (plain, views)]
+    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_any_memory_layout_are_summed_over_ranks(monkeypatch):
     weights = [torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)), torch.nn.Parameter(torch.randn(5))]
     for p in weights:
