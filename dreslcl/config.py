@@ -84,11 +84,11 @@ class EncoderConfig:
 class ModelConfig:
     """The residual encoder: tile features of a slide -> one vector."""
 
-    codewords: int = 8
+    codewords: int = 16
     """K, entries of the codebook."""
-    width: int = 64
+    width: int = 128
     """Width of the aggregator's Transformer."""
-    depth: int = 1
+    depth: int = 2
     """Layers of the aggregator's Transformer."""
     heads: int = 4
     """Attention heads of the aggregator's Transformer."""
@@ -125,9 +125,9 @@ class TrainConfig:
     """T, tiles encoded with gradient per slide and step."""
     tile_batch: int = 128
     """Tiles in one pass of the encoder: bounds memory, changes no result."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     """Peak learning rate of the aggregator and the heads."""
-    encoder_lr: float = 1e-4
+    encoder_lr: float = 3e-5
     """Peak learning rate of the tile encoder."""
     text_lr: float = 1e-4
     """Peak learning rate of the text tower where it learns."""
@@ -161,7 +161,7 @@ class TrainConfig:
     """Label smoothing of InfoNCE."""
     temperature: float = 0.07
     """Temperature at the start; it is learnt."""
-    view_weight: float = 0.0
+    view_weight: float = 1.0
     """Weight of the report-free objective: two disjoint tile samples of one slide as a positive pair."""
     report_part: float = 0.5
     """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
@@ -315,12 +315,10 @@ def knob_help(config: type) -> dict[str, str]:
 PRESETS = {
     "paper": RunConfig(
         EncoderConfig(name="ViT-S-16", text="frozen"),
-        ModelConfig(codewords=32, width=256, depth=2),
+        ModelConfig(codewords=32, width=256),
         TrainConfig(tiles=64, batch=32, encoder_lr=1e-5),
     ),
     "tiny": RunConfig(),
-    "clip-b32": RunConfig(
-        EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(codewords=16, width=256, depth=2), TrainConfig(encoder_lr=1e-5)
-    ),
+    "clip-b32": RunConfig(EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(width=256), TrainConfig(encoder_lr=1e-5)),
 }
 """Known settings; `paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults) with frozen text."""

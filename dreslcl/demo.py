@@ -22,7 +22,15 @@ SETTINGS = RunConfig(
     EncoderConfig(),
     ModelConfig(codewords=8, width=64, depth=1, dropout=0.3),
     TrainConfig(
-        epochs=140, encoder_lr=1e-3, lr=3e-4, text_lr=1e-4, gradient_scale="full", report_part=0.6, stain_jitter=0.4, tile_batch=512
+        epochs=140,
+        encoder_lr=1e-3,
+        lr=3e-4,
+        text_lr=1e-4,
+        gradient_scale="full",
+        report_part=0.6,
+        stain_jitter=0.4,
+        tile_batch=512,
+        view_weight=0.0,
     ),
 )
 """A text tower that learns slowly, sentences left out and stain jitter keep a small cohort from being learnt by heart."""

@@ -50,8 +50,8 @@ def test_tables_of_other_programs_are_read(tmp_path, encoding, delimiter):
 
 
 def test_formula_in_a_cell_is_made_inert(tmp_path):
-    write_table(tmp_path / "t.csv", ["a", "b"], [("=1+1", -3), ("@x", 0.5)])
-    assert read_table(tmp_path / "t.csv") == [{"a": "'=1+1", "b": "-3"}, {"a": "'@x", "b": "0.5"}]
+    write_table(tmp_path / "t.csv", ["a", "b"], [("=1+1", -3), ("@x", "-0.5e-3"), ("-1+1", "+7")])
+    assert read_table(tmp_path / "t.csv") == [{"a": "'=1+1", "b": "-3"}, {"a": "'@x", "b": "-0.5e-3"}, {"a": "'-1+1", "b": "+7"}]
 
 
 @pytest.mark.parametrize(
