@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from .cohort import Cohort
-from .config import EncoderConfig, EvalConfig, ModelConfig, RunConfig, TileConfig, TrainConfig, updated
+from .config import PRESETS, EvalConfig, TileConfig, updated
 from .embedding import embed
 from .errors import StoreError
 from .evaluation import Result, evaluate
@@ -18,22 +18,7 @@ log = logging.getLogger(__name__)
 TASKS = ("subtype", "recognition", "mutation")
 TILES = TileConfig(size=64, mpp=2.0)
 """Structure of glands and sheets shows at 2 µm/px, and the tiny encoder takes 64 px."""
-SETTINGS = RunConfig(
-    EncoderConfig(),
-    ModelConfig(codewords=8, width=64, depth=1, dropout=0.3),
-    TrainConfig(
-        epochs=140,
-        encoder_lr=1e-3,
-        lr=3e-4,
-        text_lr=1e-4,
-        gradient_scale="full",
-        report_part=0.6,
-        stain_jitter=0.4,
-        tile_batch=512,
-        view_weight=0.0,
-    ),
-)
-"""A text tower that learns slowly, sentences left out and stain jitter keep a small cohort from being learnt by heart."""
+SETTINGS = PRESETS["tiny"]
 
 
 def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result]:
