@@ -24,7 +24,7 @@ def assert_like_whole(name: str, out: Path, whole: Path) -> None:
     elif name == "embed":
         assert contents(out) == contents(whole / "embed")
     else:
-        assert {p.name for p in out.iterdir()} == {"metrics.json", "predictions.csv", "report.html"}
+        assert {p.name for p in out.iterdir()} == {".lock", "metrics.json", "predictions.csv", "report.html"}
         assert (out / "metrics.json").read_bytes() == (whole / "eval" / "metrics.json").read_bytes()
 
 
