@@ -72,7 +72,8 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
         nearest = sorted(found[k])[:ATLAS_TILES]  # each slide's nearest before any slide's second
         if nearest:
             shown = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
-            strip = np.concatenate(shown, axis=1)
+            empty = [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
+            strip = np.concatenate([*shown, *empty], axis=1)
             pictures.append(Picture(_jpeg(strip), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
     return pictures
 

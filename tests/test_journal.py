@@ -1,11 +1,13 @@
 """What a run tells people: TensorBoard holds what metrics.csv holds, report.html is one escaped file about the run."""
 
 import csv
+import io
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import SMALL, trainer
 
@@ -94,6 +96,13 @@ def test_the_atlas_shows_the_nearest_tiles_of_different_slides(cohort, tmp_path,
         assert strip[: len(nearest)] == [place for _, place in sorted(nearest)[:6]]
         shares.append(float(re.search(r"([\d.]+)%", picture.caption)[1]))
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_strips_of_the_atlas_have_one_size_however_few_tiles_they_show(cohort, tmp_path, monkeypatch):
+    made: Trainer = trainer(cohort, tmp_path)
+    monkeypatch.setattr(made.bank, "codes", lambda slide, tiles: np.where((slide == "s0") & (tiles == 0), 1, 0))
+    pictures = codebook_atlas(made.bank, made.model.aggregator.codewords.numpy(), cohort, made.reader, seed=0)
+    assert len(pictures) == 2 and len({Image.open(io.BytesIO(p.data)).size for p in pictures}) == 1
 
 
 def test_examples_run_from_the_best_rank_to_the_worst(tmp_path):
