@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
+from .cohort import patient_of as barcode_patient
 from .config import EvalConfig
 from .embedding import Embeddings
 from .errors import TableError
@@ -144,7 +145,7 @@ def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
     A patient called like the slide says nothing: it only means that nobody knew.
     """
     named = [name for name in (in_table, in_embeddings) if name not in ("", slide)]
-    return named[0] if named else slide[:12] if re.match(r"TCGA-\w\w-\w{4}", slide) else slide
+    return named[0] if named else barcode_patient(slide)
 
 
 def encode(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -65,8 +65,8 @@ def sum_residuals(
 
 
 def _mapped_bytes() -> int:
-    """Bytes of files that are mapped into this process and in its memory."""
-    return int(STATM.read_text().split()[2]) * mmap.PAGESIZE
+    """Bytes of files that are mapped into this process and in its memory; 0 where the system does not tell (Linux does)."""
+    return int(STATM.read_text().split()[2]) * mmap.PAGESIZE if STATM.exists() else 0
 
 
 class Shard:
@@ -77,7 +77,7 @@ class Shard:
         self.number = {slide: i for i, slide in enumerate(spans)}
         self.start = dict(zip(spans, np.cumsum([0, *spans.values()]).tolist()))  # first row of each slide
         self._maps: list[mmap.mmap] = []
-        self._touched, self._mapped = 0, _mapped_bytes() if STATM.exists() else 0
+        self._touched, self._mapped = 0, _mapped_bytes()
         arrays = [self._map(name, *file) for name, file in file_layout(sum(spans.values()), len(spans), dim, codewords).items()]
         self.rows, self.step, self.code, self.sums, self.counts, self.state = arrays
         self._file = (folder / "rows.f16").open("r+b", buffering=0)
@@ -135,9 +135,9 @@ class Shard:
         return found
 
     def touched(self, rows: int) -> None:
-        """Count rows used through the mapping; let mapped pages go now and then (Linux)."""
+        """Count rows used through the mapping; let mapped pages go now and then."""
         self._touched += rows
-        if self._touched < TOUCHES or not STATM.exists():
+        if self._touched < TOUCHES:
             return
         self._touched, now = 0, _mapped_bytes()
         if now - self._mapped > RESIDENT:

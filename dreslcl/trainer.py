@@ -472,13 +472,15 @@ class Trainer:
         """Two disjoint halves of a slide's drawn tiles as a positive pair: a contrast that needs no report."""
         lengths, halves = [len(i) for i in index], []
         for half in (0, 1):
-            parts = [part[half::2] for part in fresh.split(lengths)]
-            places = [i[half::2] for i in index]
-            words, soft = self.model.aggregator.codewords, self.config.model.soft_assignment
-            sums, counts = refreshed_residuals(None, slides, places, torch.cat(parts), words, soft=soft)
-            halves.append(self.group.gather_rows(self.model.aggregator(sums, counts), sizes))
+            features = torch.cat([part[half::2] for part in fresh.split(lengths)])
+            halves.append(self.group.gather_rows(self._view_vectors(slides, [i[half::2] for i in index], features), sizes))
         one_each = torch.arange(sum(sizes), device=self.device)
         return contrastive_loss(halves[0], halves[1], one_each, scale)
+
+    def _view_vectors(self, slides: list[str], index: list[np.ndarray], features: Float[Tensor, "N D"]) -> Float[Tensor, "B E"]:
+        """z of slides that are nothing but these tiles."""
+        words, soft = self.model.aggregator.codewords, self.config.model.soft_assignment
+        return self.model.aggregator(*refreshed_residuals(None, slides, index, features, words, soft=soft))
 
     def _write_back(self, slides: list[str], index: list[np.ndarray], fresh: Tensor) -> float:
         rows = fresh.detach().cpu().numpy()

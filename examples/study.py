@@ -35,7 +35,7 @@ from dreslcl.demo import SETTINGS, TILES
 from dreslcl.embedding import report_rows
 from dreslcl.features import find_features, read_features
 from dreslcl.files import fingerprint, read_table, write_table
-from dreslcl.model import DRESLCL, contrastive_loss
+from dreslcl.model import DRESLCL
 from dreslcl.residual import ResidualAggregator, residual_sums
 from dreslcl.trainer import Trainer
 
@@ -202,15 +202,13 @@ class AttentionModel(DRESLCL):
 
 class AttentionTrainer(Trainer):
     def _slide_vectors(self, slides: list[str], index: list[np.ndarray], fresh: Tensor, sizes: list[int]) -> Tensor:
-        if not len(fresh):
+        if self._whole_slides:
             index = [np.arange(self.bank.tiles(slide)) for slide in slides]
             fresh = torch.from_numpy(np.concatenate([self.bank.gather(slide, i) for slide, i in zip(slides, index)])).float()
         return self.model.aggregator.pool(fresh, [len(i) for i in index])
 
-    def _view_loss(self, slides: list[str], index: list[np.ndarray], fresh: Tensor, sizes: list[int], scale: Tensor) -> Tensor:
-        halves = [[part[half::2] for part in fresh.split([len(i) for i in index])] for half in (0, 1)]
-        one, other = (self.model.aggregator.pool(torch.cat(parts), [len(part) for part in parts]) for parts in halves)
-        return contrastive_loss(one, other, torch.arange(len(slides)), scale)
+    def _view_vectors(self, slides: list[str], index: list[np.ndarray], features: Tensor) -> Tensor:
+        return self.model.aggregator.pool(features, [len(i) for i in index])
 
 
 @contextmanager
