@@ -459,7 +459,7 @@ def eval_(
         splits=splits,
         compare=Embeddings.load(compare) if compare else None,
         include_seen=include_seen,
-        reports=None if task == "retrieval" else reports,
+        reports=reports,
         text=text,
         compare_text=compare_text,
     )

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from .errors import ConfigError, DreslclError, ModelError, SlideError, StoreError, reason
+from .features import unit
 from .files import fingerprint, hdf5_file, hold
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ class Embeddings:
         """
         patients = sorted(set(self.patients))
         rows = [np.flatnonzero(np.array(self.patients) == p) for p in patients]
-        vectors = np.stack([self.vectors[r].mean(0) for r in rows])
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = unit(np.stack([self.vectors[r].mean(0) for r in rows]))
         mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
         seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
         return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model, self.failed)
@@ -261,7 +261,7 @@ def _slide_vector(trained: "DRESLCL | None", parts: Iterable[np.ndarray]) -> tup
     if vector is None:
         deque(counted(), maxlen=0)
     mean = (total / tiles).astype(np.float32)
-    return mean / max(float(np.linalg.norm(mean)), 1e-12) if vector is None else vector, mean
+    return unit(mean) if vector is None else vector, mean
 
 
 def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.ndarray | None, mark: str) -> None:

@@ -10,7 +10,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -380,12 +381,12 @@ def _explain(config: EncoderConfig, error: Exception) -> str:
     return f"encoder {config.name} cannot be built ({reason})"
 
 
-class _quiet_open_clip:
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
     """OpenCLIP logs each step of loading on the root logger; dreslcl says what matters itself."""
-
-    def __enter__(self) -> None:
-        self.level = logging.root.level
-        logging.root.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.root.setLevel(self.level)
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)

@@ -24,6 +24,7 @@ from .cohort import read_reports
 from .config import EvalConfig
 from .embedding import Embeddings
 from .errors import TableError
+from .features import unit
 from .files import read_table, write_json, write_table
 from .labels import (
     UNLABELLED,
@@ -199,12 +200,8 @@ def few_shot_probe(x: np.ndarray, y: np.ndarray, groups: np.ndarray, x_test: np.
     for c in range(classes):
         members = rng.permutation(np.flatnonzero(y == c))
         first = np.unique(groups[members], return_index=True)[1]  # one random slide of each patient
-        prototypes.append(_unit(x[members[rng.permutation(first)[:shots]]] - centre).mean(0))
-    return _softmax(_unit(x_test - centre) @ _unit(np.stack(prototypes)).T)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        prototypes.append(unit(x[members[rng.permutation(first)[:shots]]] - centre).mean(0))
+    return _softmax(unit(x_test - centre) @ unit(np.stack(prototypes)).T)
 
 
 def _softmax(cosine: np.ndarray) -> Matrix:
@@ -261,9 +258,9 @@ def evaluate(
     elif split_column:
         slides.parts[split_column] = [row[split_column] for row in slides.rows]
     scanned = ["No leak scan: the reports that pretraining used were not given (--reports)."] if task != "retrieval" else []
-    if reports is not None:
+    if reports is not None and task != "retrieval":  # there the report is the label
         read = seen_reports(read_reports(reports) if isinstance(reports, Path) else reports, embeddings)
-        names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows if task != "retrieval"})
+        names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows})
         leaks = leak_scan(read, names)
         scanned = [f"Leak scan: {len(leaks)} of the classes' names stand in the {len(read)} reports that pretraining used."]
         warnings += leaks
@@ -367,8 +364,8 @@ def zero_shot(vectors: np.ndarray, prompts: Mapping[str, np.ndarray], names: Seq
     missing = [name for name in names if name not in prompts]
     if missing:
         raise TableError(f"{column}: no prompt for class {some(missing)}; the prompts have {some(list(prompts), 20)}")
-    means = [_unit(np.atleast_2d(prompts[name])).mean(0) for name in names]
-    return _softmax(_unit(vectors) @ _unit(np.stack(means)).T)
+    means = [unit(np.atleast_2d(prompts[name])).mean(0) for name in names]
+    return _softmax(unit(vectors) @ unit(np.stack(means)).T)
 
 
 def _retrieval(slides: Slides, column: str, plan: _Plan) -> Outcome:
@@ -390,7 +387,7 @@ def _retrieval(slides: Slides, column: str, plan: _Plan) -> Outcome:
     drawn: dict[str, dict[str, Any]] = defaultdict(dict)
     rankings: list[list[Any]] = []
     for name, vectors in plan.texts.items():
-        similarity = _unit(slides.features[name]) @ _unit(np.asarray(vectors)[slides.row_index[first]]).T
+        similarity = unit(slides.features[name]) @ unit(np.asarray(vectors)[slides.row_index[first]]).T
         for (direction, (ids, owners)), sim, hits in zip(queries.items(), (similarity, similarity.T), (hit, hit.T)):
             ranks = first_hits(sim, hits)
             drawn[name][direction] = retrieval_metrics(ranks, resamples(owners, plan.config.bootstrap, plan.config.seed))

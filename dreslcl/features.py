@@ -6,13 +6,18 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 
 from .errors import StoreError, TableError, reason
 from .files import check_id
 
 _NAMES = ("features", "feats")  # TRIDENT and CLAM; STAMP
 _FOLDERS = ("pt_files", "h5_files")  # CLAM's folder of features holds both
+
+
+def unit(vectors: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
+    """Vectors scaled to length 1; zero stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def read_features(path: Path) -> Float32[np.ndarray, "M D"]:
@@ -35,7 +40,7 @@ def read_features(path: Path) -> Float32[np.ndarray, "M D"]:
     features = features.astype(np.float32)
     if not np.isfinite(features).all():
         raise StoreError(f"{path}: holds features that are not finite; extract them anew")
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return unit(features)
 
 
 def read_corners(path: Path) -> Int64[np.ndarray, "M 2"] | None:

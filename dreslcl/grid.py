@@ -40,7 +40,7 @@ class TileGrid:
         return len(self.xy)
 
     def save(self, path: Path) -> None:
-        """Write TRIDENT's coordinate layout (see formats.md: resolutions as magnifications, 10 / mpp, so that they stay exact)."""
+        """Write TRIDENT's coordinate layout; resolutions as magnifications, 10 / mpp, which may be fractions and so stay exact."""
         with hdf5_file(path) as file:
             self.describe(file.create_dataset("coords", data=self.xy), path.parent.name)
             file.create_dataset("tissue_fraction", data=self.tissue)
