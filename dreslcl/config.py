@@ -127,7 +127,7 @@ class TrainConfig:
     """Tiles in one pass of the encoder: bounds memory, changes no result."""
     lr: float = 3e-4
     """Peak learning rate of the aggregator and the heads."""
-    encoder_lr: float = 3e-5
+    encoder_lr: float = 1e-4
     """Peak learning rate of the tile encoder; from random weights it needs about 1e-3."""
     text_lr: float = 1e-4
     """Peak learning rate of the text tower where it learns."""
@@ -162,7 +162,7 @@ class TrainConfig:
     temperature: float = 0.07
     """Temperature at the start; it is learnt."""
     view_weight: float = 1.0
-    """Weight of the report-free objective: two disjoint tile samples of one slide as a positive pair."""
+    """Weight of the report-free objective: a slide's drawn tiles and its other tiles as a positive pair."""
     report_part: float = 0.5
     """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
     report_windows: int = 8
@@ -190,7 +190,8 @@ class TrainConfig:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
         _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
         _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
-        _require(self.tiles >= 2 or not self.view_weight, f"the two views of view_weight need tiles 2 or more, got {self.tiles}")
+        views = self.bank or self.tiles >= 2 or not self.view_weight
+        _require(views, f"without a bank the two views of view_weight need tiles 2 or more, got {self.tiles}")
         _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
         _require(self.tile_batch >= 1, f"tile_batch must be at least 1, got {self.tile_batch}")
         _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")

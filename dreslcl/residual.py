@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Integer
+from jaxtyping import Float, Float32, Float64, Int, Int64, Integer
 from torch import Tensor, nn
 
 from .bank import MemoryBank
@@ -66,6 +66,52 @@ def encode_residuals(
         return shares.T @ (features - middle) - shares.sum(0)[:, None] * (codewords - middle), shares.sum(0)
 
 
+@dataclass(frozen=True)
+class Stale:
+    """What the bank gives of B slides beside their drawn tiles."""
+
+    sums: Float[Tensor, "B K D"]
+    counts: Float[Tensor, "B K"]
+    weights: Float64[np.ndarray, "B"]
+    """How many tiles each drawn tile stands for, so that counts sum to what they would be without `stale_dropout`."""
+    tiles: Int64[np.ndarray, "B"]
+    """Tiles of the slide that are counted: the drawn ones, and those of the bank before `stale_dropout`."""
+
+
+def stale_residuals(
+    bank: MemoryBank,
+    slides: Sequence[str],
+    tiles: Sequence[Integer[np.ndarray, "_"]],
+    codewords: Float[Tensor, "K D"],
+    *,
+    bank_tiles: int = 0,
+    stale_dropout: float = 0.0,
+    soft: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> Stale:
+    """Residual sums and counts of the bank rows of all tiles but the drawn ones; arguments as `refreshed_residuals`."""
+    (K, D), B = codewords.shape, len(slides)
+    sums, counts = torch.zeros(B, K, D), torch.zeros(B, K)
+    weights, totals = np.ones(B), np.zeros(B, np.int64)
+    for b, (slide, index) in enumerate(zip(slides, tiles)):
+        totals[b] = bank.tiles(slide)
+        if not (bank_tiles or stale_dropout or soft):
+            sums[b], counts[b] = map(torch.from_numpy, bank.residuals(slide, without=index))
+            continue
+        rest = np.delete(np.arange(totals[b]), index)
+        if bank_tiles and bank_tiles < len(rest):
+            rest = np.sort(rng.choice(rest, bank_tiles, replace=False))
+        kept = rest[rng.random(len(rest)) >= stale_dropout] if stale_dropout else rest
+        weights[b] = (len(index) + len(rest) - len(kept)) / max(len(index), 1)
+        totals[b] = len(index) + len(rest)
+        if soft:
+            rows = torch.from_numpy(bank.gather(slide, kept)).to(codewords.device)
+            sums[b], counts[b] = encode_residuals(rows, codewords.detach(), soft)
+        else:
+            sums[b], counts[b] = map(torch.from_numpy, bank.residuals(slide, kept))
+    return Stale(sums.to(codewords.device), counts.to(codewords.device), weights, totals)
+
+
 def refreshed_residuals(
     bank: MemoryBank | None,
     slides: Sequence[str],
@@ -100,47 +146,28 @@ def refreshed_residuals(
     B, (K, D), device = len(slides), codewords.shape, fresh.device
     drawn = np.array([len(index) for index in tiles], np.int64)
     assert drawn.sum() == len(fresh) and len(tiles) == B, f"{len(fresh)} features for {drawn.tolist()} tiles"
-    base = torch.zeros(B, K, D)
-    base_counts = torch.zeros(B, K)
-    weights, totals = np.ones(B), drawn.copy()
-    for b, (slide, index) in enumerate(zip(slides, tiles) if bank is not None else ()):
-        totals[b] = bank.tiles(slide)
-        if not (bank_tiles or stale_dropout or soft):
-            sums, counts = map(torch.from_numpy, bank.residuals(slide, without=index))
-        else:
-            stale = np.delete(np.arange(totals[b]), index)
-            if bank_tiles and bank_tiles < len(stale):
-                stale = np.sort(rng.choice(stale, bank_tiles, replace=False))
-            kept = stale[rng.random(len(stale)) >= stale_dropout] if stale_dropout else stale
-            weights[b] = (len(index) + len(stale) - len(kept)) / max(len(index), 1)
-            totals[b] = len(index) + len(stale)
-            if soft:
-                rows = torch.from_numpy(bank.gather(slide, kept)).to(device)
-                sums, counts = encode_residuals(rows, codewords.detach(), soft)
-            else:
-                sums, counts = map(torch.from_numpy, bank.residuals(slide, kept))
-        base[b], base_counts[b] = sums, counts
-    base, base_counts = base.to(device), base_counts.to(device)
-
+    if bank is None:
+        stale = Stale(torch.zeros(B, K, D, device=device), torch.zeros(B, K, device=device), np.ones(B), drawn)
+    else:
+        stale = stale_residuals(bank, slides, tiles, codewords, bank_tiles=bank_tiles, stale_dropout=stale_dropout, soft=soft, rng=rng)
     slide_of = torch.from_numpy(np.repeat(np.arange(B), drawn)).to(device)  # (N,)
-    weight = torch.from_numpy(weights).float().to(device)[slide_of]
+    weights = torch.from_numpy(stale.weights).float().to(device)
     with torch.autocast(device.type, enabled=False):
         fresh = fresh.float()
         if gradient_scale == "full":
-            factor = torch.from_numpy(totals / np.maximum(drawn * weights, 1)).float().to(device)[slide_of]
+            factor = torch.from_numpy(stale.tiles / np.maximum(drawn * stale.weights, 1)).float().to(device)[slide_of]
             fresh = fresh.detach() + factor[:, None] * (fresh - fresh.detach())  # the value stays, bit for bit
         if soft:
             parts = [encode_residuals(part, codewords, soft) for part in fresh.split(drawn.tolist())]
-            scale = torch.from_numpy(weights).float().to(device)
             return (
-                base + torch.stack([sums for sums, _ in parts]) * scale[:, None, None],
-                base_counts + torch.stack([counts for _, counts in parts]) * scale[:, None],
+                stale.sums + torch.stack([sums for sums, _ in parts]) * weights[:, None, None],
+                stale.counts + torch.stack([counts for _, counts in parts]) * weights[:, None],
             )
         codes = assign(fresh, codewords)
         cells = slide_of * K + codes  # (slide, codeword) pairs: one index_add for the batch
-        residuals = (fresh - codewords[codes]) * weight[:, None]
-        sums = base.view(B * K, D).index_add(0, cells, residuals).view(B, K, D)
-        return sums, base_counts.view(-1).index_add(0, cells, weight).view(B, K)
+        residuals = (fresh - codewords[codes]) * weights[slide_of, None]
+        sums = stale.sums.view(B * K, D).index_add(0, cells, residuals).view(B, K, D)
+        return sums, stale.counts.view(-1).index_add(0, cells, weights[slide_of]).view(B, K)
 
 
 @dataclass(frozen=True)

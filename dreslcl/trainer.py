@@ -37,12 +37,13 @@ from .journal import Journal, codebook_atlas, retrieval_examples, run_page
 from .metrics import first_hits, retrieval_metrics
 from .model import DRESLCL, autocast, contrastive_loss, encode_members, inference, pick_device
 from .progress import progress
-from .residual import Codebook, refreshed_residuals
+from .residual import Codebook, refreshed_residuals, stale_residuals
 
 log = logging.getLogger(__name__)
 
 CODEBOOK_ROWS = 20_000
 RETRIEVAL_SLIDES = 200  # of the training slides, where none are held out
+VIEW_ROWS = 1024  # most rows of a slide that make one view where the encoder rests
 CHECKPOINT_VERSION = 1
 
 
@@ -336,7 +337,8 @@ class Trainer:
         bias = self.group.own_share(self.model.logit_bias) if train.loss == "siglip" else None
         loss = contrastive_loss(z_all, u_all, reports, scale, bias=bias, label_smoothing=train.label_smoothing)
         if train.view_weight:
-            loss = loss + train.view_weight * self._view_loss(slides, index, fresh, sizes, scale)
+            views_of = [self.group.gather_rows(view, sizes) for view in self._two_views(slides, index, fresh)]
+            loss = loss + train.view_weight * contrastive_loss(*views_of, torch.arange(len(z_all), device=self.device), scale)
         if not torch.isfinite(loss):
             self._stop_on_nan("loss", slides)
         self.optimizer.zero_grad(set_to_none=True)
@@ -416,18 +418,19 @@ class Trainer:
         return torch.cat([cached, encode(last)]), encode_again
 
     def _from_bank(self, slides: list[str], visits: list[Visit]) -> tuple[list[np.ndarray], Float[Tensor, "N D"]]:
-        """Where the tile encoder rests: rows in the place of fresh tiles.
+        """Where the tile encoder rests: bank rows in the place of fresh tiles.
 
-        Those that `stale_dropout` and `bank_tiles` leave, which are then all of the slide; or T, for the two views or without a bank.
+        Of whole slides only the two views need some: half of the slide. Else those that `stale_dropout` and `bank_tiles` leave, or T
+        without a bank; they are then all of the slide.
         """
         train, index, rows = self.train, [], []
-        if self._whole_slides and not train.view_weight:
-            return [np.empty(0, np.int64) for _ in slides], torch.empty(0, self.model.dim, device=self.device)
         for slide, visit in zip(slides, visits):
-            M, rng = self.bank.tiles(slide), self._rng(3, visit.member)
-            most = train.tiles if self._whole_slides or not train.bank else train.bank_tiles or M
-            keep = max(2, round(min(most, M) * (1 - train.stale_dropout)))
-            index.append(draw_tiles(M, keep, rng))
+            M = self.bank.tiles(slide)
+            if self._whole_slides:
+                keep = min(max(1, M // 2), VIEW_ROWS) if train.view_weight else 0
+            else:
+                keep = max(2, round(min((train.bank_tiles or M) if train.bank else train.tiles, M) * (1 - train.stale_dropout)))
+            index.append(draw_tiles(M, keep, self._rng(3, visit.member)))
             rows.append(torch.from_numpy(self.bank.gather(slide, index[-1])))
         return index, torch.cat(rows).to(self.device).float()
 
@@ -468,19 +471,29 @@ class Trainer:
             chosen = list(vectors.split([len(texts) for texts in chosen]))
         return self.model.project_text(torch.stack([c.mean(0) for c in chosen]))
 
-    def _view_loss(self, slides: list[str], index: list[np.ndarray], fresh: Tensor, sizes: list[int], scale: Tensor) -> Tensor:
-        """Two disjoint halves of a slide's drawn tiles as a positive pair: a contrast that needs no report."""
-        lengths, halves = [len(i) for i in index], []
-        for half in (0, 1):
-            features = torch.cat([part[half::2] for part in fresh.split(lengths)])
-            halves.append(self.group.gather_rows(self._view_vectors(slides, [i[half::2] for i in index], features), sizes))
-        one_each = torch.arange(sum(sizes), device=self.device)
-        return contrastive_loss(halves[0], halves[1], one_each, scale)
+    def _two_views(
+        self, slides: list[str], index: list[np.ndarray], fresh: Float[Tensor, "N D"]
+    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]:
+        """z of two disjoint parts of each slide: the drawn tiles, and all others as the bank has them.
 
-    def _view_vectors(self, slides: list[str], index: list[np.ndarray], features: Float[Tensor, "N D"]) -> Float[Tensor, "B E"]:
-        """z of slides that are nothing but these tiles."""
+        Without a bank, or where the others are fewer than the drawn tiles, every second drawn tile goes to the other part.
+        """
         words, soft = self.model.aggregator.codewords, self.config.model.soft_assignment
-        return self.model.aggregator(*refreshed_residuals(None, slides, index, features, words, soft=soft))
+        parts = list(zip(slides, index, fresh.split([len(i) for i in index])))
+        halved = [not self._whole_slides or self.bank.tiles(slide) < 2 * len(i) for slide, i, _ in parts]
+        one, other = (
+            refreshed_residuals(None, slides, [i for i, _ in some], torch.cat([x for _, x in some]), words, soft=soft)
+            for some in (
+                [(i[::2], x[::2]) if half else (i, x) for (_, i, x), half in zip(parts, halved)],
+                [(i[1::2], x[1::2]) if half else (i[:0], x[:0]) for (_, i, x), half in zip(parts, halved)],
+            )
+        )
+        if self._whole_slides:
+            stale = stale_residuals(self.bank, slides, index, words, soft=soft)
+            other = other[0] + stale.sums, other[1] + stale.counts
+        single = other[1].sum(1) == 0  # a slide of one tile is its own other part
+        other = torch.where(single[:, None, None], one[0], other[0]), torch.where(single[:, None], one[1], other[1])
+        return self.model.aggregator(*one), self.model.aggregator(*other)
 
     def _write_back(self, slides: list[str], index: list[np.ndarray], fresh: Tensor) -> float:
         rows = fresh.detach().cpu().numpy()

@@ -207,8 +207,15 @@ class AttentionTrainer(Trainer):
             fresh = torch.from_numpy(np.concatenate([self.bank.gather(slide, i) for slide, i in zip(slides, index)])).float()
         return self.model.aggregator.pool(fresh, [len(i) for i in index])
 
-    def _view_vectors(self, slides: list[str], index: list[np.ndarray], features: Tensor) -> Tensor:
-        return self.model.aggregator.pool(features, [len(i) for i in index])
+    def _two_views(self, slides: list[str], index: list[np.ndarray], fresh: Tensor) -> tuple[Tensor, Tensor]:
+        one = list(fresh.split([len(i) for i in index]))
+        if self._whole_slides:
+            rest = [np.delete(np.arange(self.bank.tiles(slide)), i) for slide, i in zip(slides, index)]
+            other = [torch.from_numpy(self.bank.gather(slide, i)).float() for slide, i in zip(slides, rest)]
+        else:
+            one, other = [part[::2] for part in one], [part[1::2] for part in one]
+        pool = self.model.aggregator.pool
+        return pool(torch.cat(one), [len(x) for x in one]), pool(torch.cat(other), [len(x) for x in other])
 
 
 @contextmanager

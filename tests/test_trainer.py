@@ -15,6 +15,7 @@ from dreslcl.cohort import Cohort, deal_patients, draw_tiles, plan_epoch, window
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TrainConfig
 from dreslcl.distributed import Ranks
 from dreslcl.errors import ConfigError, DreslclError, StoreError
+from dreslcl.residual import refreshed_residuals
 from dreslcl.trainer import Trainer, effective_rank, pretrain
 
 SMALL = RunConfig(
@@ -277,12 +278,40 @@ def test_gradient_caching_encodes_all_but_the_last_micro_batch_twice(cohort, tmp
     assert sizes == [6, 6, 4, 6, 6]
 
 
-def test_two_views_of_a_resting_encoder_read_only_the_drawn_rows_and_leave_the_slides_whole(cohort, tmp_path):
+def test_the_two_views_of_a_slide_are_its_drawn_tiles_and_all_its_others(cohort, tmp_path):
+    made = trainer(cohort, tmp_path)
+    made.model.eval()
+    slide, T = made._id(0), SMALL.train.tiles
+    M, rng = made.bank.tiles(slide), np.random.default_rng(0)
+
+    def vector(*parts) -> torch.Tensor:
+        rows = torch.cat([torch.from_numpy(made.bank.gather(slide, p)).float() if isinstance(p, np.ndarray) else p for p in parts])
+        return made.model.aggregator(*refreshed_residuals(None, [slide], [np.arange(len(rows))], rows, made.model.aggregator.codewords))
+
+    def views(index: np.ndarray) -> tuple[torch.Tensor, ...]:
+        fresh = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(len(index), made.model.dim))).float(), dim=1)
+        return fresh, *made._two_views([slide], [index], fresh)
+
+    drawn = rng.permutation(M)[:T]
+    fresh, one, other = views(drawn)
+    assert 2 * T < M
+    torch.testing.assert_close(one, vector(fresh))
+    torch.testing.assert_close(other, vector(np.setdiff1d(np.arange(M), drawn)), rtol=1e-4, atol=1e-5)
+    drawn = rng.permutation(M)[: M - 3]  # too few others: every second drawn tile joins them
+    fresh, one, other = views(drawn)
+    torch.testing.assert_close(one, vector(fresh[::2]))
+    torch.testing.assert_close(other, vector(fresh[1::2], np.setdiff1d(np.arange(M), drawn)), rtol=1e-4, atol=1e-5)
+    made.train = replace(made.train, bank=False)
+    fresh, one, other = views(drawn[:1])  # nothing is left for the other part
+    torch.testing.assert_close(one, other)
+
+
+def test_of_a_resting_encoder_one_view_is_half_of_the_bank_rows_and_slides_stay_whole(cohort, tmp_path):
     frozen = replace(SMALL, encoder=EncoderConfig(tune="none"))
     plain, views = (trainer(cohort, tmp_path / str(w), frozen, view_weight=w) for w in (0.0, 1.0))
     slides, visits = [plain._id(0)], [views._visit(0)]
     (index,), fresh = views._from_bank(slides, visits)
-    assert len(fresh) == len(index) == SMALL.train.tiles < views.bank.tiles(slides[0])
+    assert len(fresh) == len(index) == views.bank.tiles(slides[0]) // 2
     vectors = [made._slide_vectors(slides, *made._from_bank(slides, visits), [1]) for made in (plain, views)]
     torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
 
