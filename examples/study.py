@@ -51,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bank-tiles-16": {"bank_tiles": 16},
     "frozen": {"tune": "none"},
     "freeze-2": {"freeze_epochs": 2},
-    "encoder-lr-low": {"encoder_lr": 1e-5},
-    "encoder-lr-high": {"encoder_lr": 1e-3},
+    "encoder-lr-low": {"encoder_lr": 3e-5},
+    "encoder-lr-high": {"encoder_lr": 3e-4},
     "gradient-1": {"gradient_scale": "1"},
     "gradient-full": {"gradient_scale": "full"},
     "refresh-16": {"refresh": 16},
@@ -81,7 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "siglip": {"loss": "siglip"},
     "label-smoothing": {"label_smoothing": 0.1},
     "temperature-0.2": {"temperature": 0.2},
-    "view": {"view_weight": 0.5},
+    "no-view": {"view_weight": 0.0},
     "batch-16": {"batch": 16},
 }
 
