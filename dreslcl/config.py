@@ -162,8 +162,7 @@ class TrainConfig:
     temperature: float = 0.07
     """Temperature at the start; it is learnt."""
     view_weight: float = 1.0
-    """Weight of the report-free objective, a slide's drawn tiles and its other tiles as a positive pair; with it the report is contrasted
-    with the drawn tiles alone too, not only with the whole slide. 0: neither."""
+    """Weight of the report-free objective, a slide's drawn tiles and its other tiles as a positive pair; 0: off."""
     report_part: float = 0.5
     """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
     report_windows: int = 8

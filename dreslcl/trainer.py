@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,12 +335,11 @@ class Trainer:
         reports = torch.tensor([self.cohort.members[i].report for members in plan for i in members], device=self.device)
         scale = self.group.own_share(self.model.logit_scale).clamp(max=math.log(100)).exp()
         bias = self.group.own_share(self.model.logit_bias) if train.loss == "siglip" else None
-        to_report = partial(contrastive_loss, u=u_all, reports=reports, scale=scale, bias=bias, label_smoothing=train.label_smoothing)
-        loss = to_report(z_all)
+        loss = contrastive_loss(z_all, u_all, reports, scale, bias=bias, label_smoothing=train.label_smoothing)
         if train.view_weight:
             one, other = (self.group.gather_rows(view, sizes) for view in self._two_views(slides, index, fresh))
             each_its_own = torch.arange(len(z_all), device=self.device)
-            loss = (loss + to_report(one)) / 2 + train.view_weight * contrastive_loss(one, other, each_its_own, scale)
+            loss = loss + train.view_weight * contrastive_loss(one, other, each_its_own, scale)
         if not torch.isfinite(loss):
             self._stop_on_nan("loss", slides)
         self.optimizer.zero_grad(set_to_none=True)

@@ -307,7 +307,7 @@ def test_the_two_views_of_a_slide_are_its_drawn_tiles_and_all_its_others(cohort,
     torch.testing.assert_close(one, other)
 
 
-def test_with_views_the_loss_is_report_to_slide_and_to_drawn_tiles_and_view_to_view(cohort, tmp_path, monkeypatch):
+def test_with_views_the_loss_is_report_to_slide_and_view_to_view(cohort, tmp_path, monkeypatch):
     made, calls = trainer(cohort, tmp_path, view_weight=0.7), []
     inner = trainer_module.contrastive_loss
 
@@ -320,11 +320,10 @@ def test_with_views_the_loss_is_report_to_slide_and_to_drawn_tiles_and_view_to_v
     visits = [made._visit(int(m)) for m in plan[0]]
     pixels = list(made.reader.stream([(v.member, v.tiles) for v in visits], ahead=2))
     values, z = made.train_step(visits, pixels, plan)
-    (whole, u, reports, a), (one, same_u, same_reports, b), (view, other, each, c) = calls
-    assert (whole == z).all() and (u == same_u).all() and (reports == same_reports).all()
-    assert (one == view).all() and not torch.allclose(one, whole) and not torch.allclose(one, other)
+    (whole, _, _, a), (one, other, each, b) = calls
+    assert (whole == z).all() and not torch.allclose(one, whole) and not torch.allclose(one, other)
     assert each.tolist() == list(range(len(z)))
-    assert values["loss"] == pytest.approx((a + b) / 2 + 0.7 * c, rel=1e-6)
+    assert values["loss"] == pytest.approx(a + 0.7 * b, rel=1e-6)
 
 
 def test_of_a_resting_encoder_one_view_is_half_of_the_bank_rows_and_slides_stay_whole(cohort, tmp_path):
