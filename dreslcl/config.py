@@ -322,7 +322,7 @@ PRESETS = {
     "tiny": RunConfig(
         EncoderConfig(),
         ModelConfig(codewords=8, width=64, depth=1),
-        TrainConfig(epochs=140, encoder_lr=1e-3, gradient_scale="full", view_weight=0.0, report_part=0.6, stain_jitter=0.4, tile_batch=512),
+        TrainConfig(epochs=110, encoder_lr=1e-3, gradient_scale="full", report_part=0.6, stain_jitter=0.4, tile_batch=512),
     ),
     "clip-b32": RunConfig(EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(width=256), TrainConfig(encoder_lr=1e-5)),
 }
