@@ -480,14 +480,13 @@ class Trainer:
         Without a bank, or where the others are fewer than the drawn tiles, every second drawn tile goes to the other part.
         """
         words, soft = self.model.aggregator.codewords, self.config.model.soft_assignment
-        parts = list(zip(slides, index, fresh.split([len(i) for i in index])))
-        halved = [not self._whole_slides or self.bank.tiles(slide) < 2 * len(i) for slide, i, _ in parts]
+        drawn: tuple[list[Tensor], list[Tensor]] = [], []
+        for slide, i, features in zip(slides, index, fresh.split([len(i) for i in index])):
+            halved = not self._whole_slides or self.bank.tiles(slide) < 2 * len(i)
+            drawn[0].append(features[::2] if halved else features)
+            drawn[1].append(features[1::2] if halved else features[:0])
         one, other = (
-            refreshed_residuals(None, slides, [i for i, _ in some], torch.cat([x for _, x in some]), words, soft=soft)
-            for some in (
-                [(i[::2], x[::2]) if half else (i, x) for (_, i, x), half in zip(parts, halved)],
-                [(i[1::2], x[1::2]) if half else (i[:0], x[:0]) for (_, i, x), half in zip(parts, halved)],
-            )
+            refreshed_residuals(None, slides, [np.arange(len(x)) for x in part], torch.cat(part), words, soft=soft) for part in drawn
         )
         if self._whole_slides:
             stale = stale_residuals(self.bank, slides, index, words, soft=soft)
