@@ -23,6 +23,8 @@ from .files import fingerprint, write_bytes
 
 log = logging.getLogger(__name__)
 
+LEFT_OUT_ROWS = 256  # most rows of a slide that `stale_dropout` takes out of the bank's sums: each has to be read
+
 
 def assign(features: Float[Tensor, "N D"], codewords: Float[Tensor, "K D"]) -> Int[Tensor, "N"]:
     """The nearest codeword of each feature: argmin of |c|² − 2 x·c (no gradient)."""
@@ -87,21 +89,25 @@ def stale_residuals(
     bank_tiles: int = 0,
     stale_dropout: float = 0.0,
     soft: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rngs: Sequence[np.random.Generator] = (),
 ) -> Stale:
     """Residual sums and counts of the bank rows of all tiles but the drawn ones; arguments as `refreshed_residuals`."""
     (K, D), B = codewords.shape, len(slides)
     sums, counts = torch.zeros(B, K, D), torch.zeros(B, K)
     weights, totals = np.ones(B), np.zeros(B, np.int64)
     for b, (slide, index) in enumerate(zip(slides, tiles)):
-        totals[b] = bank.tiles(slide)
-        if not (bank_tiles or stale_dropout or soft):
-            sums[b], counts[b] = map(torch.from_numpy, bank.residuals(slide, without=index))
+        M = totals[b] = bank.tiles(slide)
+        if not (bank_tiles or soft):
+            out = index[:0]
+            if stale_dropout:
+                out = _other_tiles(index, M, min(rngs[b].binomial(M - len(index), stale_dropout), LEFT_OUT_ROWS), rngs[b])
+            sums[b], counts[b] = map(torch.from_numpy, bank.residuals(slide, without=np.concatenate([index, out])))
+            weights[b] = (len(index) + len(out)) / max(len(index), 1)
             continue
-        rest = np.delete(np.arange(totals[b]), index)
+        rest = np.delete(np.arange(M), index)
         if bank_tiles and bank_tiles < len(rest):
-            rest = np.sort(rng.choice(rest, bank_tiles, replace=False))
-        kept = rest[rng.random(len(rest)) >= stale_dropout] if stale_dropout else rest
+            rest = np.sort(rngs[b].choice(rest, bank_tiles, replace=False))
+        kept = rest[rngs[b].random(len(rest)) >= stale_dropout] if stale_dropout else rest
         weights[b] = (len(index) + len(rest) - len(kept)) / max(len(index), 1)
         totals[b] = len(index) + len(rest)
         if soft:
@@ -110,6 +116,12 @@ def stale_residuals(
         else:
             sums[b], counts[b] = map(torch.from_numpy, bank.residuals(slide, kept))
     return Stale(sums.to(codewords.device), counts.to(codewords.device), weights, totals)
+
+
+def _other_tiles(index: Integer[np.ndarray, "_"], M: int, count: int, rng: np.random.Generator) -> Integer[np.ndarray, "_"]:
+    """Draw `count` of the M tiles of a slide that are not in `index`, without listing all M."""
+    others = rng.choice(M - len(index), count, replace=False)  # numbered as if `index` were not there
+    return others + np.searchsorted(np.sort(index) - np.arange(len(index)), others, side="right")
 
 
 def refreshed_residuals(
@@ -123,12 +135,12 @@ def refreshed_residuals(
     stale_dropout: float = 0.0,
     gradient_scale: Literal["1", "full"] = "1",
     soft: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rngs: Sequence[np.random.Generator] = (),
 ) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B K"]]:
     """Residual sums and counts of B slides: of all their tiles, some with fresh features, the others with their bank rows.
 
     Gradients flow through `fresh` alone. By default the bank gives its running sums and only the old rows of the
-    drawn tiles are read; `bank_tiles`, `stale_dropout` and `soft` read bank rows one by one.
+    drawn tiles are read; `stale_dropout` reads the rows it leaves out too, `bank_tiles` and `soft` those they use.
 
     Args:
         bank: None: a slide is its fresh tiles.
@@ -137,11 +149,11 @@ def refreshed_residuals(
         fresh: features of all drawn tiles, slide after slide, N = Σ lengths.
         codewords: the bank's codebook, on the device of `fresh`.
         bank_tiles: use only so many bank rows of a slide, drawn from its other tiles; 0: all.
-        stale_dropout: leave out each bank row with this probability; fresh tiles are weighted up so that the counts still sum to what
-            they would be (stale embedding dropout; Cao et al. 2023, arXiv 2305.12322).
+        stale_dropout: leave out each bank row with this probability, of the running sums 256 rows of a slide at most; fresh tiles are
+            weighted up so that the counts still sum to what they would be (stale embedding dropout; Cao et al. 2023, arXiv 2305.12322).
         gradient_scale: "full" multiplies the gradient of each fresh feature such that it estimates that of all M tiles; "1" leaves it.
         soft: sharpness of a soft assignment, see `encode_residuals`.
-        rng: draws `bank_tiles` and `stale_dropout`; needed for these two.
+        rngs: one for each slide, for `bank_tiles` and `stale_dropout`; needed for these two.
     """
     B, (K, D), device = len(slides), codewords.shape, fresh.device
     drawn = np.array([len(index) for index in tiles], np.int64)
@@ -149,7 +161,7 @@ def refreshed_residuals(
     if bank is None:
         stale = Stale(torch.zeros(B, K, D, device=device), torch.zeros(B, K, device=device), np.ones(B), drawn)
     else:
-        stale = stale_residuals(bank, slides, tiles, codewords, bank_tiles=bank_tiles, stale_dropout=stale_dropout, soft=soft, rng=rng)
+        stale = stale_residuals(bank, slides, tiles, codewords, bank_tiles=bank_tiles, stale_dropout=stale_dropout, soft=soft, rngs=rngs)
     slide_of = torch.from_numpy(np.repeat(np.arange(B), drawn)).to(device)  # (N,)
     weights = torch.from_numpy(stale.weights).float().to(device)
     with torch.autocast(device.type, enabled=False):

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 CODEBOOK_ROWS = 20_000
 RETRIEVAL_SLIDES = 200  # of the training slides, where none are held out
-VIEW_ROWS = 1024  # most rows of a slide that make one view where the encoder rests
+VIEW_ROWS = 1024  # most rows of a slide that make a view, or that `stale_dropout` leaves, where the encoder rests
 CHECKPOINT_VERSION = 1
 
 
@@ -329,7 +329,7 @@ class Trainer:
         else:
             index, fresh = self._from_bank(slides, visits)
         sizes = [len(members) for members in plan]
-        z = self._slide_vectors(slides, index, fresh, sizes)
+        z = self._slide_vectors(visits, index, fresh, sizes)
         u = self._report_vectors(visits)
         z_all, u_all = self.group.gather_rows(z, sizes), self.group.gather_rows(u, sizes)
         reports = torch.tensor([self.cohort.members[i].report for members in plan for i in members], device=self.device)
@@ -421,28 +421,30 @@ class Trainer:
     def _from_bank(self, slides: list[str], visits: list[Visit]) -> tuple[list[np.ndarray], Float[Tensor, "N D"]]:
         """Where the tile encoder rests: bank rows in the place of fresh tiles.
 
-        Of whole slides only the two views need some: half of the slide. Else those that `stale_dropout` and `bank_tiles` leave, or T
-        without a bank; they are then all of the slide.
+        Of whole slides only the two views need some: half of the slide. Else those that `stale_dropout` and `bank_tiles` leave, without
+        `bank_tiles` 1,024 at most, or T without a bank; they are then all of the slide.
         """
         train, index, rows = self.train, [], []
         for slide, visit in zip(slides, visits):
             M = self.bank.tiles(slide)
             if self._whole_slides:
                 keep = min(max(1, M // 2), VIEW_ROWS) if train.view_weight else 0
+            elif train.bank:
+                keep = max(2, round(min(train.bank_tiles or M, M) * (1 - train.stale_dropout)))
+                keep = keep if train.bank_tiles else min(keep, VIEW_ROWS)
             else:
-                keep = max(2, round(min((train.bank_tiles or M) if train.bank else train.tiles, M) * (1 - train.stale_dropout)))
+                keep = train.tiles
             index.append(draw_tiles(M, keep, self._rng(3, visit.member)))
             rows.append(torch.from_numpy(self.bank.gather(slide, index[-1])))
         return index, torch.cat(rows).to(self.device).float()
 
     def _slide_vectors(
-        self, slides: list[str], index: list[np.ndarray], fresh: Float[Tensor, "N D"], sizes: list[int]
+        self, visits: list[Visit], index: list[np.ndarray], fresh: Float[Tensor, "N D"], sizes: list[int]
     ) -> Float[Tensor, "B E"]:
         train = self.train
-        rng = self._rng(4, self.step, self.group.rank)
         sums, counts = refreshed_residuals(
             self.bank if self._whole_slides else None,
-            slides,
+            [self._id(v.member) for v in visits],
             index,
             fresh,
             self.model.aggregator.codewords,
@@ -450,7 +452,7 @@ class Trainer:
             stale_dropout=train.stale_dropout if self.live else 0.0,
             gradient_scale=train.gradient_scale,
             soft=self.config.model.soft_assignment,
-            rng=rng,
+            rngs=[self._rng(4, v.member) for v in visits],
         )
         if self.live:
             self.model.aggregator.track(self.group.gather_rows(self.model.aggregator.mean(sums, counts).detach(), sizes))

@@ -6,8 +6,9 @@ FOLDER holds for `tcga` features/, reports.csv and labels.csv; for `crc` and `de
 split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets one row for
 each finished run, which is not done again; a run cut short goes on from its last epoch. Settings are the knobs of dreslcl/config.py:
 those of the cohort's line in DATA, then `--set`, then the variant's. To choose settings without looking at the held-out patients:
-`--fold 0/3` takes these out altogether and holds out a third of the training patients instead. OUT/held_out.txt lists the patients
-held out; `--variants` without a name writes it and stops.
+`--fold 0/3` takes these out altogether and holds out a third of the training patients instead. `--salt TEXT` holds out another 35 % of
+the tcga patients. OUT/held_out.txt lists the patients held out (OUT/held_outTEXT.txt with a salt); `--variants` without a name writes it
+and stops.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from dreslcl.features import find_features, read_features
 from dreslcl.files import fingerprint, read_table, write_table
 from dreslcl.model import DRESLCL
 from dreslcl.residual import ResidualAggregator, residual_sums
-from dreslcl.trainer import Trainer
+from dreslcl.trainer import Trainer, Visit
 
 log = logging.getLogger("dreslcl.study")
 
@@ -116,12 +117,14 @@ def share(patient: str, salt: str = "") -> int:
     return int(hashlib.sha256(f"{salt}{patient}".encode()).hexdigest(), 16) % 100
 
 
-def load_study(name: str, folder: Path, out: Path, vectors: Path | None, tiles: TileConfig | None, fold: str | None) -> Study:
+def load_study(
+    name: str, folder: Path, out: Path, vectors: Path | None, tiles: TileConfig | None, fold: str | None, salt: str = ""
+) -> Study:
     labels, reports = read_table(folder / "labels.csv", ["slide_id", "patient_id"]), folder / "reports.csv"
     if tiles is None:
         everything = Cohort.of_features(find_features(folder / "features"), patients=folder / "labels.csv")
         for row in labels:
-            row["split"] = "test" if share(row["patient_id"]) < 35 else "train"
+            row["split"] = "test" if share(row["patient_id"], salt) < 35 else "train"
     else:
         tile_slides(folder / "slides", out / "work", tiles)
         everything = Cohort.load(out / "work", patients=folder / "labels.csv")
@@ -132,7 +135,7 @@ def load_study(name: str, folder: Path, out: Path, vectors: Path | None, tiles: 
         labels = [row for row in labels if row["patient_id"] in left]
         for row in labels:
             row["split"] = "test" if share(row["patient_id"], "fold") % count == number else "train"
-    held = out / f"held_out{fold.replace('/', 'of') if fold else ''}.txt"
+    held = out / f"held_out{salt}{fold.replace('/', 'of') if fold else ''}.txt"
     held.write_text("\n".join(sorted({row["patient_id"] for row in labels if row["split"] == "test"})))
     train, _ = everything.with_reports(reports, vectors).split(str(held), None)
     log.info("%s: %d slides, %d to train on, %d held-out patients", name, len(everything), len(train), len(held.read_text().split()))
@@ -201,8 +204,9 @@ class AttentionModel(DRESLCL):
 
 
 class AttentionTrainer(Trainer):
-    def _slide_vectors(self, slides: list[str], index: list[np.ndarray], fresh: Tensor, sizes: list[int]) -> Tensor:
+    def _slide_vectors(self, visits: list[Visit], index: list[np.ndarray], fresh: Tensor, sizes: list[int]) -> Tensor:
         if self._whole_slides:
+            slides = [self._id(v.member) for v in visits]
             index = [np.arange(self.bank.tiles(slide)) for slide in slides]
             fresh = torch.from_numpy(np.concatenate([self.bank.gather(slide, i) for slide, i in zip(slides, index)])).float()
         return self.model.aggregator.pool(fresh, [len(i) for i in index])
@@ -347,6 +351,7 @@ def main() -> None:
     parser.add_argument(
         "--fold", nargs="+", default=[None], help="I/N: leave out the held-out patients, hold out part I of N of the others"
     )
+    parser.add_argument("--salt", default="", help="tcga: another 35 %% of the patients, by a hash of this text and their id")
     parser.add_argument("--show", nargs="+", help="columns of the summary", default=None)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -358,16 +363,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = list(read_table(table)) if table.exists() else []
     done = {row["key"] for row in rows}
     for fold in options.fold:
-        study = load_study(options.data, options.folder, options.out, options.report_embeddings, tiles, fold)
+        study = load_study(options.data, options.folder, options.out, options.report_embeddings, tiles, fold, options.salt)
         for seed in options.seeds:
             for name, knobs in map(variant, options.variants):
                 knobs = dict(map(knob, options.set)) | knobs
                 pooling = knobs.pop("pooling", None)
                 config = settings(data["settings"], knobs | {"seed": seed})
-                key = fingerprint(options.data, asdict(config), str(tiles), pooling, fold, str(options.report_embeddings))
+                key = fingerprint(options.data, asdict(config), str(tiles), pooling, fold, options.salt, str(options.report_embeddings))
                 if key in done:
                     continue
-                head = {"key": key, "data": options.data, "variant": name, "set": " ".join(options.set), "fold": fold or "", "seed": seed}
+                head = {"key": key, "data": options.data, "variant": name, "set": " ".join(options.set)}
+                head |= {"fold": fold or "", "salt": options.salt, "seed": seed}
                 rows.append(head | run(study, config, pooling, key))
                 columns = list(dict.fromkeys(column for row in rows for column in row))
                 write_table(table, columns, [[row.get(c, "") for c in columns] for row in rows])

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dreslcl import residual
 from dreslcl.bank import MemoryBank
 from dreslcl.config import ModelConfig
 from dreslcl.errors import ConfigError, StoreError
@@ -126,9 +127,9 @@ def test_all_other_bank_rows_drawn_one_by_one_equal_the_running_sums(small):
     bank, codewords, tiles, fresh = small
     sums, counts = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords)
     rng = np.random.default_rng(0)
-    drawn, drawn_counts = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, bank_tiles=46, rng=rng)
+    drawn, drawn_counts = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, bank_tiles=46, rngs=[rng, rng])
     assert (counts == drawn_counts).all() and relative(drawn, sums) <= 1e-5
-    _, few = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, bank_tiles=10, rng=rng)
+    _, few = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, bank_tiles=10, rngs=[rng, rng])
     assert few.sum(1).tolist() == [14, 14]
 
 
@@ -144,17 +145,37 @@ def test_stale_dropout_leaves_out_bank_rows_and_keeps_the_count(small):
     bank, codewords, tiles, fresh = small
     fresh = fresh.requires_grad_()
     rng = np.random.default_rng(0)
-    sums, counts = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, stale_dropout=0.6, rng=rng)
+    sums, counts = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, stale_dropout=0.6, rngs=[rng, rng])
     assert torch.allclose(counts.sum(1), torch.tensor([30.0, 50.0]))
     (gradient,) = torch.autograd.grad(sums[0].sum(), fresh)
     weight = float(gradient[0, 0])  # each fresh tile of a slide stands for the rows left out
     assert 1 + 0.3 * 26 / 4 < weight < 1 + 0.9 * 26 / 4 and (gradient[4:] == 0).all()
     mean = torch.stack(
-        [refreshed_residuals(bank, ["a"], tiles[:1], fresh[:4], codewords, stale_dropout=0.5, rng=rng)[1] for _ in range(400)]
+        [refreshed_residuals(bank, ["a"], tiles[:1], fresh[:4], codewords, stale_dropout=0.5, rngs=[rng, rng])[1] for _ in range(400)]
     ).mean(0)
     kept = torch.from_numpy(bank.residuals("a", without=tiles[0])[1]) * 0.5
     fresh_counts = torch.bincount(assign(fresh[:4], codewords), minlength=6) * (1 + 0.5 * 26 / 4)
     assert torch.allclose(mean[0], kept + fresh_counts, atol=1.0)
+
+
+def test_stale_dropout_takes_bounded_many_other_rows_out_of_the_sums(small, monkeypatch):
+    bank, codewords, tiles, fresh = small
+    for count in (0, 1, 25, 26):
+        out = residual._other_tiles(tiles[0], 30, count, np.random.default_rng(count))
+        assert len(set(out)) == count and set(out) <= set(range(30)) - set(tiles[0])
+    drawn = [set(residual._other_tiles(tiles[0], 30, 8, np.random.default_rng(i))) for i in range(100)]
+    assert set.union(*drawn) == set(range(30)) - set(tiles[0])  # each of the others can go
+    taken = []
+    monkeypatch.setattr(
+        residual, "_other_tiles", lambda *given: taken.append(given[2]) or np.setdiff1d(np.arange(given[1]), given[0])[: given[2]]
+    )
+    monkeypatch.setattr(residual, "LEFT_OUT_ROWS", 5)
+    sums, counts = refreshed_residuals(bank, ["a", "b"], tiles, fresh, codewords, stale_dropout=0.9, rngs=[np.random.default_rng(0)] * 2)
+    kept = [np.setdiff1d(np.arange(M), index)[5:] for M, index in zip((30, 50), tiles)]
+    parts = [residual_sums(part, assign(part, codewords), codewords) for part in fresh.split(4)]
+    expected = [torch.from_numpy(bank.residuals(slide, rest)[0]) + 9 / 4 * new[0] for slide, rest, new in zip("ab", kept, parts)]
+    assert taken == [5, 5] and relative(sums, torch.stack(expected)) <= 1e-5
+    assert torch.allclose(counts.sum(1), torch.tensor([30.0, 50.0]))
 
 
 def test_full_gradient_scale_multiplies_the_gradient_by_m_over_t_and_changes_no_value(small):

@@ -332,7 +332,7 @@ def test_of_a_resting_encoder_one_view_is_half_of_the_bank_rows_and_slides_stay_
     slides, visits = [plain._id(0)], [views._visit(0)]
     (index,), fresh = views._from_bank(slides, visits)
     assert len(fresh) == len(index) == views.bank.tiles(slides[0]) // 2
-    vectors = [made._slide_vectors(slides, *made._from_bank(slides, visits), [1]) for made in (plain, views)]
+    vectors = [made._slide_vectors(visits, *made._from_bank(slides, visits), [1]) for made in (plain, views)]
     torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,8 @@
 
 A step fetches the old rows of B·T tiles, forms the residual sums, aggregates, goes backward to the fresh features and writes them back.
 Both banks hold 800,000 rows (1.3 GB on disk together), so that memory and page cache treat them alike; steps on either alternate, and
-the ratio is the median over these pairs. Next to it the same with every bank row of a slide gathered (`bank_tiles` = M).
+the ratio is the median over these pairs: with `stale_dropout` as by default, which reads the rows that it leaves out
+(256 here), without it, and with every bank row of a slide gathered (`bank_tiles` = M).
 """
 
 import argparse
@@ -13,12 +14,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dreslcl.bank import MemoryBank
-from dreslcl.config import ModelConfig
+from dreslcl.config import ModelConfig, TrainConfig
 from dreslcl.residual import ResidualAggregator, refreshed_residuals
 
 B, T, K, D, E = 8, 64, 32, 384, 256
@@ -38,8 +40,8 @@ def make_bank(folder: Path, tiles: int, features: np.ndarray) -> MemoryBank:
 class Step:
     """One training step on random slides and tiles of a bank, without the tile encoder."""
 
-    def __init__(self, bank: MemoryBank, aggregator: ResidualAggregator, features: np.ndarray, bank_tiles: int):
-        self.bank, self.aggregator, self.features, self.bank_tiles = bank, aggregator, features, bank_tiles
+    def __init__(self, bank: MemoryBank, aggregator: ResidualAggregator, features: np.ndarray, options: dict[str, Any]):
+        self.bank, self.aggregator, self.features, self.options = bank, aggregator, features, options
         self.rng = np.random.default_rng(0)
 
     def __call__(self) -> float:
@@ -50,7 +52,7 @@ class Step:
         start = time.perf_counter()
         fresh = torch.from_numpy(encoded).requires_grad_()
         words = self.aggregator.codewords
-        sums, counts = refreshed_residuals(self.bank, slides, tiles, fresh, words, bank_tiles=self.bank_tiles, rng=self.rng)
+        sums, counts = refreshed_residuals(self.bank, slides, tiles, fresh, words, rngs=[self.rng] * B, **self.options)
         self.aggregator(sums, counts)[:, 0].sum().backward()
         assert fresh.grad is not None
         for slide, index, part in zip(slides, tiles, fresh.detach().split(T)):
@@ -81,9 +83,14 @@ def main() -> None:
         aggregator = ResidualAggregator(D, E, ModelConfig(codewords=K))
         aggregator.set_codebook(features[:K].copy(), banks[1_000].slide_means())
         result = {}
-        for name, bank_tiles, rounds in (("step", 0, options.rounds), ("gather_all", ROWS, max(2, options.rounds // 40))):
-            small, large = (Step(bank, aggregator, features, bank_tiles) for bank in banks.values())
-            ms = alternate(small, large, rounds)
+        kinds = {
+            "step": {"stale_dropout": TrainConfig().stale_dropout},
+            "no_stale_dropout": {"stale_dropout": 0.0},
+            "gather_all": {"bank_tiles": ROWS},
+        }
+        for name, kind in kinds.items():
+            small, large = (Step(bank, aggregator, features, kind) for bank in banks.values())
+            ms = alternate(small, large, max(2, options.rounds // 40) if name == "gather_all" else options.rounds)
             result |= {f"{name}_1k_ms": round(ms[0], 2), f"{name}_100k_ms": round(ms[1], 2), f"{name}_100k_over_1k": round(ms[2], 3)}
     print(json.dumps(result) if options.json else "\n".join(f"{key:24} {value}" for key, value in result.items()))
 
