@@ -144,7 +144,7 @@ class TrainConfig:
     bank_tiles: int = 0
     """Draw this many bank rows per slide instead of using all of them; 0: all."""
     stale_dropout: float = 0.5
-    """Leave out each bank row with this probability (of a slide at most 256 while the encoder learns), others at each step."""
+    """Leave out each bank row with this probability (at most 256 a slide), others at each step; from random weights use 0."""
     sampling: Literal["random", "window"] = "random"
     """How T tiles are drawn: uniformly, or consecutive along a Hilbert curve (bounded staleness)."""
     gradient_scale: Literal["1", "full"] = "1"

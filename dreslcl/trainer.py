@@ -66,6 +66,7 @@ class Trainer:
         if train.batch % self.shards:
             raise ConfigError(f"batch must be a multiple of the {self.shards} ranks, got {train.batch}")
         self.device = pick_device()
+        self.epoch = self.step = 0
         self.pixels = cohort.work is not None
         vectors = not isinstance(cohort.reports[0], str)
         self.encoder = Encoder.create(config.encoder, seed=train.seed) if self.pixels or not vectors else None
@@ -77,6 +78,11 @@ class Trainer:
         if not vectors and not self.tune_text and self.encoder is not None and not self.encoder.pretrained:
             log.warning(
                 "the frozen text tower has random weights, so reports say little: use --text tune, --pretrained or --report-embeddings"
+            )
+        if self.live and train.bank and train.stale_dropout and not self.encoder.pretrained:
+            log.warning(
+                "the tile encoder has random weights, from which it does not begin to learn while bank rows are left out: "
+                "use --stale-dropout 0 (--preset tiny has it), or --pretrained"
             )
         self.reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if self.pixels else None
         dim = self.encoder.dim if self.pixels and self.encoder else read_features(cohort.members[0].source).shape[1]
@@ -107,7 +113,6 @@ class Trainer:
         self.shard_of = deal_patients(cohort.members, self.shards)
         self.mine = [i for i, shard in enumerate(self.shard_of) if shard % group.world == group.rank]
         self.visits = np.zeros(len(cohort), np.int64)
-        self.epoch = self.step = 0
         self.rows: list[dict[str, float]] = []
         self.best, self.waited = -math.inf, 0
         self.notes = list(cohort.notes)

@@ -40,6 +40,13 @@ def trainer(cohort, out, settings=SMALL, **changes) -> Trainer:
     return made
 
 
+def test_a_random_tile_encoder_that_learns_while_rows_are_left_out_is_warned_of(cohort, tmp_path, caplog):
+    for changes, warned in (({"stale_dropout": 0.5}, 1), ({"stale_dropout": 0.0}, 0), ({"bank": False}, 0), ({"freeze_epochs": 1}, 0)):
+        caplog.clear()
+        Trainer(cohort, Cohort(()), replace(SMALL, train=replace(SMALL.train, **changes)), tmp_path, Ranks())
+        assert sum("does not begin to learn" in record.message for record in caplog.records) == warned, changes
+
+
 def gradients(made: Trainer) -> dict[str, torch.Tensor]:
     """Gradients of the first step's loss, by parameter name (the optimiser is kept from moving)."""
     made.optimizer.step = lambda *_: None
