@@ -104,9 +104,10 @@ def stale_residuals(
             sums[b], counts[b] = map(torch.from_numpy, bank.residuals(slide, without=np.concatenate([index, out])))
             weights[b] = (len(index) + len(out)) / max(len(index), 1)
             continue
-        rest = np.delete(np.arange(M), index)
-        if bank_tiles and bank_tiles < len(rest):
-            rest = np.sort(rngs[b].choice(rest, bank_tiles, replace=False))
+        if bank_tiles and bank_tiles < M - len(index):
+            rest = np.sort(_other_tiles(index, M, bank_tiles, rngs[b]))
+        else:
+            rest = np.delete(np.arange(M), index)
         kept = rest[rngs[b].random(len(rest)) >= stale_dropout] if stale_dropout else rest
         weights[b] = (len(index) + len(rest) - len(kept)) / max(len(index), 1)
         totals[b] = len(index) + len(rest)
