@@ -226,7 +226,7 @@ def tile_slides(
     jobs, refused = every_job[index::count], unusable if index == 0 else []
     for row in refused:
         log.warning("%s (%s)", row["error"], row["path"])
-    threads = workers or min(8, len(os.sched_getaffinity(0)))
+    threads = workers or min(8, os.cpu_count() or 1)
     if dry_run:
         return refused + _run(jobs, threads, lambda job: _tile(job, dry_run=True), lambda: None)
     with ExitStack() as stack:

@@ -91,7 +91,6 @@ class Trainer:
             "text": "vectors" if vectors else "tower",
             "tiles": "pixels" if self.pixels else "features",
             "seen": [m.slide_id for m in cohort.members],
-            "seen_reports": [r for r in cohort.reports if isinstance(r, str)],
             "mpp": self.reader.grid(0).mpp if self.reader else None,
             "size": self.reader.grid(0).size if self.reader else None,
         }

@@ -75,7 +75,9 @@ def test_gradient_caching_gives_the_gradients_of_one_big_batch(cohort, tmp_path)
     assert any(n.startswith("encoder.clip.visual") for n in whole)
     for name, gradient in whole.items():
         scale = max(float(gradient.norm()), 1e-3)
-        assert float((gradient - parts[name]).norm()) <= 1e-5 * scale, name
+        assert float((gradient - parts[name]).norm()) <= 1e-4 * scale, (
+            name
+        )  # float32 convolutions of other batch sizes round differently from processor to processor
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(cohort, tmp_path):
