@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for editors and type checkers
     from .bank import MemoryBank as MemoryBank
     from .cohort import Cohort as Cohort
-    from .embedding import Embeddings as Embeddings
+    from .common import DreslclError as DreslclError
     from .embedding import embed as embed
     from .embedding import load as load
     from .encoder import Encoder as Encoder
-    from .errors import DreslclError as DreslclError
     from .evaluation import evaluate as evaluate
+    from .formats import Embeddings as Embeddings
     from .model import DRESLCL as DRESLCL
     from .residual import Codebook as Codebook
     from .residual import ResidualAggregator as ResidualAggregator
@@ -31,8 +31,8 @@ _MODULE_OF = {
     "Cohort": "cohort",
     "Codebook": "residual",
     "DRESLCL": "model",
-    "DreslclError": "errors",
-    "Embeddings": "embedding",
+    "DreslclError": "common",
+    "Embeddings": "formats",
     "embed": "embedding",
     "Encoder": "encoder",
     "MemoryBank": "bank",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from . import __version__
+from .common import ConfigError, DreslclError, hold, rank_and_world
 from .config import (
     PRESETS,
     TABLES,
@@ -30,8 +31,6 @@ from .config import (
     read_knobs,
     updated,
 )
-from .errors import ConfigError, DreslclError
-from .files import hold, rank_and_world
 
 app = typer.Typer(
     help="Learn slide representations from whole-slide images and their pathology reports (DRE-SLCL, arXiv 2511.05034).",
@@ -305,7 +304,7 @@ def pretrain(
 def _cohort(work: Path | None, features: Path | None, patients: Path | None, *, skip: bool = False) -> Any:
     """The cohort; with `skip`, files of features that cannot be read are noted in it in place of an error."""
     from .cohort import Cohort
-    from .features import find_features
+    from .formats import find_features
 
     if (work is None) == (features is None):
         raise ConfigError("give either the folder that `dreslcl tile` wrote, or --features FOLDER")

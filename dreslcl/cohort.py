@@ -1,8 +1,6 @@
 """Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
 
-import json
 import logging
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,26 +9,18 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
-from zipfile import BadZipFile
 
-import h5py
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from .errors import ConfigError, TableError
-from .features import read_corners
-from .files import file_stamp, read_table
-from .grid import TileGrid
-from .pack import open_tiles
+from .common import ConfigError, TableError, file_stamp, read_table
+from .formats import _key, _rows, patient_of, read_corners, read_report_vectors, read_reports
 from .slide import Slide
-from .tiles import grid_path, read_slides
+from .tiles import TileGrid, grid_path, open_tiles, read_slides
 
 log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-_SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|png|jpe?g|h5|pt)$", re.IGNORECASE)
-_TCGA = re.compile(r"^TCGA-\w{2}-\w{4}")
 
 
 @dataclass(frozen=True)
@@ -195,15 +185,6 @@ class Cohort:
         return replace(self, members=kept, notes=notes), replace(self, members=gone)
 
 
-def patient_of(slide_id: str) -> str:
-    """The patient in a TCGA barcode (its first 12 characters), else the slide id itself."""
-    return slide_id[:12] if _TCGA.match(slide_id) else slide_id
-
-
-def _key(slide_id: str) -> str:
-    return _SUFFIX.sub("", slide_id)
-
-
 def _patients(table: Path) -> dict[str, str]:
     return {_key(row["slide_id"]): row["patient_id"] for row in read_table(table, ["slide_id", "patient_id"])}
 
@@ -223,66 +204,6 @@ def _index(keys: Sequence[tuple[str, int]], rows: Sequence[tuple[str, str, str |
         if not np.array_equal(rows[found.setdefault(key, row)][2], rows[row][2]):
             raise TableError(f"{source}: {key!r} has more than one report; keep one for each slide or patient")
     return found
-
-
-def _rows(path: Path, *required: str) -> list[dict[str, str]]:
-    """Rows of a table of reports or labels with slide_id and/or patient_id, from any of the layouts of `read_reports`."""
-    path = Path(path)
-    if path.suffix.lower() != ".json":
-        rows = read_table(path, required)
-        if rows and "patient_filename" in rows[0]:
-            rows = [row | {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")} for row in rows]
-        return rows
-    try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-        return [{"slide_id": str(r["id"]), "split": part, "report": str(r["report"])} for part, records in parts.items() for r in records]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TableError(f"{path}: not HistGen's layout {{split: [{{id, report}}]}} ({error!r})") from error
-
-
-def read_reports(path: Path) -> list[dict[str, str]]:
-    """Rows slide_id, patient_id ("" where the table has none) and report; those without an id or a text are left out.
-
-    Reads our table (slide_id and/or patient_id, report), TCGA_Reports.csv (patient_filename, text) and HistGen's JSON
-    ({split: [{id, report}]}; the split counts as a column).
-
-    Raises:
-        TableError: none of the three, or no report in it.
-    """
-    rows = _rows(path)
-    columns = set(rows[0]) if rows else set()
-    if not ("report" in columns and columns & {"slide_id", "patient_id"}):
-        raise TableError(f"{path}: needs columns report and slide_id or patient_id; there are {', '.join(sorted(columns)) or 'none'}")
-    found = [{key: row.get(key, "") for key in ("slide_id", "patient_id", "report")} for row in rows if row["report"].strip()]
-    found = [row for row in found if row["slide_id"] or row["patient_id"]]
-    if not found:
-        raise TableError(f"{path}: none of its {len(rows)} rows has a report and an id")
-    return found
-
-
-def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
-    """Report vectors (n, E) float32 by slide or patient id, from HDF5 (one dataset per id) or npz.
-
-    Raises:
-        TableError: cannot be read, an array is neither (E,) nor (n, E), or widths differ.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-        else:
-            with h5py.File(path, "r") as file:
-                arrays = {key: value[()] for key, value in file.items() if isinstance(value, h5py.Dataset)}
-        arrays = {key: np.atleast_2d(np.asarray(value, np.float32)) for key, value in arrays.items()}
-    except (OSError, ValueError, TypeError, AttributeError, BadZipFile) as error:
-        raise TableError(f"{path}: not an HDF5 or npz file of report vectors ({error})") from error
-    widths = Counter(value.shape[-1] for value in arrays.values() if value.ndim == 2 and len(value))
-    if len(widths) != 1 or any(value.ndim != 2 or not len(value) for value in arrays.values()):
-        raise TableError(f"{path}: report vectors must be (E,) or (n, E) with one width; found widths {sorted(widths) or 'none'}")
-    if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
-        raise TableError(f"{path}: {len(bad)} report vectors are not finite, first {bad[0]!r}")
-    return arrays
 
 
 # batches

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
-from .files import write_text
+from .common import ConfigError, write_text
 
 
 def _require(condition: bool, message: str) -> None:

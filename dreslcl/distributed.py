@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .files import rank_and_world
+from .common import rank_and_world
 
 
 @dataclass(frozen=True)

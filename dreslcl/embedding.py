@@ -7,9 +7,8 @@ import json
 import logging
 import tomllib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,106 +16,19 @@ import h5py
 import numpy as np
 from jaxtyping import Float32
 
-from .errors import ConfigError, DreslclError, ModelError, SlideError, StoreError, reason
-from .features import unit
-from .files import fingerprint, hdf5_file, hold
+from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, fingerprint, hdf5_file, hold, reason
+from .formats import Embeddings, unit
 
 if TYPE_CHECKING:
     from .bank import MemoryBank
     from .cohort import Cohort
     from .config import EncoderConfig
-    from .layouts import Layout
+    from .formats import Layout
     from .model import DRESLCL
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """One vector per slide (or per patient, where slides were averaged), in the order of `ids`.
-
-    Raises:
-        StoreError: the parts differ in length, an id comes twice, or a number is not finite.
-    """
-
-    ids: tuple[str, ...]
-    patients: tuple[str, ...]
-    """Patient of each slide; "" where unknown."""
-    vectors: Float32[np.ndarray, "S E"]
-    """Unit norm."""
-    mean: Float32[np.ndarray, "S D"] | None = None
-    """Mean of the slide's tile features: the baseline that an evaluation sets beside `vectors`."""
-    seen: frozenset[str] = frozenset()
-    """Ids of the slides that pretraining used, whether or not they are in `ids`."""
-    model: str = ""
-    """Fingerprint of the model that made the vectors."""
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Slides that this run of `embed` could not do, and why; not in the file."""
-
-    def __post_init__(self) -> None:
-        lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
-        if len(lengths) > 1:
-            raise StoreError(f"embeddings: ids, patients, vectors and mean differ in length ({', '.join(map(str, sorted(lengths)))})")
-        if len(set(self.ids)) < len(self.ids):
-            twice = next(slide for slide in self.ids if self.ids.count(slide) > 1)
-            raise StoreError(f"embeddings: slide id {twice!r} comes twice")
-        for values in (self.vectors, self.mean):
-            bad = [] if values is None else np.flatnonzero(~np.isfinite(values).all(axis=1))
-            if len(bad):
-                raise StoreError(f"embeddings: {len(bad)} slides have values that are not finite, first {self.ids[bad[0]]!r}")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def save(self, path: Path) -> None:
-        """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen and mean_features, attribute model."""
-        text = h5py.string_dtype("utf-8")
-        with hdf5_file(path) as file:
-            file.attrs["version"] = VERSION
-            file.attrs["model"] = self.model
-            file["features"] = self.vectors
-            file.create_dataset("slide_id", data=list(self.ids), dtype=text)
-            file.create_dataset("patient_id", data=list(self.patients), dtype=text)
-            file.create_dataset("seen", data=sorted(self.seen), dtype=text)  # a dataset: attributes end at 64 KB
-            if self.mean is not None:
-                file["mean_features"] = self.mean
-
-    @classmethod
-    def load(cls, path: Path) -> "Embeddings":
-        """Read `embeddings.h5`, or the one in a folder.
-
-        Raises:
-            StoreError: no such file, not HDF5, a dataset is absent, or the contents contradict each other.
-        """
-        path = Path(path)
-        path = path / "embeddings.h5" if path.is_dir() else path
-        if not path.is_file():
-            raise StoreError(f"{path}: no such file; `dreslcl embed` writes it")
-        try:
-            with h5py.File(path, "r") as file:
-                if file.attrs.get("version", 0) > VERSION:
-                    raise StoreError(f"{path}: version {file.attrs['version']}, newer than this dreslcl reads ({VERSION})")
-                texts = {name: tuple(file[name].asstr()[:].tolist()) for name in ("slide_id", "patient_id", "seen")}
-                vectors = file["features"][:].astype(np.float32)
-                mean = file["mean_features"][:].astype(np.float32) if "mean_features" in file else None
-                model = str(file.attrs.get("model", ""))
-        except (OSError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}: not an embeddings file of dreslcl ({error})") from error
-        return cls(texts["slide_id"], texts["patient_id"], vectors, mean, frozenset(texts["seen"]), model)
-
-    def by_patient(self) -> "Embeddings":
-        """One row per patient: the mean of its slides' vectors at unit norm, and of their mean features; ids are the patients.
-
-        A patient counts as seen where pretraining saw any of its slides.
-        """
-        patients = sorted(set(self.patients))
-        rows = [np.flatnonzero(np.array(self.patients) == p) for p in patients]
-        vectors = unit(np.stack([self.vectors[r].mean(0) for r in rows]))
-        mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
-        seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
-        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model, self.failed)
 
 
 def embed(
@@ -162,7 +74,7 @@ def embed(
     from .bank import MemoryBank
     from .distributed import ranks
     from .encoder import Encoder
-    from .layouts import tile_files, write_tiles, write_vectors
+    from .formats import tile_files, write_tiles, write_vectors
     from .model import DRESLCL, encode_members, pick_device
 
     device = pick_device()
@@ -310,7 +222,7 @@ def report_rows(
     """
     import torch
 
-    from .cohort import read_report_vectors, read_reports
+    from .formats import read_report_vectors, read_reports
     from .model import DRESLCL
 
     if model is None or (reports is None and vectors is None):

@@ -24,9 +24,8 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .common import ModelError, write_bytes, write_json
 from .config import EncoderConfig
-from .errors import ModelError
-from .files import write_bytes, write_json
 
 log = logging.getLogger(__name__)
 

@@ -22,19 +22,29 @@ from torch import Tensor
 
 from .bank import MemoryBank
 from .cohort import Cohort
+from .common import (
+    ConfigError,
+    SlideError,
+    StoreError,
+    TableError,
+    fingerprint,
+    hold,
+    progress,
+    rank_and_world,
+    read_table,
+    reason,
+    write_bytes,
+    write_text,
+)
 from .config import EvalConfig
-from .embedding import Embeddings, bank_rows, read_slide
-from .errors import ConfigError, SlideError, StoreError, TableError, reason
+from .embedding import bank_rows, read_slide
 from .evaluation import fit_probe, inner_folds
-from .features import read_features
-from .files import fingerprint, hold, rank_and_world, read_table, write_bytes, write_text
-from .grid import TileGrid
+from .formats import Embeddings, Layout, read_features, tile_files
 from .labels import UNLABELLED, encode, select
-from .layouts import Layout, tile_files
 from .model import DRESLCL
-from .progress import progress
 from .residual import ResidualAggregator, assignment_shares, encode_residuals
 from .slide import Slide
+from .tiles import TileGrid
 from .tissue import draw_overlay
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,12 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .cohort import patient_of as barcode_patient
+from .common import TableError, read_table
 from .config import EvalConfig
-from .embedding import Embeddings
-from .errors import TableError
-from .files import read_table
-from .metrics import Names
+from .formats import Embeddings
+from .formats import patient_of as barcode_patient
 
+Names = Sequence[str] | Shaped[np.ndarray, "n"]
 Rows = list[dict[str, str]]
 UNLABELLED = {"", "na", "nan", "n/a", "null"}
 NEGATIVE = {"0", "no", "false", "negative", "neg", "normal", "benign", "healthy", "wt", "wildtype", "wild-type", "wild type", "absent"}

@@ -21,12 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .cohort import Cohort, TileReader, prefetch
+from .common import ConfigError, DreslclError, ModelError, SlideError, fingerprint, progress, write_bytes, write_json
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder
-from .errors import ConfigError, DreslclError, ModelError, SlideError
-from .features import read_features
-from .files import fingerprint, write_bytes, write_json
-from .progress import progress
+from .formats import read_features
 from .residual import ResidualAggregator, encode_residuals
 from .slide import Slide
 from .tiles import find_tiles

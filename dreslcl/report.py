@@ -1,25 +1,176 @@
-"""Figures, and one self-contained HTML page: inline style, pictures as data URIs, every text escaped, nothing loaded from outside."""
+"""What a pretraining run tells people: metrics.csv, curves.png and TensorBoard events as it goes, report.html at its end."""
 
 import base64
 import io
 import platform
 import re
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
-from . import figures
-from .errors import TableError
-from .evaluation import Outcome, Result
-from .files import read_table, write_bytes, write_text
-from .metrics import NAMES, show
+from .bank import MemoryBank
+from .cohort import Cohort, TileReader
+from .common import TableError, read_table, write_bytes, write_table, write_text
+from .evaluation import CUTS, NAMES, Outcome, Result, first_hits, operating_points, resamples, show
+
+BAND_DRAWS = 200
+MAX_CURVES = 10
+GRID = np.linspace(0, 1, 101)
+STYLE = {"embedding": "-", "mean-pool": "--", "compared": ":"}
+
+
+def _axes(title: str, x: str = "", y: str = "", size: tuple[float, float] = (4.6, 4.2)) -> Axes:
+    ax = Figure(figsize=size, layout="constrained").subplots()
+    ax.set_title(title, fontsize=11, loc="left")
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _png(ax: Axes) -> bytes:
+    buffer = io.BytesIO()
+    ax.figure.savefig(buffer, format="png", dpi=140)
+    return buffer.getvalue()
+
+
+def _colours(count: int) -> list:
+    return list(colormaps["tab10" if count <= 10 else "tab20"].colors)
+
+
+def _short(name: str) -> str:
+    """A class name as matplotlib text: cut, with its special meanings of $ and of a leading _ undone."""
+    name = name if len(name) <= 22 else name[:21] + "…"
+    return (" " * name.startswith("_") + name).replace("$", r"\$")
+
+
+def _lines(outcome: Outcome) -> list[tuple[str, int, str]]:
+    """The curves to draw: features, class, label. Two classes: every feature set, positive class; more: the embedding, each class."""
+    if len(outcome.classes) == 2:
+        return [(name, 1, name) for name in outcome.probabilities if name in STYLE]
+    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.classes[:MAX_CURVES])]
+
+
+def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
+    """ROC or PR curves of the held-out predictions with a 95 % band from resampled patients."""
+    ax = (
+        _axes("ROC", "false positive rate", "true positive rate") if kind == "roc" else _axes("Precision and recall", "recall", "precision")
+    )
+    weights = resamples(outcome.patients, BAND_DRAWS, 0)
+    for i, (features, c, label) in enumerate(_lines(outcome)):
+        positive = outcome.y == c
+        if not positive.any() or positive.all():
+            continue
+        true, false = operating_points(positive, outcome.probabilities[features][:, c], weights)
+        keep = (true[:, -1] > 0) & (false[:, -1] > 0)
+        rows = [_sampled(t, f, kind) for t, f in zip(true[keep], false[keep])]
+        low, high = np.percentile(rows[1:], [2.5, 97.5], axis=0) if len(rows) > 1 else (rows[0], rows[0])
+        colour = _colours(MAX_CURVES)[i]
+        ax.plot(GRID, rows[0], STYLE[features], color=colour, linewidth=1.6, label=label)
+        if features == "embedding":
+            ax.fill_between(GRID, low, high, color=colour, alpha=0.15, linewidth=0)
+        if kind == "pr":
+            ax.axhline(positive.mean(), color=colour if len(outcome.classes) > 2 else "0.6", linewidth=0.8, linestyle=(0, (1, 3)))
+    if kind == "roc":
+        ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
+    ax.legend(frameon=False, fontsize=8, loc="lower right" if kind == "roc" else "lower left")
+    return _png(ax)
+
+
+def _sampled(true: np.ndarray, false: np.ndarray, kind: str) -> np.ndarray:
+    """One curve at the abscissae of `GRID`."""
+    recall = true / true[-1]
+    if kind == "roc":
+        return np.interp(GRID, np.r_[0, false / false[-1]], np.r_[0, recall])
+    at = np.minimum(np.searchsorted(recall, np.maximum(GRID, 1e-9) - 1e-12), len(recall) - 1)  # no precision before the first hit
+    return (true / np.maximum(true + false, 1e-12))[at]
+
+
+def confusion_matrix(outcome: Outcome) -> bytes:
+    """Counts, coloured by the share of each label's row."""
+    counts = outcome.confusion
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(4.2, 0.42 * len(counts) + 2)
+    ax = _axes("Confusion (held-out predictions)", "predicted", "label", (side + 0.4, side))
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ax.spines[:].set_visible(False)
+    ticks = [_short(name) for name in outcome.classes]
+    ax.set_xticks(range(len(ticks)), ticks, rotation=45 if len(ticks) > 2 else 0, ha="right" if len(ticks) > 2 else "center", fontsize=8)
+    ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
+    for i, j in np.ndindex(*counts.shape):
+        ax.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.55 else "black")
+    return _png(ax)
+
+
+def calibration(outcome: Outcome) -> bytes:
+    """Observed share against mean probability in bins of equal size; classes count equally, as in the probe's fit."""
+    ax = _axes("Calibration", "mean probability", "observed share")
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
+    balance = 1 / np.bincount(outcome.y, minlength=len(outcome.classes))[outcome.y]
+    draws = resamples(outcome.patients, BAND_DRAWS, 0) * balance
+    for i, (features, c, label) in enumerate(_lines(outcome)):
+        p = outcome.probabilities[features][:, c]
+        bins = np.array_split(np.argsort(p), min(8, max(2, len(p) // 10)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            observed = np.stack([(draws[:, b] * (outcome.y[b] == c)).sum(1) / draws[:, b].sum(1) for b in bins], axis=1)
+        mean = [np.average(p[b], weights=balance[b]) for b in bins]
+        ax.plot(mean, observed[0], STYLE[features], marker="o", markersize=4, linewidth=1.2, color=_colours(MAX_CURVES)[i], label=label)
+        if features == "embedding" and len(outcome.classes) == 2:
+            ax.vlines(mean, *np.nanpercentile(observed[1:], [2.5, 97.5], axis=0), color=_colours(MAX_CURVES)[i], alpha=0.4)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.legend(frameon=False, fontsize=8)
+    return _png(ax)
+
+
+def scatter(outcome: Outcome) -> bytes:
+    """The embedding in two dimensions, coloured by label: t-SNE, or PCA for few or very many slides."""
+    first = np.unique(outcome.ids, return_index=True)[1]
+    vectors, y = outcome.vectors[first], outcome.y[first]
+    name = "t-SNE" if 30 <= len(first) <= 3000 else "PCA"
+    model = TSNE(perplexity=min(30, len(first) / 4), init="pca", random_state=0) if name == "t-SNE" else PCA(2)
+    with threadpool_limits(1):  # with two threads on two busy cores t-SNE waits more than it works
+        points = model.fit_transform(vectors) if min(vectors.shape) >= 2 else np.zeros((len(first), 2))
+    ax = _axes(f"Slide embeddings, {name}")
+    for c, label in enumerate(outcome.classes):
+        ax.scatter(*points[y == c].T, s=14, color=_colours(len(outcome.classes))[c % 20], alpha=0.75, linewidths=0, label=_short(label))
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+    return _png(ax)
+
+
+def recall(outcome: Outcome) -> bytes:
+    """Recall at 1, 5, 10 in both directions, with intervals and the chance line."""
+    ax = _axes("", "", "recall", (6.0, 4.0))
+    for i, (direction, score) in enumerate(outcome.scores["embedding"].items()):
+        bars = [score[f"recall@{k}"] for k in CUTS]
+        x = np.arange(len(CUTS)) + 0.4 * i
+        value = np.array([bar.value for bar in bars])
+        errors = np.abs(np.array([[bar.low, bar.high] for bar in bars]).T - value)
+        ax.bar(x, value, 0.36, yerr=errors, color=_colours(2)[i], alpha=0.8, label=direction, error_kw={"elinewidth": 1})
+        chance = [outcome.scores["chance"][direction][f"recall@{k}"].value for k in CUTS]
+        ax.hlines(chance, x - 0.18, x + 0.18, color="black", linewidth=1.5, label="chance" if i == 0 else None)
+    ax.set_xticks(np.arange(len(CUTS)) + 0.2, [f"@{k}" for k in CUTS])
+    ax.set_ylim(0, 1.02)
+    ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return _png(ax)
+
 
 PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 
@@ -192,3 +343,116 @@ def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
             caption = f"{outcome.ids[i]}: {name}, predicted {outcome.classes[int(p[i].argmax())]} (probability of {name} {p[i, c]:.2f})"
             chosen.append(Picture(shrunk(pictures[outcome.ids[i]]), caption))
     return ["Of each class, the two surest right predictions and the surest wrong one:", chosen] if chosen else []
+
+
+ATLAS_ROWS = 20_000
+ATLAS_TILES = 6
+GAP = ((0, 0), (0, 4), (0, 0))  # px right of a tile
+EXAMPLES = 6
+
+Row = Mapping[str, float | int]
+
+
+class Journal:
+    """The log of one run, on the rank that writes. Nothing is written before the first epoch's end."""
+
+    def __init__(self, out: Path):
+        self.out, self.drawn = out, time.monotonic()
+        self.events: Any = None
+
+    def write(self, rows: Sequence[Row], *, picture: bool) -> None:
+        """All rows to metrics.csv, the last one to TensorBoard; curves.png costs a second: every half minute, and with `picture`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.events is None:  # what a killed run logged after the checkpoint that this one went on from is void
+            self.events = SummaryWriter(str(self.out), purge_step=int(rows[-2]["step"]) + 1 if len(rows) > 1 else 0)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        write_table(self.out / "metrics.csv", columns, [[row.get(c, "") for c in columns] for row in rows])
+        for name, value in rows[-1].items():
+            if name != "step":
+                self.events.add_scalar(name, value, int(rows[-1]["step"]))
+        self.events.flush()
+        if picture or time.monotonic() - self.drawn > 30:
+            curves(self.out / "metrics.csv", self.out / "curves.png")
+            self.drawn = time.monotonic()
+
+
+def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Cohort, reader: TileReader, *, seed: int) -> list[Picture]:
+    """For each codeword, the most used first, a strip of the tiles nearest to it, each of another slide where there are enough.
+
+    Looks at up to ATLAS_ROWS rows of the slides in the shards opened here, as many of each.
+    """
+    rng = np.random.default_rng(seed)
+    member_of = {m.slide_id: i for i, m in enumerate(cohort.members)}
+    per_slide = max(1, ATLAS_ROWS // len(bank.slides))
+    found: list[list[tuple[int, float, int, int]]] = [[] for _ in words]  # (place within its slide, distance, member, tile)
+    counts = np.zeros(len(words), np.int64)
+    for slide in bank.slides:
+        tiles = np.sort(rng.choice(bank.tiles(slide), min(per_slide, bank.tiles(slide)), replace=False))
+        rows, codes = bank.gather(slide, tiles).astype(np.float32), bank.codes(slide, tiles)
+        distance = ((rows - words[codes]) ** 2).sum(1)
+        counts += np.bincount(codes, minlength=len(words))
+        for k in np.unique(codes):
+            own = np.flatnonzero(codes == k)
+            best = own[np.argsort(distance[own])[:ATLAS_TILES]]
+            found[k] += [(place, float(distance[i]), member_of[slide], int(tiles[i])) for place, i in enumerate(best)]
+    pictures = []
+    for k in np.argsort(-counts, kind="stable"):
+        nearest = sorted(found[k])[:ATLAS_TILES]  # each slide's nearest before any slide's second
+        if nearest:
+            shown = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
+            empty = [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
+            strip = np.concatenate([*shown, *empty], axis=1)
+            pictures.append(Picture(_jpeg(strip), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
+    return pictures
+
+
+def _jpeg(image: np.ndarray, height: int = 96) -> bytes:
+    picture, buffer = Image.fromarray(image), io.BytesIO()
+    picture.resize((round(picture.width * height / picture.height), height)).save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def retrieval_examples(cohort: Cohort, z: Float[np.ndarray, "S E"], u: Float[np.ndarray, "S E"]) -> Table:
+    """Report → slide among a cohort's slides: examples spread evenly from the best rank to the worst."""
+    members, similar = cohort.members, u @ z.T
+    number = np.array([m.report for m in members])
+    ranks = first_hits(similar, number[:, None] == number)
+    rows = []
+    for i in np.argsort(ranks, kind="stable")[np.linspace(0, len(members) - 1, min(EXAMPLES, len(members))).astype(int)]:
+        report, first = cohort.reports[members[i].report], members[int(similar[i].argmax())]
+        text = (report[:100] + "…" * (len(report) > 100)) if isinstance(report, str) else "(a vector)"
+        rows.append([members[i].slide_id, f"{ranks[i]:.0f} of {len(members)}", first.slide_id, text])
+    return Table(["report of", "rank of its slide", "ranked first", "report begins"], rows, f"Median rank {np.median(ranks):g}.")
+
+
+def run_page(
+    out: Path, *, settings: str, notes: Sequence[str], rows: Sequence[Row], atlas: Sequence[Picture], examples: Sequence[Block]
+) -> None:
+    """Write RUN/report.html.
+
+    Args:
+        settings: the run's configuration as TOML.
+        notes: what went in, one line each.
+        rows: those of metrics.csv.
+        atlas: of `codebook_atlas`; empty where there are no pixels.
+        examples: what to show of retrieval.
+    """
+    last = rows[-1]
+    shown = {"loss": "loss", "batch_recall@1": "recall@1 within a batch", "held_out_recall@10": "held-out recall@10"}
+    headline = ", ".join(f"{name} {last[key]:.3g}" for key, name in shown.items() if key in last)
+    picked = [rows[i] for i in sorted(set(np.linspace(0, len(rows) - 1, min(8, len(rows))).astype(int).tolist()))]
+    columns = {"row_age": "mean age", "row_age_p95": "95th percentile of age", "row_cosine": "cosine, old row to fresh feature"}
+    columns = {key: name for key, name in columns.items() if key in last}
+    ages = [[f"{row['epoch']:.0f}", *(f"{row[key]:.4g}" if key in row else "" for key in columns)] for row in picked]
+    sections: dict[str, Sequence[Block]] = {
+        "": [f"After epoch {last['epoch']:.0f} ({last['step']:.0f} steps): {headline}."],
+        "What went in": list(notes),
+        "Curves": [Picture(out / "curves.png")],
+        "Memory bank": [Table(["epoch", *columns.values()], ages, "Age: steps since a row was written. A cosine of 1: no drift.")],
+    }
+    if atlas:
+        sections["Codebook"] = ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)]
+    sections["Retrieval"] = examples
+    sections["Settings and versions"] = [Code(settings), versions()]
+    page(out / "report.html", "dreslcl pretraining", sections)

@@ -17,9 +17,8 @@ from jaxtyping import Float, Float32, Float64, Int, Int64, Integer
 from torch import Tensor, nn
 
 from .bank import MemoryBank
+from .common import ConfigError, StoreError, fingerprint, write_bytes
 from .config import ModelConfig
-from .errors import ConfigError, StoreError
-from .files import fingerprint, write_bytes
 
 log = logging.getLogger(__name__)
 

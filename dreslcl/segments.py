@@ -20,7 +20,7 @@ import simplejpeg
 from jaxtyping import Integer, UInt8
 from PIL import Image
 
-from .errors import SlideError
+from .common import SlideError
 
 MAX_SEGMENT_BYTES = 1 << 30
 """Largest decoded segment: a larger claim is refused before memory is taken."""

@@ -20,7 +20,7 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 from tifffile import TiffFile
 
-from .errors import SlideError
+from .common import SlideError
 from .segments import DAMAGED, JPEG2000, Carry, Segments, from_image, from_page
 
 Real = float | int

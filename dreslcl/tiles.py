@@ -8,29 +8,301 @@ which is what makes killed, repeated and shared-out runs end in the same files.
 import io
 import json
 import logging
+import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
-from jaxtyping import Bool
+import simplejpeg
+from jaxtyping import Bool, Float32, Int64
 from PIL import Image, ImageDraw
+from tifffile import TiffFile, TiffFileError, TiffWriter
 
 from . import __version__
+from .common import (
+    ConfigError,
+    DiskError,
+    DreslclError,
+    SlideError,
+    StoreError,
+    TableError,
+    atomic,
+    check_id,
+    file_stamp,
+    fingerprint,
+    hdf5_file,
+    hold,
+    progress,
+    rank_and_world,
+    read_table,
+    reason,
+    slide_id,
+    write_bytes,
+    write_json,
+    write_table,
+)
 from .config import TileConfig
-from .errors import ConfigError, DiskError, DreslclError, StoreError, TableError, reason
-from .files import check_id, file_stamp, fingerprint, hold, rank_and_world, read_table, slide_id, write_bytes, write_json, write_table
-from .grid import TileGrid, aligned_extent, grid_corners, read_coords, thin_out
-from .pack import pack_path, packed_fingerprint, write_pack
-from .progress import progress
 from .slide import Slide
 from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, polygons_to_geojson, read_geojson, sharpness, tissue_mask
+
+
+@dataclass(frozen=True, eq=False)
+class TileGrid:
+    """The M tiles of a slide; row m is row m of everything that is stored per tile."""
+
+    slide_id: str
+    xy: Int64[np.ndarray, "m 2"]
+    """Top-left corners, level-0 pixels, row-major order."""
+    tissue: Float32[np.ndarray, "m"]
+    """Share of each tile that is tissue."""
+    extent_px: int
+    """Edge of a tile in level-0 pixels."""
+    size: int
+    """Edge of a tile as the encoder sees it, pixels."""
+    mpp: float
+    """Resolution of a tile, µm per pixel."""
+    mpp_level0: float
+    mpp_source: str
+    level0_size: tuple[int, int]
+    fingerprint: str
+    """Of the parameters and of the scan's size and time of change."""
+    overlap: int = 0
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+    def save(self, path: Path) -> None:
+        """Write TRIDENT's coordinate layout; resolutions as magnifications, 10 / mpp, which may be fractions and so stay exact."""
+        with hdf5_file(path) as file:
+            self.describe(file.create_dataset("coords", data=self.xy), path.parent.name)
+            file.create_dataset("tissue_fraction", data=self.tissue)
+
+    def describe(self, coords: h5py.Dataset, folder: str) -> None:
+        """Put TRIDENT's attributes, and ours, on a dataset of this grid's corners; `folder` is the one that the file is in."""
+        coords.attrs.update(
+            patch_size=self.size, patch_size_level0=self.extent_px, level0_magnification=10 / self.mpp_level0,
+            target_magnification=10 / self.mpp, overlap=self.overlap, name=self.slide_id, savetodir=folder,
+            level0_width=self.level0_size[0], level0_height=self.level0_size[1], mpp_level0=self.mpp_level0, mpp=self.mpp,
+            mpp_source=self.mpp_source, fingerprint=self.fingerprint, dreslcl_version=__version__,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> "TileGrid":
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: no such file, or not a whole grid.
+        """
+        try:
+            with h5py.File(path, "r") as file:
+                xy, tissue, at = file["coords"][:], file["tissue_fraction"][:], dict(file["coords"].attrs)
+            return cls(
+                slide_id=str(at["name"]), xy=xy, tissue=tissue, extent_px=int(at["patch_size_level0"]), size=int(at["patch_size"]),
+                mpp=float(at["mpp"]), mpp_level0=float(at["mpp_level0"]), mpp_source=str(at["mpp_source"]),
+                level0_size=(int(at["level0_width"]), int(at["level0_height"])), fingerprint=str(at["fingerprint"]),
+                overlap=int(at["overlap"]),
+            )  # fmt: skip
+        except (OSError, KeyError, ValueError) as error:
+            raise StoreError(f"{path}: no tile grid of dreslcl ({error}); run `dreslcl tile` again") from error
+
+
+def grid_corners(level0_size: tuple[int, int], extent: int, step: int) -> Int64[np.ndarray, "n 2"]:
+    """Top-left corners, in row-major order, of all grid cells that lie wholly on the scan."""
+    x, y = (np.arange(0, side - extent + 1, step, dtype=np.int64) for side in level0_size)
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def hilbert_order(xy: Int64[np.ndarray, "m 2"], step: int) -> Int64[np.ndarray, "m"]:
+    """The order that visits places along a Hilbert curve over cells of `step` pixels: neighbours in order are neighbours in place."""
+    x, y = (xy // max(step, 1)).T.copy()
+    bits = max(1, int(max(x.max(initial=0), y.max(initial=0))).bit_length())
+    distance = np.zeros(len(xy), np.int64)
+    for side in (1 << b for b in reversed(range(bits))):
+        right, up = (x & side) > 0, (y & side) > 0
+        distance += side * side * ((3 * right) ^ up)
+        flip = ~up & right
+        x, y = np.where(flip, side - 1 - (x & (side - 1)), x & (side - 1)), np.where(flip, side - 1 - (y & (side - 1)), y & (side - 1))
+        x, y = np.where(up, x, y), np.where(up, y, x)
+    return np.argsort(distance, kind="stable")
+
+
+def thin_out(xy: Int64[np.ndarray, "m 2"], step: int, count: int) -> Int64[np.ndarray, "n"]:
+    """Rows of `count` tiles drawn evenly over the slide: every so many along a Hilbert curve, given in rising order."""
+    return np.sort(hilbert_order(xy, step)[np.linspace(0, len(xy) - 1, count).round().astype(np.int64)])
+
+
+def aligned_extent(slide: Slide, config: TileConfig) -> int:
+    """The tile edge, level-0 pixels, within 2 % of the one asked for, that is a whole number of stored tiles or a whole part of one.
+
+    Then every tile needs the fewest stored tiles. Where there is none, the edge asked for; the first level that offers one is taken.
+    """
+    asked = slide.extent(config.size, config.mpp)
+    for level in reversed(slide.levels) if not config.overlap else ():
+        stored, height = slide._stored[level.index].edge
+        if stored != height or level.downsample * config.size > asked * 1.02:
+            continue
+        wanted = asked / level.downsample
+        whole = stored * max(1, round(wanted / stored)) if wanted > stored * 0.75 else stored / round(stored / wanted)
+        if whole == int(whole) and abs(whole / wanted - 1) <= 0.02:
+            return round(whole * level.downsample)
+    return asked
+
+
+def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int, int]:
+    """Coordinates that TRIDENT or CLAM wrote: corners and tile edge in level-0 pixels, and tile edge in pixels.
+
+    Raises:
+        SlideError: not such a file, or a place beyond the scan.
+    """
+    if not path.exists():
+        raise SlideError(f"{path}: not there; coordinates that TRIDENT or CLAM wrote for this scan are needed")
+    try:
+        with h5py.File(path, "r") as file:
+            xy, at = np.asarray(file["coords"], np.int64).reshape(-1, 2), dict(file["coords"].attrs)
+        size = int(at["patch_size"])
+        extent = int(at["patch_size_level0"]) if "patch_size_level0" in at else round(size * float(np.ravel(at["downsample"])[0]))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise SlideError(f"{path}: no coordinates as TRIDENT or CLAM write them ({error})") from error
+    if len(xy) and (xy.min() < 0 or (xy.max(axis=0) >= slide.size).any()):
+        raise SlideError(f"{path}: holds a tile at {tuple(xy.max(axis=0).tolist())}, but the scan has {slide.size[0]} x {slide.size[1]} px")
+    return xy, extent, size
+
+
+log = logging.getLogger(__name__)
+
+QUALITY = 90
+"""Of JPEG tiles that are encoded anew (without chroma subsampling)."""
+CHUNK = 256
+"""Tiles read at a time."""
+
+
+def pack_path(work: Path, slide_id: str) -> Path:
+    """Where the pack of a slide is kept."""
+    return Path(work) / "packs" / f"{slide_id}.tiff"
+
+
+def packed_corners(grid: TileGrid) -> Int64[np.ndarray, "m 2"]:
+    """Top-left corners of the grid's tiles in its pack, pixels of the pack."""
+    number = np.arange(len(grid), dtype=np.int64)
+    columns = _columns(grid)
+    return np.stack([number % columns, number // columns], axis=1) * _pitch(grid)
+
+
+def _columns(grid: TileGrid) -> int:
+    return max(1, math.isqrt(max(0, len(grid) - 1)) + 1)
+
+
+def _pitch(grid: TileGrid) -> int:
+    return -(-grid.size // 16) * 16  # TIFF's tiles are multiples of 16 px
+
+
+def write_pack(slide: Slide, grid: TileGrid, path: Path) -> bool:
+    """Write a grid's tiles; a grid without tiles gets no pack. Returns whether the scan's own bytes were copied.
+
+    Raises:
+        SlideError: the scan cannot be read.
+        OSError: the pack cannot be written.
+    """
+    if not len(grid):
+        path.unlink(missing_ok=True)
+        return False
+    columns, pitch = _columns(grid), _pitch(grid)
+    rows = -(-len(grid) // columns)
+    blank = [b""] * (rows * columns - len(grid))  # bytes of no length: a tile that is not stored
+    copied = _stored_tiles(slide, grid)
+    how: dict[str, Any] = {"photometric": "ycbcr", "subsampling": (1, 1)}
+    tiles = _encoded_tiles(slide, grid)
+    if copied is not None:
+        tiles, how = copied
+    says = {"dreslcl_pack": 1, "slide_id": grid.slide_id, "tiles": len(grid), "mpp": grid.mpp, "fingerprint": grid.fingerprint}
+    with atomic(path) as part, TiffWriter(part, bigtiff=True) as writer:
+        writer.write(
+            (data for source in (tiles, blank) for data in source),
+            shape=(rows * pitch, columns * pitch, 3),
+            dtype=np.uint8,
+            tile=(pitch, pitch),
+            compression="jpeg",
+            description=json.dumps(says),
+            resolution=(1e4 / grid.mpp, 1e4 / grid.mpp),
+            resolutionunit="CENTIMETER",
+            metadata=None,
+            **how,
+        )
+    return copied is not None
+
+
+def _encoded_tiles(slide: Slide, grid: TileGrid) -> Iterator[bytes]:
+    pitch = _pitch(grid)
+    padded = np.full((pitch, pitch, 3), 255, np.uint8)
+    for start in range(0, len(grid), CHUNK):
+        for tile in slide.read_tiles(grid.xy[start : start + CHUNK], grid.size, grid.mpp):
+            padded[: grid.size, : grid.size] = tile
+            yield simplejpeg.encode_jpeg(padded, QUALITY, colorsubsampling="444")
+
+
+def _stored_tiles(slide: Slide, grid: TileGrid) -> tuple[Iterator[bytes], dict[str, Any]] | None:
+    """The bytes of the scan's own tiles and how to write them, if every tile of the grid is one JPEG tile of one level."""
+    level = next((level for level in slide.levels if level.downsample * grid.size == grid.extent_px), None)
+    if level is None or grid.size != _pitch(grid) or (grid.xy % grid.extent_px).any():
+        return None
+    try:
+        with TiffFile(slide.path) as tif:
+            pages = [part.keyframe for series in tif.series for part in series.levels]
+            pages = [p for p in pages if p.is_tiled and (p.imagewidth, p.imagelength) == level.size and p.compression == 7]
+            if len(pages) != 1 or (pages[0].tilewidth, pages[0].tilelength) != (grid.size, grid.size) or pages[0].samplesperpixel != 3:
+                return None
+            [page] = pages
+            how = {"photometric": page.photometric, "jpegtables": page.jpegtables, "subsampling": page.subsampling}
+            how["compressionargs"] = {"outcolorspace": page.photometric}  # else tifffile calls RGB YCbCr
+            columns = -(-page.imagewidth // grid.size)
+            index = (grid.xy // grid.extent_px @ [1, columns]).tolist()
+            offsets, counts = page.dataoffsets, page.databytecounts
+    except TiffFileError:  # a PNG or JPEG image
+        return None
+    if not all(counts[i] for i in index):
+        return None
+
+    def read() -> Iterator[bytes]:
+        with slide.path.open("rb") as file:
+            for i in index:
+                file.seek(offsets[i])
+                yield file.read(counts[i])
+
+    return read(), how
+
+
+def packed_fingerprint(path: Path) -> str:
+    """The fingerprint of the grid that a pack was written for; empty where there is no whole pack."""
+    try:
+        with TiffFile(path) as tif:
+            return str(json.loads(tif.pages.first.description)["fingerprint"])
+    except Exception:  # a broken header makes tifffile raise anything
+        return ""
+
+
+def open_tiles(work: Path, scan: Path, grid: TileGrid) -> tuple[Slide, Int64[np.ndarray, "m 2"]]:
+    """What to read a grid's tiles from, and where they lie in it: `slide.read_tiles(xy[rows], grid.size, grid.mpp)`.
+
+    That is the pack, if there is one of this very grid, else the scan.
+
+    Raises:
+        SlideError: it cannot be opened.
+    """
+    path = pack_path(work, grid.slide_id)
+    if path.exists():
+        if packed_fingerprint(path) == grid.fingerprint:
+            return Slide.open(path, mpp=grid.mpp), packed_corners(grid)
+        log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
+    return Slide.open(scan, mpp=grid.mpp_level0), grid.xy
+
 
 log = logging.getLogger(__name__)
 

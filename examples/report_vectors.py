@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 
 from dreslcl.cohort import read_reports
+from dreslcl.common import atomic
 from dreslcl.encoder import clean_report
-from dreslcl.files import atomic
 
 
 def windows(text: str, words: int) -> list[str]:

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from dreslcl import Codebook, Cohort, Embeddings, embed, evaluate, pretrain, tile_slides
+from dreslcl.common import fingerprint, read_table, write_table
 from dreslcl.config import EvalConfig, RunConfig, TileConfig, updated
 from dreslcl.demo import SETTINGS, TILES
 from dreslcl.embedding import report_rows
-from dreslcl.features import find_features, read_features
-from dreslcl.files import fingerprint, read_table, write_table
+from dreslcl.formats import find_features, read_features
 from dreslcl.model import DRESLCL
 from dreslcl.residual import ResidualAggregator, residual_sums
 from dreslcl.trainer import Trainer, Visit

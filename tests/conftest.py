@@ -26,9 +26,9 @@ def work(tmp_path_factory) -> Path:
     """Eight scans of coloured noise on white glass, tiled, with reports; p0 has two slides."""
     import numpy as np
 
+    from dreslcl.common import write_table
     from dreslcl.config import TileConfig
-    from dreslcl.files import write_table
-    from dreslcl.synthetic import write_scan
+    from dreslcl.demo import write_scan
     from dreslcl.tiles import tile_slides
 
     folder, rng = tmp_path_factory.mktemp("cohort"), np.random.default_rng(0)

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreslcl.bank import MemoryBank, bank_bytes
-from dreslcl.errors import StoreError
-from dreslcl.shard import DIRTY, Shard, nearest
+from dreslcl.bank import DIRTY, MemoryBank, Shard, bank_bytes, nearest
+from dreslcl.common import StoreError
 
 D, K = 16, 5
 
@@ -273,7 +272,7 @@ def test_a_disk_too_small_for_the_bank_is_an_error_before_any_row(tmp_path):
     import resource, signal, sys
     from pathlib import Path
     from dreslcl.bank import MemoryBank
-    from dreslcl.errors import StoreError
+    from dreslcl.common import StoreError
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a file may not grow beyond this
     try:
@@ -294,7 +293,7 @@ def test_a_disk_full_during_fill_is_an_error_and_filling_resumes_with_room(tmp_p
     import numpy as np
     from pathlib import Path
     from dreslcl.bank import MemoryBank
-    from dreslcl.errors import StoreError
+    from dreslcl.common import StoreError
     disk = Path(sys.argv[1])
     bank = MemoryBank.create(disk / "bank", {s: 10_000 for s in "abc"}, 16, 5, encoder="e", grids="g", sparse=True)
     (disk / "ballast").write_bytes(bytes(200_000))
@@ -396,7 +395,7 @@ def test_a_bank_twenty_times_a_memory_limit_is_used_without_rss_growing(tmp_path
     import sys
     from pathlib import Path
     import numpy as np
-    from dreslcl import shard
+    from dreslcl import bank
     from dreslcl.bank import MemoryBank
     shard.RESIDENT = 256  # 16 MB
     def rss():

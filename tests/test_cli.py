@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dreslcl import cli
-from dreslcl.files import read_table, write_table
+from dreslcl.common import read_table, write_table
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from dreslcl.cohort import (
     read_reports,
     window_tiles,
 )
-from dreslcl.errors import ConfigError, TableError
-from dreslcl.files import write_table
+from dreslcl.common import ConfigError, TableError, write_table
 from dreslcl.slide import Slide
 
 
@@ -104,7 +103,7 @@ def test_tables_without_the_columns_or_without_reports_are_refused(tmp_path):
 
 
 def test_real_tcga_reports_match_their_slides(test_data):
-    from dreslcl.features import find_features
+    from dreslcl.formats import find_features
 
     cohort = Cohort.of_features(find_features(test_data / "tcga" / "features"))
     by_patient = cohort.with_reports(test_data / "tcga" / "TCGA_Reports.csv")

@@ -2,6 +2,7 @@ from dataclasses import fields
 
 import pytest
 
+from dreslcl.common import ConfigError
 from dreslcl.config import (
     PRESETS,
     TABLES,
@@ -15,7 +16,6 @@ from dreslcl.config import (
     read_knobs,
     updated,
 )
-from dreslcl.errors import ConfigError
 
 
 @pytest.mark.parametrize("config", TABLES.values())

@@ -16,17 +16,15 @@ import dreslcl
 from dreslcl import load
 from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort, TileReader
+from dreslcl.common import BusyError, ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, read_table
 from dreslcl.config import EncoderConfig
+from dreslcl.demo import write_scan
 from dreslcl.embedding import Embeddings, embed, prompt_vectors, report_rows
 from dreslcl.encoder import Encoder
-from dreslcl.errors import BusyError, ConfigError, DreslclError, ModelError, SlideError, StoreError
 from dreslcl.evaluation import evaluate
-from dreslcl.features import find_features
-from dreslcl.files import hold, read_table
-from dreslcl.grid import TileGrid
-from dreslcl.layouts import write_tiles
+from dreslcl.formats import find_features, write_tiles
 from dreslcl.model import DRESLCL
-from dreslcl.synthetic import write_scan
+from dreslcl.tiles import TileGrid
 
 
 @pytest.fixture(scope="module")

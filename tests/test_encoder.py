@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dreslcl.common import ModelError
 from dreslcl.config import EncoderConfig
 from dreslcl.encoder import Augmentation, Encoder, clean_report, describe_encoder, list_encoders
-from dreslcl.errors import ModelError
 
 REPORT = " ".join(f"Finding {i}: the margin measures {i} mm, free of tumour." for i in range(40))
 

@@ -15,12 +15,22 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dreslcl.common import ConfigError, StoreError, TableError
 from dreslcl.config import EvalConfig
 from dreslcl.embedding import Embeddings
-from dreslcl.errors import ConfigError, StoreError, TableError
-from dreslcl.evaluation import evaluate, few_shot_probe, linear_probe, zero_shot
+from dreslcl.evaluation import (
+    classification_metrics,
+    evaluate,
+    few_shot_probe,
+    first_hits,
+    interval,
+    linear_probe,
+    resamples,
+    retrieval_chance,
+    retrieval_metrics,
+    zero_shot,
+)
 from dreslcl.labels import patient_folds, patient_of
-from dreslcl.metrics import classification_metrics, first_hits, interval, resamples, retrieval_chance, retrieval_metrics
 
 QUICK = EvalConfig(folds=3, bootstrap=50, shots=(1, 3), draws=2)
 

@@ -14,7 +14,7 @@ import typer
 
 from dreslcl.cli import app
 from dreslcl.config import ModelConfig, RunConfig, TrainConfig
-from dreslcl.synthetic import write_cohort
+from dreslcl.demo import write_cohort
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

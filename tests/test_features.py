@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from dreslcl.errors import StoreError, TableError
-from dreslcl.features import find_features, read_corners, read_features
+from dreslcl.common import StoreError, TableError
+from dreslcl.formats import find_features, read_corners, read_features
 
 
 def bag(n=5, d=4, seed=0):

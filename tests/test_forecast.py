@@ -11,8 +11,7 @@ from test_trainer import SMALL, trainer
 from dreslcl.bank import bank_bytes
 from dreslcl.cohort import Cohort
 from dreslcl.config import EncoderConfig
-from dreslcl.forecast import _kept_bytes, clock, forecast
-from dreslcl.trainer import pretrain
+from dreslcl.trainer import _kept_bytes, clock, forecast, pretrain
 
 
 def expect(made, **changes):
@@ -44,7 +43,7 @@ def test_forecast_grows_with_what_is_asked(cohort, tmp_path):
 
 def test_epoch_time_counts_steps_tiles_and_held_out_slides(cohort, tmp_path, monkeypatch):
     made = trainer(cohort, tmp_path)
-    monkeypatch.setattr("dreslcl.forecast._seconds", lambda work, device: 1.0)
+    monkeypatch.setattr("dreslcl.trainer._seconds", lambda work, device: 1.0)
     tiles = sum(m.tiles for m in cohort.members)
 
     def seconds(held_out=(), **changes):

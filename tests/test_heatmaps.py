@@ -10,11 +10,10 @@ from PIL import Image
 from sklearn.pipeline import Pipeline
 
 from dreslcl.cohort import Cohort
+from dreslcl.common import ConfigError, TableError, write_table
 from dreslcl.config import ModelConfig
 from dreslcl.embedding import Embeddings, embed
-from dreslcl.errors import ConfigError, TableError
-from dreslcl.features import read_features
-from dreslcl.files import write_table
+from dreslcl.formats import read_features
 from dreslcl.heatmaps import class_targets, contributions, draw_heatmaps, score_slopes, tile_values
 from dreslcl.model import DRESLCL
 from dreslcl.residual import ResidualAggregator, assignment_shares

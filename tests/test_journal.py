@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import SMALL, trainer
 
 from dreslcl.cohort import Cohort, Member
-from dreslcl.journal import Journal, codebook_atlas, retrieval_examples
+from dreslcl.report import Journal, codebook_atlas, retrieval_examples
 from dreslcl.trainer import Trainer, pretrain
 
 QUICK = replace(SMALL, train=replace(SMALL.train, epochs=1))

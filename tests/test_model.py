@@ -5,9 +5,9 @@ import open_clip
 import pytest
 import torch
 
+from dreslcl.common import ModelError
 from dreslcl.config import EncoderConfig, ModelConfig
 from dreslcl.encoder import Encoder
-from dreslcl.errors import ModelError
 from dreslcl.model import DRESLCL, autocast, contrastive_loss
 
 CONFIG = ModelConfig(codewords=4, width=16, heads=2, depth=1, dropout=0.0, joint_dim=8)

@@ -5,11 +5,9 @@ import pytest
 from test_tiles import picture
 
 from dreslcl.config import TileConfig
-from dreslcl.grid import TileGrid
-from dreslcl.pack import open_tiles, pack_path, packed_corners, packed_fingerprint, write_pack
+from dreslcl.demo import write_scan
 from dreslcl.slide import Slide
-from dreslcl.synthetic import write_scan
-from dreslcl.tiles import grid_path, tile_slides
+from dreslcl.tiles import TileGrid, grid_path, open_tiles, pack_path, packed_corners, packed_fingerprint, tile_slides, write_pack
 
 
 @pytest.mark.parametrize("size, mpp, stored, subsampling, copied", [

@@ -1,7 +1,5 @@
 import logging
 
-from dreslcl import progress
-
 
 def test_a_log_gets_a_line_with_rate_and_time_left_now_and_then(monkeypatch, caplog):
     clock = [0.0]

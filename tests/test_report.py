@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_evaluation import QUICK, cohort
 
-from dreslcl.errors import TableError
+from dreslcl.common import TableError
 from dreslcl.evaluation import evaluate
 from dreslcl.report import Code, Notice, Picture, Table, curves, evaluation_page, page, versions
 
@@ -75,7 +75,7 @@ def test_versions_name_python_and_the_packages():
 
 
 def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():
-    from dreslcl.figures import _sampled
+    from dreslcl.report import _sampled
 
     precision = _sampled(np.array([0.0, 1, 2]), np.array([1.0, 1, 1]), "pr")  # the highest score is a miss
     assert precision[0] == precision[1] == 1 / 2 and precision[-1] == 2 / 3

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dreslcl import residual
 from dreslcl.bank import MemoryBank
+from dreslcl.common import ConfigError, StoreError
 from dreslcl.config import ModelConfig
-from dreslcl.errors import ConfigError, StoreError
 from dreslcl.residual import Codebook, ResidualAggregator, assign, encode_residuals, refreshed_residuals, residual_sums
 
 

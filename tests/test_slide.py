@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreslcl import segments
-from dreslcl.errors import SlideError
+from dreslcl.common import SlideError
 from dreslcl.slide import Slide
 
 

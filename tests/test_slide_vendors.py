@@ -12,7 +12,7 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
-from dreslcl.errors import SlideError
+from dreslcl.common import SlideError
 from dreslcl.slide import Slide
 
 JPEG = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 95}, "subsampling": (1, 1), "metadata": None}

@@ -7,9 +7,8 @@ import openslide
 import pytest
 import tifffile
 
-from dreslcl.errors import ConfigError
-from dreslcl.files import read_table
-from dreslcl.synthetic import BACKGROUND, FIELD, KINDS, TUMOUR, TUMOUR_MEAN, _draw, write_cohort, write_scan
+from dreslcl.common import ConfigError, read_table
+from dreslcl.demo import BACKGROUND, FIELD, KINDS, TUMOUR, TUMOUR_MEAN, _draw, write_cohort, write_scan
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_sheets_of_two_splits_show_different_pixels(monkeypatch, tmp_path):
         drawn[kind, len(drawn)] = sheet = rng.integers(0, 255, (2, 896, 896)).astype(np.uint8)
         return sheet
 
-    monkeypatch.setattr("dreslcl.synthetic._draw", remember)
+    monkeypatch.setattr("dreslcl.demo._draw", remember)
     write_cohort(tmp_path, 6, side=(3, 3))
     assert len({sheet.tobytes() for sheet in drawn.values()}) == len(drawn) == 2 * len(KINDS)
 
@@ -151,7 +150,7 @@ def test_tumour_sheets_of_every_kind_have_the_same_mean_stain():
 def test_the_smallest_cohort_has_every_class_in_both_splits_and_is_the_same_again(tmp_path, monkeypatch):
     write_cohort(tmp_path / "a", 6, seed=1, side=(3, 4))
     write_cohort(tmp_path / "b", 6, seed=1, side=(3, 4))
-    monkeypatch.setattr("dreslcl.synthetic._draw", lambda kind, rng: np.zeros((2, 896, 896), np.uint8))
+    monkeypatch.setattr("dreslcl.demo._draw", lambda kind, rng: np.zeros((2, 896, 896), np.uint8))
     write_cohort(tmp_path / "c", 6, seed=2, side=(3, 4))
     labels = read_table(tmp_path / "a" / "labels.csv")
     assert len({(row["split"], row["subtype"]) for row in labels}) == 6

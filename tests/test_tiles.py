@@ -16,13 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
+from dreslcl.common import BusyError, ConfigError, DiskError, StoreError, TableError, hold
 from dreslcl.config import TileConfig
-from dreslcl.errors import BusyError, ConfigError, DiskError, StoreError, TableError
-from dreslcl.files import hold
-from dreslcl.grid import TileGrid, aligned_extent, grid_corners, hilbert_order, thin_out
+from dreslcl.demo import write_scan
 from dreslcl.slide import Slide
-from dreslcl.synthetic import write_scan
-from dreslcl.tiles import grid_path, read_slides, tile_slides
+from dreslcl.tiles import TileGrid, aligned_extent, grid_corners, grid_path, hilbert_order, read_slides, thin_out, tile_slides
 
 SMALL = TileConfig(size=64)
 
@@ -385,7 +383,7 @@ def test_a_second_run_on_the_same_folder_is_told_who_holds_it(scans, tmp_path):
         for shard in (None, (0, 2)):
             with pytest.raises(BusyError, match=f"process {os.getpid()} on"):
                 tile_slides(scans, tmp_path, SMALL, shard=shard)
-    code = "import sys, time; from dreslcl.files import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from dreslcl.common import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     with pytest.raises(BusyError, match=f"process {process.pid} on"):

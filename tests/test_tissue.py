@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreslcl.errors import SlideError
+from dreslcl.common import SlideError
 from dreslcl.tissue import box_fractions, draw_polygons, mask_polygons, pen_mask, polygons_to_geojson, read_geojson, sharpness, tissue_mask
 
 MPP = 8.0

@@ -13,9 +13,9 @@ import torch
 
 from dreslcl import trainer as trainer_module
 from dreslcl.cohort import Cohort, deal_patients, draw_tiles, plan_epoch, window_tiles
+from dreslcl.common import ConfigError, DreslclError, StoreError
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TrainConfig
 from dreslcl.distributed import Ranks
-from dreslcl.errors import ConfigError, DreslclError, StoreError
 from dreslcl.residual import refreshed_residuals
 from dreslcl.trainer import Trainer, effective_rank, pretrain
 
@@ -380,8 +380,7 @@ pretrain(kept, out, RunConfig.load(out.with_suffix(".toml")), held_out=held_out,
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_within_seed_noise(tmp_path):
     """Three seeds: SIGKILL in epoch 7 of 12, after the bank took in two of its three steps; then resumed to the end."""
-    from dreslcl.demo import SETTINGS, TILES
-    from dreslcl.synthetic import write_cohort
+    from dreslcl.demo import SETTINGS, TILES, write_cohort
     from dreslcl.tiles import tile_slides
 
     write_cohort(tmp_path, slides=40, seed=0)

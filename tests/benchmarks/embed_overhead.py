@@ -26,10 +26,10 @@ import torch
 
 from dreslcl.cohort import Cohort, TileReader
 from dreslcl.config import EncoderConfig, TileConfig
+from dreslcl.demo import write_cohort, write_scan
 from dreslcl.embedding import embed
 from dreslcl.encoder import Encoder
 from dreslcl.model import inference
-from dreslcl.synthetic import write_cohort, write_scan
 from dreslcl.tiles import tile_slides
 
 BATCH = 128

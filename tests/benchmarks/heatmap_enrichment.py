@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from dreslcl.cohort import Cohort
+from dreslcl.common import read_table
 from dreslcl.config import EvalConfig
 from dreslcl.evaluation import fit_probe, inner_folds
-from dreslcl.files import read_table
 from dreslcl.heatmaps import contributions
 from dreslcl.model import DRESLCL, encode_members
 

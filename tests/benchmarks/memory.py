@@ -19,8 +19,8 @@ import torch
 from train_overhead import make_trainer
 
 from dreslcl.cohort import Cohort
+from dreslcl.common import write_table
 from dreslcl.config import TileConfig
-from dreslcl.files import write_table
 from dreslcl.tiles import tile_slides
 
 SLIDES, TILE_BATCH = 32, 4
@@ -31,7 +31,7 @@ def make_cohort(work: Path) -> None:
     """32 scans of 49 tiles of 224 px."""
     import numpy as np
 
-    from dreslcl.synthetic import write_scan
+    from dreslcl.demo import write_scan
 
     (work / "slides").mkdir(parents=True)
     edge = 224 * 7

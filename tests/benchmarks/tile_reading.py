@@ -23,7 +23,7 @@ import openslide
 import tifffile
 from PIL import Image
 
-from dreslcl.files import atomic
+from dreslcl.common import atomic
 from dreslcl.slide import Slide
 
 EDGE, STORED, TILE = 20_000, 240, 256

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from dreslcl.cohort import Cohort
+from dreslcl.common import write_table
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
+from dreslcl.demo import write_scan
 from dreslcl.distributed import Ranks
-from dreslcl.files import write_table
 from dreslcl.model import autocast
-from dreslcl.synthetic import write_scan
 from dreslcl.tiles import tile_slides
 from dreslcl.trainer import Trainer
 

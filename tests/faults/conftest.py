@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from attack import command, dreslcl, in_child
 
-from dreslcl.files import write_table
+from dreslcl.common import write_table
 
 
 @pytest.fixture(scope="session")

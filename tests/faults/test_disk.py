@@ -11,7 +11,7 @@ import pytest
 from attack import TILE, Done, Forbidden, command, contents, dreslcl, forget_root, hdf5, in_child, resize, small_disk
 from test_kill import assert_whole_run, tiled
 
-from dreslcl.files import read_table
+from dreslcl.common import read_table
 
 
 def assert_like_whole(name: str, out: Path, whole: Path) -> None:

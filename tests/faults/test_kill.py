@@ -16,9 +16,8 @@ from attack import contents, durations, in_child, kill, kills, marked
 from dreslcl import embedding, report, tiles, trainer
 from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort
+from dreslcl.common import ModelError, read_table
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
-from dreslcl.errors import ModelError
-from dreslcl.files import read_table
 from dreslcl.model import DRESLCL
 
 TRIES = [1, pytest.param(20, marks=pytest.mark.slow)]

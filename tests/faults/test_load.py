@@ -10,11 +10,11 @@ import pytest
 from attack import dreslcl, in_child
 
 from dreslcl.bank import MemoryBank
+from dreslcl.common import read_table, write_table
 from dreslcl.config import ModelConfig
+from dreslcl.demo import write_scan
 from dreslcl.embedding import Embeddings
-from dreslcl.files import read_table, write_table
-from dreslcl.grid import TileGrid, grid_corners, hilbert_order
-from dreslcl.synthetic import write_scan
+from dreslcl.tiles import TileGrid, grid_corners, hilbert_order
 
 pytestmark = pytest.mark.slow
 LET_GO = 128  # MB of mapped pages of the bank, in place of its 1 GB
@@ -86,7 +86,7 @@ def steps(folder: Path, tiles: int, count: int) -> tuple[float, float]:
     """Fill a bank with slides of so many tiles and take training steps; seconds of the fill and of a step (median)."""
     import torch
 
-    from dreslcl import shard
+    from dreslcl import bank as shard
     from dreslcl.residual import ResidualAggregator, refreshed_residuals
 
     shard.RESIDENT = LET_GO << 20

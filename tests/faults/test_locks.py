@@ -12,8 +12,7 @@ import pytest
 from attack import CONTEXT, command, dreslcl, in_child
 from test_kill import tile, tiled
 
-from dreslcl.errors import BusyError
-from dreslcl.files import hold
+from dreslcl.common import BusyError, hold
 from dreslcl.tiles import TileGrid
 
 

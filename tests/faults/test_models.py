@@ -17,7 +17,7 @@ from test_kill import SETTINGS
 from dreslcl import trainer
 from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort
-from dreslcl.errors import ModelError, StoreError
+from dreslcl.common import ModelError, StoreError
 from dreslcl.model import DRESLCL
 
 

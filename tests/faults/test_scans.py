@@ -21,7 +21,7 @@ import tifffile
 from attack import CONTEXT, Crash
 from PIL import Image
 
-from dreslcl.errors import SlideError
+from dreslcl.common import SlideError
 from dreslcl.slide import Slide
 
 SECONDS = 10

@@ -13,9 +13,8 @@ import pytest
 from attack import contents, dreslcl, in_child
 
 from dreslcl.cohort import Cohort, read_reports
+from dreslcl.common import DreslclError, TableError, read_table
 from dreslcl.embedding import Embeddings
-from dreslcl.errors import DreslclError, TableError
-from dreslcl.files import read_table
 
 TEXT = 'Adenocarcinoma, "moderately"\r\ndifferentiated; größer = 3 mm\t<b>'
 CLIMBING = ("../../etc/x", "..", ".", "/etc/x", "a/../../b", "..\\..\\x", "C:\\x", "a\0b", "a\nb", ".hidden", "")

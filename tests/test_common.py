@@ -4,8 +4,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreslcl.errors import BusyError, TableError
-from dreslcl.files import atomic, check_id, file_stamp, fingerprint, hold, read_table, slide_id, write_json, write_table
+from dreslcl.common import (
+    BusyError,
+    TableError,
+    atomic,
+    check_id,
+    file_stamp,
+    fingerprint,
+    hold,
+    read_table,
+    slide_id,
+    write_json,
+    write_table,
+)
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):

@@ -1,6 +1,7 @@
-"""Files, tables and ids: written whole or not at all, read with errors that name the place.
+"""The few errors a user can act on.
 
-Every file is written as `NAME.part` and then renamed, so a killed run leaves no half file that passes as whole.
+A message says where, what was asked, what is there and what to do, in one line; the command line prints it and exits.
+Anything else that is raised is a bug and stays a traceback.
 """
 
 import csv
@@ -18,10 +19,55 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BusyError, DiskError, TableError
-
 if TYPE_CHECKING:
     import h5py
+import logging
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class DreslclError(Exception):
+    """A mistake or a fault that the user can mend. Base of all errors below."""
+
+
+class ConfigError(DreslclError):
+    """A setting has a value that makes no sense."""
+
+
+class SlideError(DreslclError):
+    """A scan cannot be opened, or not be read as asked."""
+
+
+class TableError(DreslclError):
+    """A table (reports, labels, slides.csv) lacks a column, holds bad ids, or cannot be read."""
+
+
+class StoreError(DreslclError):
+    """A file that dreslcl wrote is missing, damaged, or was made with other settings than asked for now."""
+
+
+class DiskError(DreslclError):
+    """Results cannot be written: the disk is full or read-only, or permissions forbid it."""
+
+
+class ModelError(DreslclError):
+    """An encoder or a model cannot be built, downloaded or loaded."""
+
+
+class BusyError(DreslclError):
+    """Another process holds the folder."""
+
+
+def reason(error: Exception) -> str:
+    """Why a slide failed, in one line."""
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return " ".join(str(error).split()) or "not enough memory"
+
 
 csv.field_size_limit(1 << 24)
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
@@ -206,3 +252,44 @@ def _inert(cell: Any) -> Any:
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 30
+"""Seconds between two lines of the log."""
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
+
+
+class _Progress(Progress):
+    logged = time.monotonic()
+
+    def advance(self, task_id: Any, advance: int | float = 1) -> None:
+        super().advance(task_id, advance)
+        if self.disable and time.monotonic() - self.logged >= EVERY_S:
+            self.logged = time.monotonic()
+            task = self.tasks[0]
+            cells = (column.render(task) for column in self.columns if isinstance(column, ProgressColumn) and type(column) is not BarColumn)
+            log.info("%s left", " ".join(map(str, cells)))
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
+    """A bar over `total` units; move it on with `bar.advance(bar.task_ids[0], n)`.
+
+    Args:
+        title: what is being done.
+        total: units of work.
+        unit: what is counted, in the plural.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), _Rate(), TimeRemainingColumn())
+    quiet = logging.getLogger("dreslcl").level > logging.INFO
+    with _Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        bar.logged = time.monotonic()
+        bar.add_task(title, total=total)
+        yield bar
