@@ -307,15 +307,15 @@ def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mappi
             counted = outcome.counts["classes"].items()
             blocks.append(Table(["class", "slides", "patients", "tested"], [[name, *map(str, n.values())] for name, n in counted]))
             drawn = [
-                Picture(figures.curve(outcome, "roc"), "Band: 95 %, patients resampled."),
-                Picture(figures.curve(outcome, "pr"), "Dotted: share of the class."),
-                Picture(figures.confusion_matrix(outcome), "Colour: share of the label's row."),
-                Picture(figures.calibration(outcome), "Bins of equal size; classes weighted equally."),
-                Picture(figures.scatter(outcome), "Tested slides."),
+                Picture(curve(outcome, "roc"), "Band: 95 %, patients resampled."),
+                Picture(curve(outcome, "pr"), "Dotted: share of the class."),
+                Picture(confusion_matrix(outcome), "Colour: share of the label's row."),
+                Picture(calibration(outcome), "Bins of equal size; classes weighted equally."),
+                Picture(scatter(outcome), "Tested slides."),
             ]
             blocks += [drawn, *_examples(outcome, pictures or {})]
         else:
-            blocks.append([Picture(figures.recall(outcome), "Bars: 95 % intervals.")])
+            blocks.append([Picture(recall(outcome), "Bars: 95 % intervals.")])
         sections[f"{result.task}: {outcome.column}" if outcome.column != result.task else result.task] = blocks
     sections["Protocol"] = list(result.protocol)
     sections["Command and versions"] = [Code(command), versions()]

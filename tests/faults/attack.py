@@ -97,7 +97,7 @@ def dreslcl(*arguments: Any) -> Done:
     """Run a command line in this process, quietly and without curves.png, which takes half of the time of a small run."""
     from dreslcl import cli, report
 
-    report.curves = lambda *_: None
+    report.curves = lambda _, path: path.write_bytes(b"\x89PNG")
     sys.argv = ["dreslcl", "--quiet", *map(str, arguments)]
     out, err, code = io.StringIO(), io.StringIO(), None
     with redirect_stdout(out), redirect_stderr(err):
