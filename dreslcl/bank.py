@@ -381,6 +381,10 @@ class MemoryBank:
         shard, _, rows = self._find(slide)
         return shard.code.take(index + rows.start)
 
+    def read(self, slide: str, index: Integer[np.ndarray, "n"]) -> tuple[Float16[np.ndarray, "n D"], UInt16[np.ndarray, "n"]]:
+        """Rows and codewords of some tiles of a slide."""
+        return self.gather(slide, index), self.codes(slide, index)
+
     def residuals(
         self, slide: str, index: Integer[np.ndarray, "n"] | None = None, *, without: Integer[np.ndarray, "n"] | None = None
     ) -> tuple[Float32[np.ndarray, "K D"], Int32[np.ndarray, "K"]]:

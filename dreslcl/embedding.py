@@ -3,9 +3,7 @@
 torch loads inside the functions that need it: `evaluation.py` reads `Embeddings` on machines that have no torch.
 """
 
-import json
 import logging
-import tomllib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -134,7 +132,7 @@ def embed(
         members, vectors, means = zip(*done)
         ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
         seen = frozenset(trained.about["seen"]) if trained else frozenset()
-        result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed)
+        result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, str(model or ""))
         if by == "patient":
             result = result.by_patient()
         if group.first:
@@ -209,55 +207,3 @@ def load(folder: Path) -> "DRESLCL":
     from .model import DRESLCL, pick_device
 
     return DRESLCL.load(folder).to(pick_device())
-
-
-def report_rows(
-    reports: Path | None, vectors: Path | None, model: Path | None
-) -> tuple[list[dict[str, str]], Float32[np.ndarray, "rows E"]]:
-    """Rows slide_id, patient_id, report for `evaluate(task="retrieval")`, and each row's vector in the model's joint space.
-
-    Raises:
-        ConfigError: no model, or neither reports nor vectors.
-        TableError: the reports cannot be read.
-    """
-    import torch
-
-    from .formats import read_report_vectors, read_reports
-    from .model import DRESLCL
-
-    if model is None or (reports is None and vectors is None):
-        raise ConfigError("--task retrieval needs --model RUN/model and --reports TABLE (or --report-embeddings FILE)")
-    trained = DRESLCL.load(model)
-    if vectors is not None:
-        arrays = read_report_vectors(vectors)
-        rows = [{"slide_id": k, "patient_id": k, "report": f"vectors {fingerprint(a.tolist())}"} for k, a in arrays.items()]
-        means = torch.from_numpy(np.stack([array.mean(0) for array in arrays.values()]))
-        if means.shape[1] != trained.text_dim:
-            raise ModelError(f"{vectors}: vectors have width {means.shape[1]}, the model was trained on width {trained.text_dim}")
-        with torch.inference_mode():
-            return rows, trained.project_text(means).numpy()
-    rows = read_reports(reports)
-    return rows, trained.embed_text([row["report"] for row in rows])
-
-
-def prompt_vectors(prompts: Path | None, model: Path | None) -> dict[str, Float32[np.ndarray, "P E"]]:
-    """Class -> vectors of its prompts, from a JSON or TOML file {class: [prompt, ...]}, for `evaluate(task="zeroshot")`.
-
-    Raises:
-        ConfigError: no model or prompts, or a file of another layout.
-    """
-    from .model import DRESLCL
-
-    if prompts is None or model is None:
-        raise ConfigError("--task zeroshot needs --prompts FILE and --model RUN/model")
-    try:
-        text = prompts.read_text(encoding="utf-8")
-        table = json.loads(text) if prompts.suffix.lower() == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{prompts}: neither JSON nor TOML ({error})") from error
-    classes = table if isinstance(table, dict) else {}
-    lists = {name: [value] if isinstance(value, str) else value for name, value in classes.items()}
-    if not lists or any(not isinstance(v, list) or not v or not all(isinstance(p, str) for p in v) for v in lists.values()):
-        raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
-    trained = DRESLCL.load(model)
-    return {name: trained.embed_text(list(texts)) for name, texts in lists.items()}

@@ -34,7 +34,6 @@ from dreslcl import Codebook, Cohort, Embeddings, embed, evaluate, pretrain, til
 from dreslcl.common import fingerprint, read_table, write_table
 from dreslcl.config import EvalConfig, RunConfig, TileConfig, updated
 from dreslcl.demo import SETTINGS, TILES
-from dreslcl.embedding import report_rows
 from dreslcl.formats import find_features, read_features
 from dreslcl.model import DRESLCL
 from dreslcl.residual import ResidualAggregator, residual_sums
@@ -252,18 +251,17 @@ def run(study: Study, config: RunConfig, pooling: str | None, key: str) -> dict[
     with pooled(pooling):
         model = pretrain(study.train, folder, config, resume=True)
         trained = embed(study.everything, folder / "embeddings", model=model)
-        asked, text = report_rows(None if study.vectors else study.reports, study.vectors, model)
     row: dict[str, Any] = {"seconds": round(time.monotonic() - start)}
     row |= {f"last.{name}": value for name, value in read_table(folder / "metrics.csv")[-1].items()}
     means, residuals = untrained(study, config)
     if study.everything.work is None:  # then the mean of the trained tile features is that of the untrained ones
         means, trained = None, replace(trained, mean=means.vectors)
-    split = {"split_column": "split"} if study.everything.work is not None else {}
+    split = {"split": "split"} if study.everything.work is not None else {}
     for task, columns in DATA[study.name]["tasks"].items():
-        ours = evaluate(trained, study.labels, task=task, columns=columns, compare=means, config=PROBE, **split)
+        ours = evaluate((trained, means) if means else trained, study.labels, task, columns=columns, config=PROBE, **split)
         row |= scores(ours, task)
         row |= scores(baseline(study, residuals, task, columns, split), task, "residuals")
-    row |= scores(evaluate(trained, asked, task="retrieval", text=text, config=PROBE), "retrieval")
+    row |= scores(evaluate(trained, study.vectors or study.reports, "retrieval", config=PROBE), "retrieval")
     for name in ("bank", "embeddings"):
         shutil.rmtree(folder / name)
     (folder / "checkpoint.pt").unlink()
@@ -276,7 +274,7 @@ _measured: dict[tuple[Any, ...], Any] = {}
 def baseline(study: Study, residuals: Embeddings, task: str, columns: list[str], split: dict[str, str]) -> Any:
     key = (fingerprint(residuals.vectors.tobytes().hex()), task)
     if key not in _measured:
-        _measured[key] = evaluate(residuals, study.labels, task=task, columns=columns, config=PROBE, **split)
+        _measured[key] = evaluate(residuals, study.labels, task, columns=columns, config=PROBE, **split)
     return _measured[key]
 
 
