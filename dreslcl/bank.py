@@ -192,9 +192,10 @@ class MemoryBank:
             found = SlideFile(self._path(slide), tiles, self.dim, self.codewords_count)
         except StoreError:
             return False
-        if found.mark[0] == mark.encode():
-            self._tiles[slide] = tiles
-        return slide in self._tiles
+        if found.mark[0] != mark.encode():
+            return False
+        self._tiles[slide] = tiles
+        return True
 
     def _open(self, slide: str) -> SlideFile:
         """The slide's file, its sums fit for use."""

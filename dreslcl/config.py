@@ -145,7 +145,7 @@ class TrainConfig:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
         for name in ("epochs", "tiles", "tile_batch"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        views = self.bank_share or self.tiles >= 2 or not self.view_weight
+        views = self.bank_share > 0 or self.tiles >= 2 or not self.view_weight
         _require(views, f"without a bank the two views of view_weight need tiles 2 or more, got {self.tiles}")
         _require(0 <= self.bank_share <= 1, f"bank_share is a share from 0 to 1, got {self.bank_share}")
         _require(0 < self.report_part <= 1, f"report_part must be above 0 and at most 1, got {self.report_part}")
