@@ -164,21 +164,12 @@ class EvalConfig:
     """Resamples of patients behind each 95 % interval."""
     shots: tuple[int, ...] = (1, 10, 25)
     """Training patients per class of the few-shot probes."""
-    draws: int = 5
-    """Random draws of each few-shot training set; their metrics are averaged."""
-    neighbours: int = 5
-    """k of the nearest-neighbour probe."""
-    inner_folds: int = 3
-    """Folds by patient inside a training part that choose the linear probe's C."""
     seed: int = 0
     """Seed of folds, draws and resamples."""
 
     def __post_init__(self) -> None:
         _require(self.folds >= 2, f"folds must be at least 2, got {self.folds}")
-        _require(self.inner_folds >= 2, f"inner_folds must be at least 2, got {self.inner_folds}")
         _require(self.bootstrap >= 1, f"bootstrap must be at least 1, got {self.bootstrap}")
-        _require(self.draws >= 1, f"draws must be at least 1, got {self.draws}")
-        _require(self.neighbours >= 1, f"neighbours must be at least 1, got {self.neighbours}")
         _require(all(n >= 1 for n in self.shots), f"shots must be at least 1 each, got {self.shots}")
 
 

@@ -509,13 +509,12 @@ def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result
     results = {}
     for task in TASKS:
         results[task] = evaluate(
-            trained,
+            (trained, untrained),
             out / "labels.csv",
-            task=task,
+            task,
+            split="split",
+            texts=[row for row in read_table(out / "reports.csv") if row["split"] == "train"],
             config=EvalConfig(seed=seed),
-            split_column="split",
-            compare=untrained,
-            reports=[row for row in read_table(out / "reports.csv") if row["split"] == "train"],
         )
         results[task].save(out / "eval" / task)
     return results

@@ -163,7 +163,7 @@ def embed(
                 write_tiles(out, layout, np.concatenate(kept), cohort.grid(member), towers.name if towers else name)
             _write_slide(slide_file(out, slide), vector, mean, coords, marks[member])
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
-        result = _collect(cohort, out, failed, trained, name)
+        result = _collect(cohort, out, failed, trained, name, str(model or ""))
         if by == "patient":
             result = result.by_patient()
         if group.first:
@@ -207,7 +207,7 @@ def _plan(cohort: Cohort, out: Path, name: str, layout: Layout | None, force: bo
     return todo, marks, failed
 
 
-def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL | None, name: str) -> Embeddings:
+def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL | None, name: str, folder: str) -> Embeddings:
     """The vectors of all slides that are done."""
     done = [(member, *read_slide(out, member.slide_id)) for member in cohort.members if member.slide_id not in failed]
     if not done:
@@ -216,7 +216,7 @@ def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL
     members, vectors, means = zip(*done)
     ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
     seen = frozenset(trained.about["seen"]) if trained else frozenset()
-    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed)
+    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder)
 
 
 def _slide_vector(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:

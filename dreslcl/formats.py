@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -227,6 +228,8 @@ class Embeddings:
     """Fingerprint of the model that made the vectors."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Slides that this run of `embed` could not do, and why; not in the file."""
+    model_folder: str = ""
+    """RUN/model that made the vectors, "" where none did; in the file as a path relative to the file's own folder."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
@@ -249,6 +252,7 @@ class Embeddings:
         with hdf5_file(path) as file:
             file.attrs["version"] = VERSION
             file.attrs["model"] = self.model
+            file.attrs["model_folder"] = _relative(self.model_folder, path)
             file["features"] = self.vectors
             file.create_dataset("slide_id", data=list(self.ids), dtype=text)
             file.create_dataset("patient_id", data=list(self.patients), dtype=text)
@@ -274,10 +278,11 @@ class Embeddings:
                 texts = {name: tuple(file[name].asstr()[:].tolist()) for name in ("slide_id", "patient_id", "seen")}
                 vectors = file["features"][:].astype(np.float32)
                 mean = file["mean_features"][:].astype(np.float32) if "mean_features" in file else None
-                model = str(file.attrs.get("model", ""))
+                model, folder = (str(file.attrs.get(name, "")) for name in ("model", "model_folder"))
         except (OSError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: not an embeddings file of dreslcl ({error})") from error
-        return cls(texts["slide_id"], texts["patient_id"], vectors, mean, frozenset(texts["seen"]), model)
+        folder = str((path.resolve().parent / folder).resolve()) if folder else ""
+        return cls(texts["slide_id"], texts["patient_id"], vectors, mean, frozenset(texts["seen"]), model, model_folder=folder)
 
     def by_patient(self) -> "Embeddings":
         """One row per patient: the mean of its slides' vectors at unit norm, and of their mean features; ids are the patients.
@@ -289,7 +294,11 @@ class Embeddings:
         vectors = unit(np.stack([self.vectors[r].mean(0) for r in rows]))
         mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
         seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
-        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model, self.failed)
+        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model, self.failed, self.model_folder)
+
+
+def _relative(folder: str, file: Path) -> str:
+    return os.path.relpath(Path(folder).resolve(), Path(file).resolve().parent) if folder else ""
 
 
 _SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|png|jpe?g|h5|pt)$", re.IGNORECASE)

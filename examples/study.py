@@ -2,12 +2,13 @@
 
     study.py tcga FOLDER --out OUT [--report-embeddings FILE] [--variants default no-bank aggregator=attention ...] [--seeds 0 1 2]
 
-FOLDER holds reports.csv, labels.csv and, for `tcga` and `bags`, features/ (tile features), else slides/; labels.csv of all but `tcga` has a column
-split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets one row for each finished
-run, which is not done again; a run cut short goes on from its last epoch. Settings are those of dreslcl/config.py: of the cohort's line in DATA, then
-`--set`, then the variant's. To choose settings without looking at the held-out patients: `--fold 0/3` takes these out altogether and holds out a
-third of the training patients instead. `--salt TEXT` holds out another 35 % of the tcga patients. OUT/held_out.txt lists the patients held out
-(OUT/held_outTEXT.txt with a salt); `--variants` without a name writes it and stops.
+FOLDER holds reports.csv, labels.csv and, for `tcga` and `bags`, features/ (tile features), else slides/; labels.csv of all but `tcga`
+has a column split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets
+one row for each finished run, which is not done again; a run cut short goes on from its last epoch. Settings are those of
+dreslcl/config.py: of the cohort's line in DATA, then `--set`, then the variant's. To choose settings without looking at the held-out
+patients: `--fold 0/3` takes these out altogether and holds out a third of the training patients instead. `--salt TEXT` holds out
+another 35 % of the tcga patients. OUT/held_out.txt lists the patients held out (OUT/held_outTEXT.txt with a salt); `--variants` without
+a name writes it and stops.
 """
 
 import argparse
@@ -31,7 +32,6 @@ from dreslcl.bank import fit_codebook
 from dreslcl.common import fingerprint, read_table, write_table
 from dreslcl.config import EvalConfig, RunConfig, TileConfig, updated
 from dreslcl.demo import SETTINGS, TILES
-from dreslcl.embedding import report_rows
 from dreslcl.formats import find_features, read_features
 from dreslcl.model import nearest_codeword, residual_sums
 
@@ -144,18 +144,17 @@ def run(study: Study, config: RunConfig, key: str) -> dict[str, Any]:
     folder, start = study.out / "runs" / key, time.monotonic()
     model = pretrain(study.train, folder, config)
     trained = embed(study.everything, folder / "embeddings", model=model)
-    asked, text = report_rows(None if study.vectors else study.reports, study.vectors, model)
     row: dict[str, Any] = {"seconds": round(time.monotonic() - start)}
     row |= {f"last.{name}": value for name, value in read_table(folder / "metrics.csv")[-1].items()}
     means, residuals = untrained(study, config)
     if study.everything.work is None:  # then the mean of the trained tile features is that of the untrained ones
         means, trained = None, replace(trained, mean=means.vectors)
-    split = {} if study.name == "tcga" else {"split_column": "split"}
+    split = {} if study.name == "tcga" else {"split": "split"}
     for task, columns in DATA[study.name]["tasks"].items():
-        ours = evaluate(trained, study.labels, task=task, columns=columns, compare=means, config=PROBE, **split)
+        ours = evaluate((trained, means) if means else trained, study.labels, task, columns=columns, config=PROBE, **split)
         row |= scores(ours, task)
         row |= scores(baseline(study, residuals, task, columns, split), task, "residuals")
-    row |= scores(evaluate(trained, asked, task="retrieval", text=text, config=PROBE), "retrieval")
+    row |= scores(evaluate(trained, study.vectors or study.reports, "retrieval", config=PROBE), "retrieval")
     for name in ("bank", "embeddings", "text"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "checkpoint.pt").unlink()
