@@ -85,7 +85,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     epoch: int = 0
     step: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     """Those of metrics.csv."""
     best: float = -math.inf
     failed: dict[str, str] = field(default_factory=dict)
@@ -249,7 +249,11 @@ def announce(run: Run) -> None:
         return
     some = range(0, len(run.cohort), max(1, len(run.cohort) // 8))
     start = time.perf_counter()
-    tiles = torch.from_numpy(np.concatenate([run.reader.read(m, draw_tiles(sizes[m], 2, run.rng())) for m in some])).to(run.device)
+    try:
+        tiles = torch.from_numpy(np.concatenate([run.reader.read(m, draw_tiles(sizes[m], 2, run.rng())) for m in some])).to(run.device)
+    except (SlideError, OSError) as error:
+        log.warning("no estimate of the time: %s", reason(error))
+        return
     read_s = (time.perf_counter() - start) / len(tiles) / run.reader.workers
     with autocast(run.device, train.precision):
         for _ in range(2):  # the first warms up
@@ -380,12 +384,7 @@ def compute_loss(
     scale = group.own_share(model.logit_scale).exp()
     loss = contrastive_loss(z, u, reports, scale)
     if run.config.train.view_weight:
-        others = second + rest
-        alone = others.counts.sum(1) == 0  # a slide of one tile is its own other part
-        if not others.rows:
-            others = Bag(
-                torch.where(alone[:, None, None], first.sums, others.sums), torch.where(alone[:, None], first.counts, others.counts)
-            )
+        others = (second + rest).or_else(first)  # a slide of one tile is its own other part
         one, other = (group.gather_rows(model.aggregator(bag), sizes) for bag in (first, others))
         each_its_own = torch.arange(len(z), device=run.device)
         loss = loss + run.config.train.view_weight * contrastive_loss(one, other, each_its_own, scale)

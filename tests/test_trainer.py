@@ -58,7 +58,6 @@ def first_step(run: Run, members=None):
 def gradients(run: Run) -> dict[str, torch.Tensor]:
     """Gradients of the first step's loss, by parameter name (the optimiser is kept from moving), in float64."""
     run.model.double().train()
-    run.bank.codewords = run.bank.codewords.double()
     run.pieces = [p.double() if isinstance(p, torch.Tensor) else p for p in run.pieces]
     run.optimizer.step = lambda *_: None
     trainer.train_step(run, *first_step(run))
@@ -103,8 +102,10 @@ def test_all_eight_ways_to_train_run_and_move_what_should_learn(cohort, work, ve
 
 @pytest.mark.parametrize("settings", [{}, {"bank_share": 0.5}, {"bank_share": 0.0}, {"tile_batch": 5, "bank_share": 0.3}], ids=str)
 def test_gradient_caching_gives_the_gradients_of_one_big_batch(cohort, tmp_path, settings):
-    whole = gradients(open_run(cohort, tmp_path / "a", changed(**settings | {"tile_batch": 64})))
-    parts = gradients(open_run(cohort, tmp_path / "b", changed(**settings | {"tile_batch": settings.get("tile_batch", 4)})))
+    runs = [open_run(cohort, tmp_path / name, changed(**settings)) for name in "ab"]
+    runs[1].config = changed(**{"tile_batch": 4} | settings)
+    runs[0].config = changed(**settings | {"tile_batch": 64})
+    whole, parts = map(gradients, runs)
     assert any(n.startswith("encoder.clip.visual") for n in whole)
     for name, gradient in whole.items():
         assert float((gradient - parts[name]).norm()) <= 1e-9 * max(float(gradient.norm()), 1e-3), name
@@ -241,7 +242,7 @@ def test_it_learns(tmp_path):
     for i in range(12):
         tiles = rng.normal(size=(60, 16)) + 1.5 * kinds[i % 3] + 0.5 * rng.normal(size=16)
         torch.save(torch.from_numpy(tiles).float(), folder / f"s{i}.pt")
-    np.savez(tmp_path / "v.npz", **{f"s{i}": unit(kinds[i % 3] @ rng.normal(size=(16, 8)) * 0 + np.eye(12)[i][None]) for i in range(12)})
+    np.savez(tmp_path / "v.npz", **{f"s{i}": np.eye(12, dtype=np.float32)[i] for i in range(12)})
     cohort = Cohort.of_features(find_features(folder)).with_reports(None, tmp_path / "v.npz")
     pretrain(cohort, tmp_path / "run", changed(FROZEN, epochs=60, batch=12, lr=3e-3, report_part=1.0))
     rows = rows_of(tmp_path / "run")
