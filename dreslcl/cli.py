@@ -409,58 +409,39 @@ def eval_(
     knobs: dict[type, dict[str, Any]],
     column: Annotated[list[str] | None, option("Label column; give it again for several genes. Default: the task's name.")] = None,
     positive: Annotated[str | None, option("Positive class, against all others.")] = None,
-    split_column: Annotated[str | None, option("Column of the labels with train, val, test; default: folds by patient.")] = None,
-    splits: Annotated[Path | None, option("Patho-Bench k=all.tsv with columns fold_0, fold_1, ...", exists=True)] = None,
+    split: Annotated[
+        str | None,
+        option("Column of the labels with train, val, test; or a Patho-Bench k=all.tsv. Default: folds by patient.", metavar="COLUMN|FILE"),
+    ] = None,
     compare: Annotated[Path | None, option("A second embedding: adds the paired difference.", exists=True)] = None,
     include_seen: Annotated[bool, option("Test on slides that pretraining saw too (optimistic).", "--include-seen")] = False,
-    compare_model: Annotated[
-        Path | None,
-        option("RUN/model of that second embedding: encodes its texts for retrieval and zeroshot.", panel=_INPUTS, exists=True),
-    ] = None,
     reports: Annotated[
         Path | None, option("Reports: those of pretraining for the leak scan; or what to retrieve.", panel=_INPUTS, exists=True)
     ] = None,
     report_embeddings: Annotated[
         Path | None, option("Retrieval: report vectors, where pretraining used such.", panel=_INPUTS, exists=True)
     ] = None,
-    model: Annotated[Path | None, option("RUN/model: encodes texts for retrieval and zeroshot.", panel=_INPUTS, exists=True)] = None,
     prompts: Annotated[Path | None, option("Zeroshot: JSON or TOML, class -> list of prompts.", panel=_INPUTS, exists=True)] = None,
 ) -> None:
     """Measure slide embeddings: subtype, recognition, mutation, retrieval, zeroshot."""
-    from .embedding import Embeddings
     from .evaluation import evaluate
+    from .formats import Embeddings
     from .report import evaluation_page
 
-    if labels is None and task != "retrieval":
-        raise ConfigError(f"--task {task} needs --labels TABLE")
-    rows: Any = labels
-    text: Any = None
-    compare_text: Any = None
-    if task in ("retrieval", "zeroshot"):
-        from .embedding import prompt_vectors, report_rows
-
-        if compare and not compare_model:
-            raise ConfigError(f"--task {task} needs --compare-model RUN/model to encode the texts for --compare")
-
-        def read(model: Path | None) -> Any:
-            return report_rows(reports, report_embeddings, model) if task == "retrieval" else (labels, prompt_vectors(prompts, model))
-
-        rows, text = read(model)
-        compare_text = read(compare_model)[1] if compare else None
+    table = (report_embeddings or reports) if task == "retrieval" else labels
+    if table is None:
+        needed = "--reports TABLE or --report-embeddings FILE" if task == "retrieval" else "--labels TABLE"
+        raise ConfigError(f"--task {task} needs {needed}")
+    first = Embeddings.load(embeddings)
     result = evaluate(
-        Embeddings.load(embeddings),
-        rows,
-        task=task,
-        columns=column or (),
-        config=EvalConfig(**knobs[EvalConfig]),
-        positive=positive,
-        split_column=split_column,
-        splits=splits,
-        compare=Embeddings.load(compare) if compare else None,
+        (first, Embeddings.load(compare)) if compare else first,
+        table,
+        task,
+        columns=dict.fromkeys(column or ["subtype" if task == "zeroshot" else task], positive) if positive else column or (),
+        split=split,
+        texts=prompts if task == "zeroshot" else reports,
         include_seen=include_seen,
-        reports=reports,
-        text=text,
-        compare_text=compare_text,
+        config=EvalConfig(**knobs[EvalConfig]),
     )
     with hold(out):
         result.save(out)

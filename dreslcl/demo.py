@@ -374,7 +374,7 @@ def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result
     log.info("5/5 dreslcl eval: a linear probe on the training patients, measured on the test patients")
     results, reports = {}, [row for row in read_table(out / "reports.csv") if row["split"] == "train"]
     for task in TASKS:
-        given = {"split_column": "split", "compare": untrained, "reports": reports}
-        results[task] = evaluate(trained, out / "labels.csv", task=task, config=EvalConfig(seed=seed), **given)
+        both, config = (trained, untrained), EvalConfig(seed=seed)
+        results[task] = evaluate(both, out / "labels.csv", task, split="split", texts=reports, config=config)
         results[task].save(out / "eval" / task)
     return results

@@ -1,48 +1,44 @@
-"""Tasks, folds and probes: what slide embeddings are worth on labels.
+"""What slide embeddings are worth on labels: metrics with intervals, probes, and one function for each kind of task.
 
 Folds are grouped by patient, every choice (standardisation, C) is made inside the training part, and a metric is computed once over all
-held-out predictions, with an interval from resampling patients (`metrics.py`). All features that stand side by side (two embeddings, the
-mean-pool baseline) share slides, folds and resamples, so their differences are paired. Nothing here needs torch.
+held-out predictions, with an interval from resampling patients. All features that stand side by side (two embeddings, the mean-pool
+baseline) share slides, folds and resamples, so their differences are paired. torch loads only where a model encodes texts.
 """
 
-from collections import defaultdict
+import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import h5py
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
-from .common import TableError, read_table, write_json, write_table
+from .common import ConfigError, ModelError, TableError, fingerprint, read_table, write_json, write_table
 from .config import EvalConfig
-from .formats import Embeddings, read_reports, unit
-from .labels import (
-    UNLABELLED,
-    Fold,
-    Names,
-    Rows,
-    Slides,
-    encode,
-    leak_scan,
-    leave_out_seen,
-    make_folds,
-    patient_folds,
-    seen_reports,
-    select,
-    some,
-    split_table,
-)
+from .formats import Embeddings, read_report_vectors, read_reports, unit
+from .labels import Fold, Rows, Slides, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
+
+if TYPE_CHECKING:
+    from .model import DRESLCL
 
 Weights = Float[np.ndarray, "R n"]
 Values = Float[np.ndarray, "R"]
+Matrix = Float[np.ndarray, "n C"]
+Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 CUTS = (1, 5, 10)
+C_GRID = tuple(10.0**power for power in range(-5, 3))
+INNER_FOLDS, NEIGHBOURS, DRAWS = 3, 5, 5
+TEMPERATURE = 0.07  # of the softmax that turns cosines into probabilities; CLIP's at the start of training
 NAMES = {"auroc": "AUROC", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auprc": "AUPRC", "median_rank": "median rank"}
 
 
@@ -54,7 +50,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def resamples(patients: Names, draws: int, seed: int) -> Weights:
+def resamples(patients: Sequence[str] | np.ndarray, draws: int, seed: int) -> Weights:
     """Bootstrap weights over patients, R = 1 + draws: row 0 is all ones, the others say how often each prediction's patient was drawn."""
     unique, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(unique), size=(draws, len(unique)))
@@ -99,16 +95,12 @@ def classification_metrics(y: Int[np.ndarray, "n"], probability: Float[np.ndarra
     hits, labelled, predicted = np.diagonal(counts, axis1=1, axis2=2), counts.sum(2), counts.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         result = {
-            "auroc": _mean_there(np.stack([auroc for auroc, _ in pairs], axis=1)),
-            "macro_f1": _mean_there(2 * hits / (labelled + predicted)),
-            "balanced_accuracy": _mean_there(hits / labelled),
+            "auroc": np.stack([auroc for auroc, _ in pairs], axis=1),
+            "macro_f1": 2 * hits / (labelled + predicted),
+            "balanced_accuracy": hits / labelled,
         }
+    result = {name: np.ma.masked_invalid(values).mean(1).filled(np.nan) for name, values in result.items()}
     return result | ({"auprc": pairs[0][1]} if classes == 2 else {})
-
-
-def _mean_there(values: Float[np.ndarray, "R C"]) -> Values:
-    there = ~np.isnan(values)
-    return np.where(there, values, 0).sum(1) / np.where(there.any(1), there.sum(1), np.nan)
 
 
 def interval(values: Values) -> Interval:
@@ -134,11 +126,12 @@ def retrieval_metrics(ranks: Int[np.ndarray, "n"], weights: Weights) -> dict[str
     return result | {"median_rank": (middle[0] + middle[1]) / 2}
 
 
-def retrieval_chance(hit: Bool[np.ndarray, "Q G"]) -> dict[str, float]:
+def retrieval_chance(hit: Bool[np.ndarray, "Q G"]) -> dict[str, Interval]:
     """What a random order of the gallery would give, in expectation over queries."""
     gallery, hits = hit.shape[1], hit.sum(axis=1)
     miss = {k: [np.prod([max(gallery - h - i, 0) / (gallery - i) for i in range(min(k, gallery))]) for h in hits] for k in CUTS}
-    return {f"recall@{k}": 1 - float(np.mean(miss[k])) for k in CUTS} | {"median_rank": float(np.median((gallery + 1) / (hits + 1)))}
+    result = {f"recall@{k}": 1 - np.mean(miss[k]) for k in CUTS} | {"median_rank": np.median((gallery + 1) / (hits + 1))}
+    return {name: Interval(float(value), np.nan, np.nan) for name, value in result.items()}
 
 
 def show(score: Interval | None) -> str:
@@ -149,14 +142,8 @@ def show(score: Interval | None) -> str:
     return value if np.isnan(score.low) else f"{value} ({low}, {high})"
 
 
-Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
-Matrix = Float[np.ndarray, "n C"]
 Scores = dict[str, dict[str, dict[str, Interval]]]  # features -> probe -> metric
-Inner = list[tuple[np.ndarray, np.ndarray]]  # (train, validation) positions
-TextVectors = Mapping[str, np.ndarray] | np.ndarray | None
-
-C_GRID = tuple(10.0**power for power in range(-5, 3))
-TEMPERATURE = 0.07  # of the softmax that turns cosines into probabilities; CLIP's at the start of training
+Predictions = dict[str, dict[str, list[Matrix]]]  # features -> probe -> held-out probabilities, one matrix for each draw
 
 
 @dataclass(frozen=True)
@@ -237,304 +224,313 @@ def _plain(value: Any) -> Any:
     return None if np.isnan(value) else round(float(value), 6)
 
 
-def linear_probe(x: np.ndarray, y: np.ndarray, inner: Inner, x_test: np.ndarray, classes: int) -> Matrix:
-    """Class probabilities of `fit_probe`."""
-    return _spread(fit_probe(x, y, inner, classes), x_test, classes)
-
-
-def fit_probe(x: np.ndarray, y: np.ndarray, inner: Inner, classes: int) -> Pipeline:
+def fit_probe(x: np.ndarray, y: np.ndarray, patients: np.ndarray, fold: Fold | None = None, seed: int = 0) -> Pipeline:
     """Logistic regression (lbfgs, classes weighted equally) on standardised features.
 
-    C is the one of `C_GRID` with the least class-balanced log loss over the `inner` (train, validation) splits of x; 1 without any.
+    C is the one of `C_GRID` with the least class-balanced log loss on the fold's validation part, else over INNER_FOLDS folds by patient;
+    1 where neither is there (a class with a single patient).
     """
     x = x.astype(np.float64)  # in float32 the line search of lbfgs can fail
-    loss = np.zeros(len(C_GRID))
-    for train, held in inner:
-        if len(set(y[train])) < 2 or not len(held):
-            continue
-        scaler = StandardScaler().fit(x[train])
-        a, b, weight = scaler.transform(x[train]), scaler.transform(x[held]), compute_sample_weight("balanced", y[held])
-        model = _logistic()
-        for i, strength in enumerate(C_GRID):  # rising: each fit starts from the one before
-            model.set_params(C=strength).fit(a, y[train])
-            p = np.clip(_spread(model, b, classes)[np.arange(len(held)), y[held]], 1e-12, None)
-            loss[i] -= (weight * np.log(p)).sum()
-    best = C_GRID[int(loss.argmin())] if loss.any() else 1.0
-    return make_pipeline(StandardScaler(), _logistic().set_params(C=best)).fit(x, y)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+    count = min(INNER_FOLDS, *(len(set(patients[y == c])) for c in set(y)))
+    if fold and len(fold.val):
+        inner = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(x)))]
+    else:
+        inner = [(f.train, f.test) for f in patient_folds(y, patients, count, seed)] if count > 1 else []
+    inner = [(train, held) for train, held in inner if len(set(y[train])) > 1]
+    if inner:
+        probe = GridSearchCV(probe, {"logisticregression__C": C_GRID}, scoring=_fitness, cv=inner, error_score="raise")
+    fitted = probe.fit(x, y)
+    return fitted.best_estimator_ if inner else fitted
 
 
-def inner_folds(y: np.ndarray, patients: np.ndarray, config: EvalConfig) -> Inner:
-    """Folds by patient that choose the linear probe's C; none where a class has a single patient."""
-    count = min(config.inner_folds, *(len(set(patients[y == c])) for c in set(y)))
-    return [(f.train, f.test) for f in patient_folds(y, patients, count, config.seed)] if count > 1 else []
+def _fitness(model: Pipeline, x: np.ndarray, y: np.ndarray) -> float:
+    """Minus the log loss, classes weighted equally."""
+    p = probabilities(model, x, int(max(y.max(), model.classes_.max())) + 1)[np.arange(len(y)), y]
+    return float(np.average(np.log(np.clip(p, 1e-12, None)), weights=compute_sample_weight("balanced", y)))
 
 
-def _logistic() -> LogisticRegression:
-    return LogisticRegression(solver="lbfgs", class_weight="balanced", max_iter=2000, warm_start=True)
-
-
-def _spread(model: Any, x: np.ndarray, classes: int) -> Matrix:
+def probabilities(model: Any, x: np.ndarray, classes: int) -> Matrix:
     """A fitted classifier's probabilities over all classes, zero for those it never saw."""
     result = np.zeros((len(x), classes))
     result[:, model.classes_] = model.predict_proba(x)
     return result
 
 
-def neighbour_probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, classes: int, k: int) -> Matrix:
-    """Share of each class among the k nearest training slides by cosine."""
-    return _spread(KNeighborsClassifier(min(k, len(x)), metric="cosine").fit(x, y), x_test, classes)
-
-
-def few_shot_probe(x: np.ndarray, y: np.ndarray, groups: np.ndarray, x_test: np.ndarray, classes: int, shots: int, seed: int) -> Matrix:
+def few_shot(x: np.ndarray, y: np.ndarray, groups: np.ndarray, x_test: np.ndarray, shots: int, seed: int) -> Matrix:
     """Nearest class mean of one slide each of `shots` random patients per class (SimpleShot; Wang et al. 2019, arXiv 1911.04623).
 
     Features are centred on the mean of the whole training part, which needs no labels.
     """
     rng, centre = np.random.default_rng(seed), x.mean(0)
     prototypes = []
-    for c in range(classes):
+    for c in range(y.max() + 1):
         members = rng.permutation(np.flatnonzero(y == c))
         first = np.unique(groups[members], return_index=True)[1]  # one random slide of each patient
         prototypes.append(unit(x[members[rng.permutation(first)[:shots]]] - centre).mean(0))
-    return _softmax(unit(x_test - centre) @ unit(np.stack(prototypes)).T)
+    return cosine_softmax(x_test - centre, np.stack(prototypes))
 
 
-def _softmax(cosine: np.ndarray) -> Matrix:
-    e = np.exp((cosine - cosine.max(1, keepdims=True)).astype(np.float64) / TEMPERATURE)
+def cosine_softmax(x: np.ndarray, prototypes: np.ndarray) -> Matrix:
+    """Softmax over prototypes of their cosine to each row of x, at TEMPERATURE."""
+    e = np.exp((unit(x) @ unit(prototypes).T).astype(np.float64) / TEMPERATURE)
     return e / e.sum(1, keepdims=True)
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # lbfgs steps are tiny: a second thread made them five times slower
 def evaluate(
-    embeddings: Embeddings,
-    labels: Rows | Path,
-    *,
+    embeddings: Embeddings | tuple[Embeddings, Embeddings],
+    labels: Path | Rows,
     task: Task,
-    columns: Sequence[str] = (),
-    config: EvalConfig = EvalConfig(),  # noqa: B008 (frozen)
-    positive: str | None = None,
-    split_column: str | None = None,
-    splits: Path | None = None,
-    compare: Embeddings | None = None,
+    *,
+    columns: Sequence[str] | Mapping[str, str] = (),
+    split: str | Path | None = None,
+    texts: Path | Rows | None = None,
     include_seen: bool = False,
-    reports: Rows | Path | None = None,
-    text: TextVectors = None,
-    compare_text: TextVectors = None,
+    config: EvalConfig = EvalConfig(),  # noqa: B008 (frozen)
 ) -> Result:
     """Measure slide embeddings on labels.
 
     Args:
-        labels: rows with slide_id or patient_id and the label columns; for retrieval the reports' rows, with a column `report`.
-        columns: label columns, default: the task's name (zeroshot: subtype, retrieval: report); mutation takes one or several genes.
-        positive: the positive class of a column, set against all others.
-        split_column: column of `labels` with train, val, test. splits: a table (Patho-Bench's k=all.tsv) with columns fold_0, fold_1 ...
-        compare: a second embedding; slides that only one of the two has are left out.
+        embeddings: those to measure; or two, to compare the first with the second on the slides that both have.
+        labels: a table with slide_id or patient_id and the label columns, or its rows. For retrieval the reports that are looked for,
+            or a file (.h5, .npz) of report vectors made elsewhere.
+        columns: label columns, default: the task's name (zeroshot: subtype); mutation takes one or several genes. As a mapping: each
+            column's positive class, set against all others.
+        split: a column of `labels` with train, val, test; or a table (Patho-Bench's k=all.tsv) with columns fold_0, fold_1 ...;
+            default: folds by patient.
+        texts: for zeroshot the prompts, a JSON or TOML file {class: [prompt, ...]}; else the reports that pretraining used, for the leak
+            scan.
         include_seen: test also on slides of patients that pretraining saw.
-        reports: the reports that pretraining used, for the leak scan.
-        text: for zeroshot class -> vectors of its prompts (P, E) or their mean (E,); for retrieval the vector of each row of `labels`
-            (rows, E). compare_text: the same from the model of `compare`.
 
     Raises:
-        TableError: labels, splits or ids do not allow the evaluation asked for; the message says why.
+        TableError: labels, split or ids do not allow the evaluation asked for; the message says why.
+        ConfigError: no prompts, or prompts of another layout.
+        ModelError: retrieval or zeroshot, and the model that made the embeddings is not where it was.
     """
-    where = labels.name if isinstance(labels, Path) else "labels"
-    rows = read_table(labels) if isinstance(labels, Path) else labels
-    columns = list(columns) or [{"zeroshot": "subtype", "retrieval": "report"}.get(task, task)]
-    there = list(rows[0]) if rows else []
-    for column in [*columns, *([split_column] if split_column else [])]:
-        if column not in there:
-            raise TableError(f"{where}: no column {column!r}; there are {', '.join(there) or 'no rows'}")
-    texts = {"embedding": text} | ({} if compare is None else {"compared": compare_text})
-    if task in ("zeroshot", "retrieval") and any(vectors is None for vectors in texts.values()):
-        raise TableError(f"{task}: each embedding needs text vectors, from the text tower of the model that made it")
-    slides, warnings = select(embeddings, compare, rows, [*columns, *([split_column] if split_column else [])], where)
-    if splits is not None:
-        slides.parts.update(split_table(splits, slides))
-    elif split_column:
-        slides.parts[split_column] = [row[split_column] for row in slides.rows]
-    scanned = ["No leak scan: the reports that pretraining used were not given (--reports)."] if task != "retrieval" else []
-    if reports is not None and task != "retrieval":  # there the report is the label
-        read = seen_reports(read_reports(reports) if isinstance(reports, Path) else reports, embeddings)
+    named = dict(zip(("embedding", "compared"), embeddings if isinstance(embeddings, tuple) else (embeddings,)))
+    columns = columns or [{"zeroshot": "subtype", "retrieval": "report"}.get(task, task)]
+    positive = columns if isinstance(columns, Mapping) else {}
+    rows, vectors = read_labels(labels, task)
+    checked = [*columns, split] if rows and split in rows[0] else [*columns]
+    everyone = join_labels(named, rows, checked, labels.name if isinstance(labels, Path) else "labels")
+    prompts = {name: prompt_vectors(texts, e) for name, e in named.items()} if task == "zeroshot" else {}
+    fitted, outcomes = task not in ("retrieval", "zeroshot"), []
+    for column in columns:
+        if task == "retrieval":
+            slides = everyone.subset(np.array([i for i, row in enumerate(everyone.rows) if row[column]], int), column)
+        else:
+            slides = labelled(everyone, column, positive.get(column), binary=task in ("recognition", "mutation"))
+        slides, seen = leave_out_seen(with_folds(slides, split, config.folds * fitted, config.seed), include_seen)
+        if task == "retrieval":
+            outcome = retrieval(slides, named, vectors, config)
+        else:
+            outcome = classification(slides, zero_shot(slides, prompts) if prompts else probe(slides, config), config)
+        outcome.counts.update(unlabelled=len(everyone.ids) - len(slides.ids), seen_left_out=seen)
+        outcomes.append(outcome)
+    notes = protocol(task, split, include_seen, config, outcomes)
+    if fitted and texts is None:
+        notes.append("No leak scan: the reports that pretraining used were not given (--reports).")
+    elif fitted:
         names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows})
-        leaks = leak_scan(read, names)
-        scanned = [f"Leak scan: {len(leaks)} of the classes' names stand in the {len(read)} reports that pretraining used."]
-        warnings += leaks
-    plan = _Plan(task, config, positive, include_seen, texts, warnings)
-    outcomes = [(_retrieval if task == "retrieval" else _classification)(slides, column, plan) for column in columns]
-    return Result(task, _protocol(plan, list(slides.parts), outcomes) + scanned, outcomes, list(dict.fromkeys(warnings)))
+        summary, leaks = leak_scan(read_reports(texts) if isinstance(texts, Path) else texts, named["embedding"], names)
+        notes.append(summary)
+        everyone.warnings.extend(leaks)
+    return Result(task, notes, outcomes, list(dict.fromkeys(everyone.warnings)))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What `evaluate` was asked, and the warnings gathered on the way."""
+def probe(slides: Slides, config: EvalConfig) -> Predictions:
+    """Linear, nearest-neighbour and few-shot probes of each fold; the few-shot probes have a matrix for each draw.
 
-    task: Task
-    config: EvalConfig
-    positive: str | None
-    include_seen: bool
-    texts: dict[str, TextVectors]
-    warnings: list[str]
+    Raises:
+        TableError: a training part holds fewer than two classes.
+    """
+    y, patients, fits = slides.y, slides.patients, [np.r_[fold.train, fold.val] for fold in slides.folds]
+    if any(len(set(y[fit])) < 2 for fit in fits):
+        raise TableError(f"{slides.column}: a training part holds fewer than two classes; change the split")
+    least, short = min((len(set(patients[fit][y[fit] == c])), name) for fit in fits for c, name in enumerate(slides.classes))
+    for n in (n for n in config.shots if n > least):
+        slides.warnings.append(f"{slides.column}: {n} shots are left out: a training part has {least} patients of class {short!r}")
 
+    def predict(x: np.ndarray, fit: np.ndarray, fold: Fold) -> dict[str, list[Matrix]]:
+        a, b, test = x[fit], y[fit], x[fold.test]
+        neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(a)), metric="cosine").fit(a, b)
+        models = {"linear": fit_probe(a, b, patients[fit], fold, config.seed), f"{NEIGHBOURS}-NN": neighbours}
+        found = {name: [probabilities(model, test, len(slides.classes))] for name, model in models.items()}
+        for n in (n for n in config.shots if n <= least):
+            found[f"{n}-shot"] = [few_shot(a, b, patients[fit], test, n, config.seed + draw) for draw in range(DRAWS)]
+        return found
 
-def _classification(slides: Slides, column: str, plan: _Plan) -> Outcome:
-    config, warnings = plan.config, plan.warnings
-    values = [row[column] for row in slides.rows]
-    known = np.array([i for i, value in enumerate(values) if value.lower() not in UNLABELLED], int)
-    unlabelled, slides = len(values) - len(known), slides.keep(known)
-    y, names = encode([values[i] for i in known], column, plan.positive, binary=plan.task in ("recognition", "mutation"))
-    folds = make_folds(slides, column, y, names, config, probing=plan.task != "zeroshot")
-    folds, seen = leave_out_seen(folds, slides, plan.include_seen, column, warnings)
-    rows = np.concatenate([fold.test for fold in folds])
-    absent = [name for c, name in enumerate(names) if c not in y[rows]]
-    if len(names) - len(absent) < 2:
-        raise TableError(f"{column}: the {len(rows)} slides to test are all of class {names[y[rows[0]]]!r}; two classes are needed")
-    if absent:
-        warnings.append(f"{column}: no slide to test is of class {some(absent)}")
-
-    if plan.task == "zeroshot":
-        predictions = {f: {"zero-shot": [zero_shot(slides.features[f][rows], text, names, column)]} for f, text in plan.texts.items()}
-        trained = y
-    else:
-        shots = _shots(y, slides.patients, folds, names, column, plan)
-        predictions = {f: _probe(x, y, slides.patients, folds, len(names), shots, config) for f, x in slides.features.items()}
-        trained = y[np.concatenate([np.r_[fold.train, fold.val] for fold in folds])]
-    majority = np.eye(len(names))[np.bincount(trained).argmax()]
-    first = next(iter(predictions["embedding"]))
-    predictions["majority class"] = {first: [np.tile(majority, (len(rows), 1))]}
-
-    weights = resamples(slides.patients[rows], config.bootstrap, config.seed)
-    drawn = {
-        name: {probe: _mean([classification_metrics(y[rows], p, weights) for p in draws]) for probe, draws in probes.items()}
-        for name, probes in predictions.items()
-    }
-    counts = {"slides": len(y), "patients": len(set(slides.patients)), "unlabelled": unlabelled, "seen_left_out": seen, "classes": {}}
-    for c, name in enumerate(names):
-        tested = len(set(rows[y[rows] == c]))
-        counts["classes"][name] = {"slides": int((y == c).sum()), "patients": len(set(slides.patients[y == c])), "tested": tested}
-    return Outcome(
-        column, counts, *_intervals(drawn), tuple(slides.ids[rows].tolist()), tuple(slides.patients[rows].tolist()),
-        np.repeat(np.arange(len(folds)), [len(fold.test) for fold in folds]), names, y[rows], slides.features["embedding"][rows],
-        {name: probes[first][0] for name, probes in predictions.items() if first in probes},
-    )  # fmt: skip
+    result = {}
+    for name, x in slides.features.items():
+        folds = [predict(x, *part) for part in zip(fits, slides.folds)]
+        result[name] = {kind: [np.concatenate(draws) for draws in zip(*(fold[kind] for fold in folds))] for kind in folds[0]}
+    majority = np.eye(len(slides.classes))[np.bincount(y[np.concatenate(fits)]).argmax()]
+    return result | {"majority class": {"linear": [np.tile(majority, (len(slides.tested), 1))]}}
 
 
-def _shots(y: np.ndarray, patients: np.ndarray, folds: list[Fold], names: Sequence[str], column: str, plan: _Plan) -> list[int]:
-    """The few-shot sizes that every training part has patients for; refuses a training part that nothing can be learnt from."""
-    least, short = min((len(set(patients[fit][y[fit] == c])), name) for fit in map(_fit, folds) for c, name in enumerate(names))
-    if any(len(set(y[_fit(fold)])) < 2 for fold in folds):
-        raise TableError(f"{column}: a training part holds fewer than two classes; change the split")
-    plan.warnings.extend(
-        f"{column}: {n} shots are left out: a training part has {least} patients of class {short!r}" for n in plan.config.shots if n > least
-    )
-    return [n for n in plan.config.shots if n <= least]
-
-
-def _fit(fold: Fold) -> np.ndarray:
-    return np.r_[fold.train, fold.val]
-
-
-def _probe(
-    x: np.ndarray, y: np.ndarray, patients: np.ndarray, folds: list[Fold], classes: int, shots: list[int], config: EvalConfig
-) -> dict[str, list[Matrix]]:
-    """Every probe's held-out probabilities, folds one after the other; the few-shot probes have one matrix per draw."""
-    of_folds: list[dict[str, list[Matrix]]] = []
-    for fold in folds:
-        a, b, groups, test = x[_fit(fold)], y[_fit(fold)], patients[_fit(fold)], x[fold.test]
-        given = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(b)))] if len(fold.val) else []
-        inner = given or inner_folds(b, groups, config)
-        result = {"linear": [linear_probe(a, b, inner, test, classes)]}
-        result[f"{config.neighbours}-NN"] = [neighbour_probe(a, b, test, classes, config.neighbours)]
-        for n in shots:
-            result[f"{n}-shot"] = [few_shot_probe(a, b, groups, test, classes, n, config.seed + draw) for draw in range(config.draws)]
-        of_folds.append(result)
-    return {probe: [np.concatenate(draws) for draws in zip(*(result[probe] for result in of_folds))] for probe in of_folds[0]}
-
-
-def zero_shot(vectors: np.ndarray, prompts: Mapping[str, np.ndarray], names: Sequence[str], column: str) -> Matrix:
-    """Softmax over classes of the cosine between each slide and the class's mean prompt vector. Nothing is fitted.
+def zero_shot(slides: Slides, prompts: Mapping[str, Mapping[str, np.ndarray]]) -> Predictions:
+    """Softmax of the cosines to each class's mean prompt; `prompts` holds features -> class -> vectors (P, E). Nothing is fitted.
 
     Raises:
         TableError: a class without a prompt.
     """
-    missing = [name for name in names if name not in prompts]
-    if missing:
-        raise TableError(f"{column}: no prompt for class {some(missing)}; the prompts have {some(list(prompts), 20)}")
-    means = [unit(np.atleast_2d(prompts[name])).mean(0) for name in names]
-    return _softmax(unit(vectors) @ unit(np.stack(means)).T)
+    result = {}
+    for name, of in prompts.items():
+        if missing := [c for c in slides.classes if c not in of]:
+            raise TableError(f"{slides.column}: no prompt for class {preview(missing)}; the prompts have {preview(of, 20)}")
+        means = np.stack([unit(of[c]).mean(0) for c in slides.classes])
+        result[name] = {"zero-shot": [cosine_softmax(slides.features[name][slides.tested], means)]}
+    return result
 
 
-def _retrieval(slides: Slides, column: str, plan: _Plan) -> Outcome:
+def classification(slides: Slides, predictions: Predictions, config: EvalConfig) -> Outcome:
+    """Metrics, with intervals, of predictions on the tested slides.
+
+    Raises:
+        TableError: fewer than two classes among the slides to test.
+    """
+    rows, y, column, classes = slides.tested, slides.y[slides.tested], slides.column, slides.classes
+    absent = [name for c, name in enumerate(classes) if c not in y]
+    if len(classes) - len(absent) < 2:
+        raise TableError(f"{column}: the {len(rows)} slides to test are all of class {classes[y[0]]!r}; two classes are needed")
+    if absent:
+        slides.warnings.append(f"{column}: no slide to test is of class {preview(absent)}")
+    weights, drawn = resamples(slides.patients[rows], config.bootstrap, config.seed), {name: {} for name in predictions}
+    for name, kinds in predictions.items():
+        for kind, draws in kinds.items():
+            each = [classification_metrics(y, p, weights) for p in draws]
+            drawn[name][kind] = {metric: np.mean([values[metric] for values in each], axis=0) for metric in each[0]}
+    counts = {"slides": len(slides.y), "patients": len(set(slides.patients)), "classes": {}}
+    for c, name in enumerate(classes):
+        people = len(set(slides.patients[slides.y == c]))
+        counts["classes"][name] = {"slides": int((slides.y == c).sum()), "patients": people, "tested": len(set(rows[y == c]))}
+    fold = np.repeat(np.arange(len(slides.folds)), [len(fold.test) for fold in slides.folds])
+    first = {name: next(iter(kinds.values()))[0] for name, kinds in predictions.items()}
+    who = tuple(slides.ids[rows].tolist()), tuple(slides.patients[rows].tolist())
+    return Outcome(column, counts, *intervals(drawn), *who, fold, classes, y, slides.features["embedding"][rows], first)
+
+
+def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[str, np.ndarray], config: EvalConfig) -> Outcome:
     """Rank reports for each slide and slides for each report.
 
     The reports are the distinct texts. A slide's hits are all texts of its patient, a text's hits all slides of the patients that have it:
     another slide of the same patient, or another patient's report with the same words, is not a mistake.
     """
-    slides = slides.keep(np.array([i for i, row in enumerate(slides.rows) if row[column]], int))
-    folds = make_folds(slides, column, np.zeros(len(slides.ids), int), (), plan.config, probing=False)
-    folds, seen = leave_out_seen(folds, slides, plan.include_seen, column, plan.warnings)
-    slides = slides.keep(np.unique(np.concatenate([fold.test for fold in folds])))
-    reports, first, text = np.unique([row[column] for row in slides.rows], return_index=True, return_inverse=True)
+    slides = slides.subset(np.unique(slides.tested), slides.column)
+    reports, first, text = np.unique([row[slides.column] for row in slides.rows], return_index=True, return_inverse=True)
     people, patient = np.unique(slides.patients, return_inverse=True)
     has = np.zeros((len(people), len(reports)), bool)
     has[patient, text] = True
-    hit = has[patient]
-    queries = {"slide → report": (slides.ids, slides.patients), "report → slide": (slides.ids[first], slides.patients[first])}
-    drawn: dict[str, dict[str, Any]] = defaultdict(dict)
-    rankings: list[list[Any]] = []
-    for name, vectors in plan.texts.items():
-        similarity = unit(slides.features[name]) @ unit(np.asarray(vectors)[slides.row_index[first]]).T
-        for (direction, (ids, owners)), sim, hits in zip(queries.items(), (similarity, similarity.T), (hit, hit.T)):
-            ranks = first_hits(sim, hits)
-            drawn[name][direction] = retrieval_metrics(ranks, resamples(owners, plan.config.bootstrap, plan.config.seed))
+    hits, every, drawn, rankings = has[patient], np.arange(len(patient)), {}, []
+    for name, embeddings in named.items():
+        similar, drawn[name] = unit(slides.features[name]) @ unit(report_vectors(embeddings, reports.tolist(), vectors)).T, {}
+        sides = {"slide → report": (every, first, similar, hits), "report → slide": (first, every, similar.T, hits.T)}
+        for direction, (query, gallery, sim, hit) in sides.items():
+            ranks, owners = first_hits(sim, hit), slides.patients[query]
+            drawn[name][direction] = retrieval_metrics(ranks, resamples(owners, config.bootstrap, config.seed))
             if name == "embedding":
-                best = queries["report → slide" if direction == "slide → report" else "slide → report"][0][sim.argmax(1)]
-                rankings += [[direction, *row] for row in zip(ids.tolist(), owners.tolist(), ranks.tolist(), best.tolist())]
-    scores, differences = _intervals(drawn)
-    scores["chance"] = {}
-    for direction, hits in zip(queries, (hit, hit.T)):
-        scores["chance"][direction] = {name: Interval(value, np.nan, np.nan) for name, value in retrieval_chance(hits).items()}
-    counts = {"slides": len(slides.ids), "patients": len(people), "reports": len(reports), "seen_left_out": seen}
-    return Outcome(column, counts, scores, differences, rankings=rankings)
+                best = slides.ids[gallery[sim.argmax(1)]]
+                rankings += [[direction, *row] for row in zip(slides.ids[query].tolist(), owners.tolist(), ranks.tolist(), best.tolist())]
+    scores, differences = intervals(drawn)
+    scores["chance"] = {direction: retrieval_chance(hit) for direction, (*_, hit) in sides.items()}
+    counts = {"slides": len(every), "patients": len(people), "reports": len(reports)}
+    return Outcome(slides.column, counts, scores, differences, rankings=rankings)
 
 
-def _mean(draws: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
-
-
-def _intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tuple[Scores, Scores]:
+def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tuple[Scores, Scores]:
     """Scores of all features, and the paired differences of the embedding to the others where they have the same probe."""
-    scores = {f: {p: {m: interval(v) for m, v in s.items()} for p, s in probes.items()} for f, probes in drawn.items()}
     ours = drawn["embedding"]
-    differences = {
-        f: {p: {m: interval(ours[p][m] - v) for m, v in s.items()} for p, s in probes.items() if p in ours}
-        for f, probes in drawn.items()
+    scores = {f: {p: {m: interval(v) for m, v in s.items()} for p, s in kinds.items()} for f, kinds in drawn.items()}
+    return scores, {
+        f: {p: {m: interval(ours[p][m] - v) for m, v in s.items()} for p, s in kinds.items()}
+        for f, kinds in drawn.items()
         if f != "embedding"
     }
-    return scores, differences
 
 
-def _protocol(plan: _Plan, parts: list[str], outcomes: list[Outcome]) -> list[str]:
-    config = plan.config
-    what = {
+def protocol(task: Task, split: str | Path | None, include_seen: bool, config: EvalConfig, outcomes: Sequence[Outcome]) -> list[str]:
+    """How the numbers came about, in sentences."""
+    split = f"The split is given by {split}; no patient is in two parts." if split else ""
+    seen = f"Slides of patients seen in pretraining are {'tested too' if include_seen else 'left out of test'}."
+    how = {
         "zeroshot": f"Softmax at temperature {TEMPERATURE} of the cosines to each class's mean prompt vector; nothing is fitted.",
         "retrieval": "Reports are the distinct texts. A hit is any report of the slide's patient, any slide of a patient with the report; "
         "ties count against the model. Chance is a random order. Resamples draw queries; what is searched stays whole.",
     }
-    fitted = plan.task not in what
-    split = f"The split is given by {', '.join(parts)}; no patient is in two parts." if parts else "All labelled slides are tested."
-    if fitted and not parts:
-        split = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
-    probes = (
+    fitted = (
         "Linear probe: scikit-learn's LogisticRegression (lbfgs, classes weighted equally) on features standardised on the training part; "
-        f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {config.inner_folds} folds by patient "
-        f"inside the training part. {config.neighbours}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of "
-        f"n training patients per class, averaged over {config.draws} draws. mean-pool: the same on the mean of each slide's tile features."
+        f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {INNER_FOLDS} folds by patient inside "
+        f"the training part. {NEIGHBOURS}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of n training "
+        f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features."
     )
+    folds = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
     intervals = (
         f"Metrics run over all held-out predictions at once; intervals are the 2.5 and 97.5 percentiles of {config.bootstrap} resamples of "
         "patients; differences are paired (same folds, same resamples)."
     )
-    seen = f"Slides of patients seen in pretraining are {'tested too' if plan.include_seen else 'left out of test'}."
-    positive = [(o, o.classes[1], o.counts["classes"][o.classes[1]]["slides"]) for o in outcomes if len(o.classes) == 2]
-    counts = [f"{o.column}: positive is {name!r}, {n} of {o.counts['slides']} slides." for o, name, n in positive]
-    return [split, seen, what.get(plan.task, probes), intervals, *counts]
+    two = [(o, o.classes[1], o.counts) for o in outcomes if len(o.classes) == 2]
+    positive = [f"{o.column}: positive is {name!r}, {n['classes'][name]['slides']} of {n['slides']} slides." for o, name, n in two]
+    return [split or ("All labelled slides are tested." if task in how else folds), seen, how.get(task, fitted), intervals, *positive]
+
+
+# texts
+
+
+def load_model(embeddings: Embeddings) -> "DRESLCL":
+    """The model that made the embeddings; a ModelError where none did, where it is gone, or where another is in its place by now."""
+    from .encoder import pick_device
+    from .model import DRESLCL
+
+    folder = embeddings.model_folder
+    if not folder:
+        raise ModelError("these embeddings were made without a model, so they have no text side; embed with --model RUN/model")
+    if not Path(folder).is_dir():
+        raise ModelError(f"{folder}: the model that made the embeddings is not there any more; put it back, or embed again")
+    model = DRESLCL.load(Path(folder)).to(pick_device())
+    if model.fingerprint() != embeddings.model:
+        raise ModelError(f"{folder}: holds model {model.fingerprint()}, the embeddings were made by {embeddings.model}; embed again")
+    return model
+
+
+def read_labels(labels: Path | Rows, task: Task) -> tuple[Rows, dict[str, np.ndarray]]:
+    """Rows of a table; for retrieval those of the reports, and report -> its vector (X,) where they are vectors made elsewhere."""
+    if not isinstance(labels, Path):
+        return labels, {}
+    if task != "retrieval":
+        return read_table(labels), {}
+    if labels.suffix != ".npz" and not h5py.is_hdf5(labels):
+        return read_reports(labels), {}
+    vectors = {key: (f"vectors {fingerprint(array.tolist())}", array.mean(0)) for key, array in read_report_vectors(labels).items()}
+    return [{"slide_id": key, "patient_id": key, "report": name} for key, (name, _) in vectors.items()], dict(vectors.values())
+
+
+def report_vectors(embeddings: Embeddings, reports: Sequence[str], vectors: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n E"]:
+    """Each report in the joint space of the embeddings' model; a ModelError where `vectors` have another width than it was trained on."""
+    model = load_model(embeddings)
+    if not vectors:
+        return model.embed_text(reports)
+    import torch
+
+    means = np.stack([vectors[name] for name in reports])
+    if means.shape[1] != model.text.dim:
+        raise ModelError(f"report vectors have width {means.shape[1]}, the model was trained on width {model.text.dim}")
+    with torch.inference_mode():
+        return model.project_text(torch.from_numpy(means).to(model.device)).cpu().numpy()
+
+
+def prompt_vectors(prompts: Path | None, embeddings: Embeddings) -> dict[str, Float[np.ndarray, "P E"]]:
+    """Class -> vectors of its prompts, from a JSON or TOML file {class: [prompt, ...]}; a ConfigError where it is no such file."""
+    if prompts is None:
+        raise ConfigError("--task zeroshot needs --prompts FILE")
+    try:
+        text = prompts.read_text(encoding="utf-8")
+        table = json.loads(text) if prompts.suffix.lower() == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{prompts}: neither JSON nor TOML ({error})") from error
+    classes = table if isinstance(table, dict) else {}
+    lists = {name: [value] if isinstance(value, str) else value for name, value in classes.items()}
+    if not lists or any(not isinstance(v, list) or not v or not all(isinstance(p, str) for p in v) for v in lists.values()):
+        raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
+    model = load_model(embeddings)
+    return {name: model.embed_text(list(texts)) for name, texts in lists.items()}

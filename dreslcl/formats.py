@@ -2,10 +2,11 @@
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile, is_zipfile
@@ -185,6 +186,7 @@ class Embeddings:
     seen: frozenset[str] = frozenset()  # ids of the slides that pretraining used, whether or not they are in `ids`
     model: str = ""  # fingerprint of the model that made the vectors
     failed: Mapping[str, str] = field(default_factory=dict)  # slides that this run of `embed` could not do, and why; not in the file
+    model_folder: str = ""  # RUN/model that made the vectors, "" where none did; in the file relative to the file's own folder
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
@@ -204,7 +206,8 @@ class Embeddings:
         """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen and mean_features, attribute model."""
         texts = {"slide_id": self.ids, "patient_id": self.patients, "seen": sorted(self.seen)}  # datasets: attributes end at 64 KB
         with hdf5_file(path) as file:
-            file.attrs.update(version=VERSION, model=self.model)
+            folder = self.model_folder and os.path.relpath(Path(self.model_folder).resolve(), Path(path).resolve().parent)
+            file.attrs.update(version=VERSION, model=self.model, model_folder=folder)
             for name, values in texts.items():
                 file.create_dataset(name, data=list(values), dtype=h5py.string_dtype())
             file["features"] = self.vectors
@@ -229,10 +232,11 @@ class Embeddings:
                 ids, patients, seen = (tuple(file[name].asstr()[:].tolist()) for name in ("slide_id", "patient_id", "seen"))
                 vectors = file["features"][:].astype(np.float32)
                 mean = file["mean_features"][:].astype(np.float32) if "mean_features" in file else None
-                model = str(file.attrs.get("model", ""))
+                model, folder = (str(file.attrs.get(name, "")) for name in ("model", "model_folder"))
         except (OSError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: not an embeddings file of dreslcl ({error})") from error
-        return cls(ids, patients, vectors, mean, frozenset(seen), model)
+        folder = folder and str((path.resolve().parent / folder).resolve())
+        return cls(ids, patients, vectors, mean, frozenset(seen), model, model_folder=folder)
 
     def by_patient(self) -> "Embeddings":
         """One row per patient: the mean of its slides' vectors at unit norm, and of their mean features; ids are the patients.
@@ -244,7 +248,7 @@ class Embeddings:
         vectors = unit(np.stack([self.vectors[r].mean(0) for r in rows]))
         mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
         seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
-        return Embeddings(tuple(patients), tuple(patients), vectors, mean, frozenset(seen), self.model, self.failed)
+        return replace(self, ids=tuple(patients), patients=tuple(patients), vectors=vectors, mean=mean, seen=frozenset(seen))
 
 
 def write_vectors(out: Path, layout: Layout, embeddings: Embeddings) -> None:

@@ -26,7 +26,6 @@ from .common import (
     ConfigError,
     SlideError,
     StoreError,
-    TableError,
     fingerprint,
     hold,
     progress,
@@ -36,11 +35,10 @@ from .common import (
     write_bytes,
     write_text,
 )
-from .config import EvalConfig
 from .embedding import bank_rows, read_slide
-from .evaluation import fit_probe, inner_folds
+from .evaluation import fit_probe
 from .formats import Embeddings, Layout, read_features, tile_files
-from .labels import UNLABELLED, encode, select
+from .labels import join_labels, labelled
 from .model import DRESLCL
 from .residual import ResidualAggregator, assignment_shares, encode_residuals
 from .slide import Slide
@@ -171,21 +169,15 @@ def class_targets(cohort: Cohort, members: Sequence[int], out: Path, labels: Pat
     Raises:
         TableError: no such column, ids that do not match, or fewer than two classes.
     """
-    rows = read_table(labels)
-    if column not in (rows[0] if rows else {}):
-        raise TableError(f"{labels.name}: no column {column!r}; there are {', '.join(rows[0]) if rows else 'no rows'}")
     chosen = [cohort.members[i] for i in members]
     ids = tuple(m.slide_id for m in chosen)
     vectors = np.stack([read_slide(out, slide)[0] for slide in ids])
-    slides, _ = select(Embeddings(ids, tuple(m.patient_id for m in chosen), vectors), None, rows, [column], labels.name)
-    known = np.array([i for i, row in enumerate(slides.rows) if row[column].lower() not in UNLABELLED], int)
-    slides = slides.keep(known)
-    y, names = encode([row[column] for row in slides.rows], column, None, binary=False)
-    x = slides.features["embedding"]
-    probe = fit_probe(x, y, inner_folds(y, slides.patients, EvalConfig()), len(names))
+    embeddings = Embeddings(ids, tuple(m.patient_id for m in chosen), vectors)
+    slides = labelled(join_labels({"embedding": embeddings}, read_table(labels), [column], labels.name), column)
+    probe, names = fit_probe(slides.features["embedding"], slides.y, slides.patients), slides.classes
     slopes = probe[-1].coef_ / probe[0].scale_
     slopes = np.concatenate([-slopes, slopes]) if len(names) == 2 else slopes
-    classes = dict(zip(ids, probe.predict(vectors).tolist())) | dict(zip(slides.ids.tolist(), y.tolist()))
+    classes = dict(zip(ids, probe.predict(vectors).tolist())) | dict(zip(slides.ids.tolist(), slides.y.tolist()))
     return [Target(f"Contribution to {column} {names[classes[slide]]}", slopes[classes[slide]]) for slide in ids]
 
 

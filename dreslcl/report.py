@@ -1,4 +1,4 @@
-"""What a pretraining run tells people: metrics.csv, curves.png and TensorBoard events as it goes, report.html at its end."""
+"""Pages and figures: report.html of an evaluation and of a pretraining run, and the run's log (metrics.csv, curves.png, TensorBoard)."""
 
 import base64
 import io
@@ -7,8 +7,10 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +27,12 @@ from threadpoolctl import threadpool_limits
 
 from .bank import MemoryBank
 from .cohort import Cohort, TileReader
-from .common import TableError, read_table, write_bytes, write_table, write_text
+from .common import ConfigError, TableError, read_table, write_bytes, write_table, write_text
 from .evaluation import CUTS, NAMES, Outcome, Result, first_hits, operating_points, resamples, show
 
+PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 BAND_DRAWS = 200
-MAX_CURVES = 10
+COLOURS, MANY = colormaps["tab10"].colors, colormaps["tab20"].colors
 GRID = np.linspace(0, 1, 101)
 STYLE = {"embedding": "-", "mean-pool": "--", "compared": ":"}
 
@@ -37,20 +40,21 @@ STYLE = {"embedding": "-", "mean-pool": "--", "compared": ":"}
 def _axes(title: str, x: str = "", y: str = "", size: tuple[float, float] = (4.6, 4.2)) -> Axes:
     ax = Figure(figsize=size, layout="constrained").subplots()
     ax.set_title(title, fontsize=11, loc="left")
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+    ax.set(xlabel=x, ylabel=y)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _png(ax: Axes) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    ax.figure.savefig(buffer, format="png", dpi=140)
+    figure.savefig(buffer, format="png", dpi=140)
     return buffer.getvalue()
 
 
-def _colours(count: int) -> list:
-    return list(colormaps["tab10" if count <= 10 else "tab20"].colors)
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=86)
+    return buffer.getvalue()
 
 
 def _short(name: str) -> str:
@@ -63,14 +67,13 @@ def _lines(outcome: Outcome) -> list[tuple[str, int, str]]:
     """The curves to draw: features, class, label. Two classes: every feature set, positive class; more: the embedding, each class."""
     if len(outcome.classes) == 2:
         return [(name, 1, name) for name in outcome.probabilities if name in STYLE]
-    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.classes[:MAX_CURVES])]
+    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.classes[: len(COLOURS)])]
 
 
 def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
     """ROC or PR curves of the held-out predictions with a 95 % band from resampled patients."""
-    ax = (
-        _axes("ROC", "false positive rate", "true positive rate") if kind == "roc" else _axes("Precision and recall", "recall", "precision")
-    )
+    roc = ("ROC", "false positive rate", "true positive rate")
+    ax = _axes(*(roc if kind == "roc" else ("Precision and recall", "recall", "precision")))
     weights = resamples(outcome.patients, BAND_DRAWS, 0)
     for i, (features, c, label) in enumerate(_lines(outcome)):
         positive = outcome.y == c
@@ -80,7 +83,7 @@ def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
         keep = (true[:, -1] > 0) & (false[:, -1] > 0)
         rows = [_sampled(t, f, kind) for t, f in zip(true[keep], false[keep])]
         low, high = np.percentile(rows[1:], [2.5, 97.5], axis=0) if len(rows) > 1 else (rows[0], rows[0])
-        colour = _colours(MAX_CURVES)[i]
+        colour = COLOURS[i]
         ax.plot(GRID, rows[0], STYLE[features], color=colour, linewidth=1.6, label=label)
         if features == "embedding":
             ax.fill_between(GRID, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -90,7 +93,7 @@ def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
         ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
     ax.legend(frameon=False, fontsize=8, loc="lower right" if kind == "roc" else "lower left")
-    return _png(ax)
+    return _png(ax.figure)
 
 
 def _sampled(true: np.ndarray, false: np.ndarray, kind: str) -> np.ndarray:
@@ -115,7 +118,7 @@ def confusion_matrix(outcome: Outcome) -> bytes:
     ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for i, j in np.ndindex(*counts.shape):
         ax.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.55 else "black")
-    return _png(ax)
+    return _png(ax.figure)
 
 
 def calibration(outcome: Outcome) -> bytes:
@@ -130,12 +133,12 @@ def calibration(outcome: Outcome) -> bytes:
         with np.errstate(invalid="ignore", divide="ignore"):
             observed = np.stack([(draws[:, b] * (outcome.y[b] == c)).sum(1) / draws[:, b].sum(1) for b in bins], axis=1)
         mean = [np.average(p[b], weights=balance[b]) for b in bins]
-        ax.plot(mean, observed[0], STYLE[features], marker="o", markersize=4, linewidth=1.2, color=_colours(MAX_CURVES)[i], label=label)
+        ax.plot(mean, observed[0], STYLE[features], marker="o", markersize=4, linewidth=1.2, color=COLOURS[i], label=label)
         if features == "embedding" and len(outcome.classes) == 2:
-            ax.vlines(mean, *np.nanpercentile(observed[1:], [2.5, 97.5], axis=0), color=_colours(MAX_CURVES)[i], alpha=0.4)
+            ax.vlines(mean, *np.nanpercentile(observed[1:], [2.5, 97.5], axis=0), color=COLOURS[i], alpha=0.4)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     ax.legend(frameon=False, fontsize=8)
-    return _png(ax)
+    return _png(ax.figure)
 
 
 def scatter(outcome: Outcome) -> bytes:
@@ -148,11 +151,18 @@ def scatter(outcome: Outcome) -> bytes:
         points = model.fit_transform(vectors) if min(vectors.shape) >= 2 else np.zeros((len(first), 2))
     ax = _axes(f"Slide embeddings, {name}")
     for c, label in enumerate(outcome.classes):
-        ax.scatter(*points[y == c].T, s=14, color=_colours(len(outcome.classes))[c % 20], alpha=0.75, linewidths=0, label=_short(label))
+        ax.scatter(
+            *points[y == c].T,
+            s=14,
+            color=(COLOURS if len(outcome.classes) <= 10 else MANY)[c % 20],
+            alpha=0.75,
+            linewidths=0,
+            label=_short(label),
+        )
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
-    return _png(ax)
+    return _png(ax.figure)
 
 
 def recall(outcome: Outcome) -> bytes:
@@ -163,16 +173,13 @@ def recall(outcome: Outcome) -> bytes:
         x = np.arange(len(CUTS)) + 0.4 * i
         value = np.array([bar.value for bar in bars])
         errors = np.abs(np.array([[bar.low, bar.high] for bar in bars]).T - value)
-        ax.bar(x, value, 0.36, yerr=errors, color=_colours(2)[i], alpha=0.8, label=direction, error_kw={"elinewidth": 1})
+        ax.bar(x, value, 0.36, yerr=errors, color=COLOURS[i], alpha=0.8, label=direction, error_kw={"elinewidth": 1})
         chance = [outcome.scores["chance"][direction][f"recall@{k}"].value for k in CUTS]
         ax.hlines(chance, x - 0.18, x + 0.18, color="black", linewidth=1.5, label="chance" if i == 0 else None)
     ax.set_xticks(np.arange(len(CUTS)) + 0.2, [f"@{k}" for k in CUTS])
     ax.set_ylim(0, 1.02)
     ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    return _png(ax)
-
-
-PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
+    return _png(ax.figure)
 
 
 @dataclass(frozen=True)
@@ -201,21 +208,15 @@ class Picture:
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-@dataclass(frozen=True)
-class Notice:
+class Notice(str):
     """A warning."""
 
-    text: str
 
-
-@dataclass(frozen=True)
-class Code:
+class Code(str):
     """A command line, or other text to copy."""
 
-    text: str
 
-
-Block = str | Table | Picture | Notice | Code | list[Picture]
+Block = str | Table | Picture | list[Picture]
 
 
 def page(path: Path, title: str, sections: Mapping[str, Sequence[Block]]) -> None:
@@ -229,21 +230,9 @@ def versions() -> str:
     """Python and the packages that decide the numbers, with their versions."""
     found = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
     return ", ".join(found)
-
-
-def shrunk(path: Path, width: int = 620) -> bytes:
-    """A picture file as JPEG bytes at most `width` px wide."""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-        small.thumbnail((width, 2 * width))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def curves(metrics_csv: Path, path: Path) -> None:
@@ -276,9 +265,7 @@ def curves(metrics_csv: Path, path: Path) -> None:
     for ax in panels[len(groups) :]:
         ax.set_axis_off()
     panels[0].set_xlabel("epoch", fontsize=8)
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=130)
-    write_bytes(path, memory.getbuffer())
+    write_bytes(path, _png(figure))
 
 
 def _number(text: str) -> float | None:
@@ -341,7 +328,10 @@ def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
         wrong = [i for i in mine[::-1] if p[i].argmax() != c][:1]
         for i in right + wrong:
             caption = f"{outcome.ids[i]}: {name}, predicted {outcome.classes[int(p[i].argmax())]} (probability of {name} {p[i, c]:.2f})"
-            chosen.append(Picture(shrunk(pictures[outcome.ids[i]]), caption))
+            with Image.open(pictures[outcome.ids[i]]) as image:
+                small = image.convert("RGB")
+            small.thumbnail((620, 1240))
+            chosen.append(Picture(_jpeg(small), caption))
     return ["Of each class, the two surest right predictions and the surest wrong one:", chosen] if chosen else []
 
 
@@ -354,24 +344,30 @@ Row = Mapping[str, float | int]
 
 
 class Journal:
-    """The log of one run, on the rank that writes. Nothing is written before the first epoch's end."""
+    """The log of one run, on the rank that writes. Nothing is written before the first epoch's end.
 
-    def __init__(self, out: Path):
-        self.out, self.drawn = out, time.monotonic()
+    Raises:
+        ConfigError: TensorBoard events are asked for where the package is not there.
+    """
+
+    def __init__(self, out: Path, tensorboard: bool = False):
+        if tensorboard and not find_spec("tensorboard"):
+            raise ConfigError("--tensorboard needs the package tensorboard: pip install 'dreslcl[tensorboard]'")
+        self.out, self.tensorboard, self.drawn = out, tensorboard, time.monotonic()
         self.events: Any = None
 
     def write(self, rows: Sequence[Row], *, picture: bool) -> None:
         """All rows to metrics.csv, the last one to TensorBoard; curves.png costs a second: every half minute, and with `picture`."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.events is None:  # what a killed run logged after the checkpoint that this one went on from is void
-            self.events = SummaryWriter(str(self.out), purge_step=int(rows[-2]["step"]) + 1 if len(rows) > 1 else 0)
         columns = list(dict.fromkeys(key for row in rows for key in row))
         write_table(self.out / "metrics.csv", columns, [[row.get(c, "") for c in columns] for row in rows])
-        for name, value in rows[-1].items():
-            if name != "step":
-                self.events.add_scalar(name, value, int(rows[-1]["step"]))
-        self.events.flush()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            if self.events is None:  # what a killed run logged after the checkpoint that this one went on from is void
+                self.events = SummaryWriter(str(self.out), purge_step=int(rows[-2]["step"]) + 1 if len(rows) > 1 else 0)
+            for name in (name for name in rows[-1] if name != "step"):
+                self.events.add_scalar(name, rows[-1][name], int(rows[-1]["step"]))
+            self.events.flush()
         if picture or time.monotonic() - self.drawn > 30:
             curves(self.out / "metrics.csv", self.out / "curves.png")
             self.drawn = time.monotonic()
@@ -389,8 +385,8 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
     counts = np.zeros(len(words), np.int64)
     for slide in bank.slides:
         tiles = np.sort(rng.choice(bank.tiles(slide), min(per_slide, bank.tiles(slide)), replace=False))
-        rows, codes = bank.gather(slide, tiles).astype(np.float32), bank.codes(slide, tiles)
-        distance = ((rows - words[codes]) ** 2).sum(1)
+        rows, codes = bank.read(slide, tiles)
+        distance = ((rows.astype(np.float32) - words[codes]) ** 2).sum(1)
         counts += np.bincount(codes, minlength=len(words))
         for k in np.unique(codes):
             own = np.flatnonzero(codes == k)
@@ -403,14 +399,9 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
             shown = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
             empty = [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
             strip = np.concatenate([*shown, *empty], axis=1)
-            pictures.append(Picture(_jpeg(strip), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
+            picture = Image.fromarray(strip).resize((round(96 * strip.shape[1] / strip.shape[0]), 96))
+            pictures.append(Picture(_jpeg(picture), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
     return pictures
-
-
-def _jpeg(image: np.ndarray, height: int = 96) -> bytes:
-    picture, buffer = Image.fromarray(image), io.BytesIO()
-    picture.resize((round(picture.width * height / picture.height), height)).save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
 
 
 def retrieval_examples(cohort: Cohort, z: Float[np.ndarray, "S E"], u: Float[np.ndarray, "S E"]) -> Table:

@@ -13,7 +13,7 @@ def main(scans: Path, reports: Path, labels: Path, out: Path) -> None:
     train, _ = cohort.with_reports(reports).split("split=test", reports)
     model = pretrain(train, out / "run", RunConfig())
     embeddings = embed(cohort, out / "embeddings", model=model)
-    header, rows = evaluate(embeddings, labels, task="subtype", split_column="split").table()
+    header, rows = evaluate(embeddings, labels, "subtype", split="split").table()
     for row in [header, *rows]:
         print("\t".join(row))
     similarity = embeddings.vectors @ load(model).embed_text("squamous cell carcinoma")

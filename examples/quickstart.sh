@@ -8,4 +8,4 @@ dreslcl tile "$scans" --out "$out/work"
 # without pretrained weights; where you have some: --encoder or --pretrained in place of --preset
 dreslcl pretrain "$out/work" --reports "$reports" --exclude split=test --preset tiny --out "$out/run"
 dreslcl embed "$out/work" --model "$out/run/model" --patients "$labels" --out "$out/embeddings"
-dreslcl eval "$out/embeddings" --labels "$labels" --task subtype --split-column split --out "$out/eval"
+dreslcl eval "$out/embeddings" --labels "$labels" --task subtype --split split --out "$out/eval"

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -19,11 +18,9 @@ from dreslcl.cohort import Cohort, TileReader
 from dreslcl.common import BusyError, ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, read_table
 from dreslcl.config import EncoderConfig
 from dreslcl.demo import write_scan
-from dreslcl.embedding import Embeddings, embed, prompt_vectors, report_rows
+from dreslcl.embedding import Embeddings, embed
 from dreslcl.encoder import Encoder
-from dreslcl.evaluation import evaluate
 from dreslcl.formats import find_features, write_tiles
-from dreslcl.model import DRESLCL
 from dreslcl.tiles import TileGrid
 
 
@@ -303,53 +300,3 @@ def test_tools_without_such_files_are_named(cohort, model, tmp_path):
         embed(cohort, tmp_path, model=model, layout="clam")
     with pytest.raises(ConfigError, match="patho-bench reads no tile features"):
         embed(cohort, tmp_path, model=model, layout="patho-bench", tile_features=True)
-
-
-# texts for the evaluation
-
-
-def test_report_rows_and_prompts_are_vectors_of_the_joint_space(model, work, tmp_path):
-    rows, vectors = report_rows(work / "reports.csv", None, model)
-    assert len(rows) == len(vectors) == 8 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    (tmp_path / "p.json").write_text(json.dumps({"tumour": ["carcinoma", "cancer"], "normal": "benign"}))
-    (tmp_path / "p.toml").write_text('tumour = ["carcinoma", "cancer"]\nnormal = "benign"\n')
-    for name in ("p.json", "p.toml"):
-        prompts = prompt_vectors(tmp_path / name, model)
-        assert [v.shape[0] for v in prompts.values()] == [2, 1]
-
-
-def test_slides_with_equal_report_vectors_have_one_report_to_retrieve(model, tmp_path):
-    width = DRESLCL.load(model).text_dim
-    np.savez(tmp_path / "v.npz", a=np.ones((2, width)), b=np.eye(2, width), c=np.ones((2, width)))
-    rows, _ = report_rows(None, tmp_path / "v.npz", model)
-    assert rows[0]["report"] == rows[2]["report"] != rows[1]["report"]
-
-
-@pytest.mark.parametrize("names", ["slides", "patients"])
-def test_report_vectors_named_by_slide_or_by_patient_are_retrieved(model, tmp_path, names):
-    width, ids = DRESLCL.load(model).text_dim, tuple(f"s{i}" for i in range(6))
-    patients = ("p0", "p0", "p1", "p1", "p2", "p2")
-    keys = ids if names == "slides" else patients
-    np.savez(tmp_path / "v.npz", **{key: np.random.default_rng(i).normal(size=width) for i, key in enumerate(dict.fromkeys(keys))})
-    rows, text = report_rows(None, tmp_path / "v.npz", model)
-    z = np.random.default_rng(0).normal(size=(6, text.shape[1])).astype(np.float32)
-    (outcome,) = evaluate(Embeddings(ids, patients, z), rows, task="retrieval", text=text).outcomes
-    assert outcome.counts == {"slides": 6, "patients": 3, "reports": len(set(keys)), "seen_left_out": []}
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"a": []}', '{"a": [1]}', '{"a": 3}'])
-def test_prompts_of_another_layout_are_refused_in_one_line(model, tmp_path, text):
-    (tmp_path / "p.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"p\.json") as caught:
-        prompt_vectors(tmp_path / "p.json", model)
-    assert "\n" not in str(caught.value)
-
-
-def test_retrieval_and_zeroshot_say_what_they_need(model, tmp_path):
-    with pytest.raises(ConfigError, match="--model RUN/model and --reports"):
-        report_rows(None, None, model)
-    with pytest.raises(ConfigError, match="--prompts FILE"):
-        prompt_vectors(None, model)
-    np.savez(tmp_path / "v.npz", a=np.ones(3))
-    with pytest.raises(ModelError, match="vectors have width 3"):
-        report_rows(None, tmp_path / "v.npz", model)

@@ -4,6 +4,8 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,24 +17,25 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dreslcl.common import ConfigError, StoreError, TableError
+from dreslcl import evaluation
+from dreslcl.common import ConfigError, ModelError, StoreError, TableError
 from dreslcl.config import EvalConfig
-from dreslcl.embedding import Embeddings
 from dreslcl.evaluation import (
     classification_metrics,
     evaluate,
-    few_shot_probe,
+    few_shot,
     first_hits,
+    fit_probe,
     interval,
-    linear_probe,
+    load_model,
     resamples,
     retrieval_chance,
     retrieval_metrics,
-    zero_shot,
 )
-from dreslcl.labels import patient_folds, patient_of
+from dreslcl.formats import Embeddings
+from dreslcl.labels import class_numbers, patient_folds, patient_of
 
-QUICK = EvalConfig(folds=3, bootstrap=50, shots=(1, 3), draws=2)
+QUICK = EvalConfig(folds=3, bootstrap=50, shots=(1, 3))
 
 
 def cohort(patients=40, classes=("A", "B"), slides=2, signal=2.0, seed=0, mean=False, seen=()):
@@ -51,12 +54,31 @@ def cohort(patients=40, classes=("A", "B"), slides=2, signal=2.0, seed=0, mean=F
     return Embeddings(ids, owners, unit, blurred, frozenset(seen), "model"), rows
 
 
-def run(embeddings, rows, **kwargs):
-    return evaluate(embeddings, rows, **{"task": "subtype", "config": QUICK} | kwargs)
+def run(embeddings, rows, task="subtype", **kwargs):
+    return evaluate(embeddings, rows, task, **{"config": QUICK} | kwargs)
+
+
+def refused(message, embeddings, rows, *args, error=TableError, **kwargs):
+    with pytest.raises(error, match=message) as caught:
+        run(embeddings, rows, *args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """A text side without a model: the vector of each text, by a table that the test fills."""
+    vectors = {}
+
+    class Model:
+        def embed_text(self, asked):
+            return np.stack([vectors[text] for text in asked]).astype(np.float32)
+
+    monkeypatch.setattr(evaluation, "load_model", lambda embeddings: Model())
+    return vectors
 
 
 def test_evaluation_loads_no_torch():
-    code = "import sys, dreslcl.evaluation, dreslcl.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, dreslcl.evaluation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -75,16 +97,12 @@ def test_metrics_equal_scikit_learn_with_and_without_weights(classes, seed, ties
     weights = np.stack([np.ones(n), np.r_[np.ones(classes), rng.integers(0, 4, size=n - classes)]])
     ours = classification_metrics(y, p, weights)
     for r, w in enumerate(weights):
-        for name, expected in {
-            "auroc": np.mean([sk.roc_auc_score(y == c, p[:, c], sample_weight=w) for c in range(classes)]),
+        expected = {
+            "auroc": np.mean([sk.roc_auc_score(y == c, p[:, c], sample_weight=w) for c in range(1 if classes == 2 else 0, classes)]),
             "macro_f1": sk.f1_score(y, p.argmax(1), average="macro", sample_weight=w, zero_division=0),
             "balanced_accuracy": sk.balanced_accuracy_score(y, p.argmax(1), sample_weight=w),
-        }.items():
-            if classes > 2 or name != "auroc":
-                assert ours[name][r] == pytest.approx(expected, abs=1e-9), name
-        if classes == 2:
-            assert ours["auroc"][r] == pytest.approx(sk.roc_auc_score(y, p[:, 1], sample_weight=w), abs=1e-9)
-            assert ours["auprc"][r] == pytest.approx(sk.average_precision_score(y, p[:, 1], sample_weight=w), abs=1e-9)
+        } | ({"auprc": sk.average_precision_score(y, p[:, 1], sample_weight=w)} if classes == 2 else {})
+        assert {name: values[r] for name, values in ours.items()} == pytest.approx(expected, abs=1e-9)
 
 
 def test_interval_equals_a_plain_bootstrap_over_patients():
@@ -134,9 +152,8 @@ def test_the_chance_line_is_what_random_orders_give():
     hit[0, 0] = hit[1, :3] = hit[2, 5:7] = True
     rng = np.random.default_rng(0)
     ranks = np.stack([first_hits(rng.random((3, 12)), hit) for _ in range(4000)])
-    chance = retrieval_chance(hit)
     for k in (1, 5, 10):
-        assert chance[f"recall@{k}"] == pytest.approx((ranks <= k).mean(), abs=0.02)
+        assert retrieval_chance(hit)[f"recall@{k}"].value == pytest.approx((ranks <= k).mean(), abs=0.02)
 
 
 # ---- folds and probes
@@ -145,9 +162,8 @@ def test_the_chance_line_is_what_random_orders_give():
 def test_folds_are_scikit_learns_and_no_patient_is_on_two_sides():
     _, rows = cohort(30)
     y, patients = np.array([row["subtype"] == "B" for row in rows]).astype(int), np.array([row["patient_id"] for row in rows])
-    folds = patient_folds(y, patients, 5, 3)
     expected = StratifiedGroupKFold(5, shuffle=True, random_state=3).split(y, y, patients)
-    for fold, (train, test) in zip(folds, expected):
+    for fold, (train, test) in zip(patient_folds(y, patients, 5, 3), expected):
         assert (fold.train == train).all() and (fold.test == test).all()
         assert not set(patients[train]) & set(patients[test])
 
@@ -157,19 +173,20 @@ def test_linear_probe_chooses_c_inside_and_equals_scikit_learns_fit():
     x, y, x_test = rng.normal(size=(60, 8)), np.arange(60) % 3, rng.normal(size=(20, 8))
     x[:, 0] += y
     plain = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, class_weight="balanced", max_iter=2000)).fit(x, y)
-    assert linear_probe(x, y, [], x_test, 3) == pytest.approx(plain.predict_proba(x_test), abs=1e-6)
+    one_patient = np.where(y == 0, "p", np.arange(60).astype(str))  # no folds by patient can be made: C is 1
+    assert fit_probe(x, y, one_patient).predict_proba(x_test) == pytest.approx(plain.predict_proba(x_test), abs=1e-6)
     noise = rng.permutation(y)  # nothing to learn: the strongest shrinkage has the least loss
-    inner = [(f.train, f.test) for f in patient_folds(noise, np.arange(60).astype(str), 3, 0)]
-    assert linear_probe(x, noise, inner, x_test, 3) == pytest.approx(np.full((20, 3), 1 / 3), abs=0.02)
+    probe = fit_probe(x, noise, np.arange(60).astype(str))
+    assert probe.predict_proba(x_test) == pytest.approx(np.full((20, 3), 1 / 3), abs=0.02)
 
 
 def test_few_shot_uses_one_slide_of_each_drawn_patient():
     x = np.r_[np.tile([1.0, 0], (3, 1)), [[-1.0, 0]], np.tile([0, 1.0], (2, 1))]
     y, groups = np.array([0, 0, 0, 0, 1, 1]), np.array(["a", "a", "a", "b", "c", "d"])
-    drawn = [few_shot_probe(x, y, groups, np.array([[1.0, 0], [0, 1.0]]), 2, 2, seed) for seed in range(8)]
+    drawn = [few_shot(x, y, groups, np.array([[1.0, 0], [0, 1.0]]), 2, seed) for seed in range(8)]
     assert all((p == drawn[0]).all() for p in drawn)  # both patients are always drawn, and a's slides are equal
     assert drawn[0][1].argmax() == 1
-    one = [few_shot_probe(x, y, groups, np.array([[1.0, 0]]), 2, 1, seed)[0, 0] for seed in range(8)]
+    one = [few_shot(x, y, groups, np.array([[1.0, 0]]), 1, seed)[0, 0] for seed in range(8)]
     assert len(set(np.round(one, 6))) == 2  # one shot: patient a or patient b
 
 
@@ -181,9 +198,7 @@ def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_i
     assert outcome.differences["mean-pool"]["linear"]["auroc"].value == pytest.approx(ours.value - base.value)
     assert outcome.scores["majority class"]["linear"]["auroc"].value == 0.5
     assert set(outcome.scores["embedding"]) == {"linear", "5-NN", "1-shot", "3-shot"}
-    assert outcome.scores["embedding"]["linear"]["auroc"].value == pytest.approx(
-        sk.roc_auc_score(outcome.y, outcome.probabilities["embedding"][:, 1])
-    )
+    assert ours.value == pytest.approx(sk.roc_auc_score(outcome.y, outcome.probabilities["embedding"][:, 1]))
     assert (outcome.confusion == sk.confusion_matrix(outcome.y, outcome.probabilities["embedding"].argmax(1))).all()
     assert sorted(outcome.ids) == sorted(embeddings.ids)  # every slide is held out once
 
@@ -196,20 +211,15 @@ def test_permuted_labels_give_an_auroc_of_one_half_within_the_interval():
     assert score.low < 0.5 < score.high
 
 
-def test_comparing_an_embedding_with_itself_gives_no_difference():
+def test_comparing_an_embedding_with_itself_gives_no_difference_and_slides_of_one_alone_are_left_out():
     embeddings, rows = cohort(patients=24)
-    outcome = run(embeddings, rows, compare=embeddings).outcomes[0]
+    outcome = run((embeddings, embeddings), rows).outcomes[0]
     assert all(tuple(score) == (0, 0, 0) for score in outcome.differences["compared"]["linear"].values())
-
-
-def test_slides_that_only_one_of_two_embeddings_has_are_left_out():
-    embeddings, rows = cohort(patients=24)
     fewer = Embeddings(embeddings.ids[:-2], embeddings.patients[:-2], embeddings.vectors[:-2])
-    result = run(embeddings, rows, compare=fewer)
+    result = run((embeddings, fewer), rows)
     assert result.outcomes[0].counts["slides"] == 46
     assert any("compare: 2 labelled slides are not in the second" in text for text in result.warnings)
-    with pytest.raises(TableError, match="no slide in common"):
-        run(embeddings, rows, compare=Embeddings(("x",), ("x",), np.ones((1, 4), np.float32)))
+    refused("no slide in common", (embeddings, Embeddings(("x",), ("x",), np.ones((1, 4), np.float32))), rows)
 
 
 # ---- tasks
@@ -224,78 +234,115 @@ def test_three_classes_have_no_auprc_and_every_class_is_counted():
 
 @pytest.mark.parametrize("names, positive", [(("0", "1"), "1"), (("tumor", "normal"), "tumor"), (("mutated", "wild type"), "mutated")])
 def test_the_positive_class_is_the_one_that_does_not_read_as_a_negative(names, positive):
-    embeddings, rows = cohort(20, names)
-    result = run(embeddings, rows, task="recognition", columns=["subtype"])
-    assert result.outcomes[0].classes[1] == positive
-    assert f"subtype: positive is '{positive}', 20 of 40 slides." in result.protocol
+    assert class_numbers(list(names), "c", None, True)[1][1] == positive
 
 
-def test_recognition_sets_one_class_against_the_rest_when_told():
+def test_one_class_is_set_against_the_rest_when_told():
     embeddings, rows = cohort(30, ("a", "b", "c"))
-    with pytest.raises(TableError, match=r"3 classes .* --positive CLASS"):
-        run(embeddings, rows, task="recognition", columns=["subtype"])
-    assert run(embeddings, rows, task="recognition", columns=["subtype"], positive="b").outcomes[0].classes == ("not b", "b")
-    with pytest.raises(TableError, match="no class 'z' to be the positive one; there are 'a', 'b', 'c'"):
-        run(embeddings, rows, task="recognition", columns=["subtype"], positive="z")
+    refused(r"3 classes .* --positive CLASS", embeddings, rows, "recognition", columns=["subtype"])
+    result = run(embeddings, rows, "recognition", columns={"subtype": "b"})
+    assert result.outcomes[0].classes == ("not b", "b") and "subtype: positive is 'b', 20 of 60 slides." in result.protocol
+    refused("no class 'z' to be the positive one; there are 'a', 'b', 'c'", embeddings, rows, columns={"subtype": "z"})
 
 
 def test_several_genes_in_one_call_each_count_their_positives_and_skip_unlabelled_slides():
     embeddings, rows = cohort(30, ("0", "1"))
     genes = [{**row, "TP53": row["subtype"], "EGFR": "" if i < 10 else str(i // 2 % 3 // 2)} for i, row in enumerate(rows)]
-    first, second = run(embeddings, genes, task="mutation", columns=["TP53", "EGFR"]).outcomes
+    first, second = run(embeddings, genes, "mutation", columns=["TP53", "EGFR"]).outcomes
     assert (first.column, first.counts["classes"]["1"]["slides"]) == ("TP53", 30)
     assert second.counts["unlabelled"] == 10 and second.counts["slides"] == 50
     assert second.counts["classes"]["1"]["slides"] == sum(row["EGFR"] == "1" for row in genes)
 
 
-def test_zeroshot_averages_prompts_and_needs_one_for_each_class():
+def test_zeroshot_averages_prompts_and_needs_one_for_each_class(texts, tmp_path):
     embeddings, rows = cohort(30, ("A", "B"), signal=4)
-    prompts = {"A": np.eye(16)[[0, 0]], "B": np.eye(16)[1], "other": np.eye(16)[2]}
-    outcome = run(embeddings, rows, task="zeroshot", text=prompts).outcomes[0]
-    assert outcome.scores["embedding"]["zero-shot"]["balanced_accuracy"].value > 0.9
-    p = zero_shot(np.eye(3)[:1], {"A": np.array([[1.0, 0, 0], [0, 1, 0]]), "B": np.array([0, 0, 1.0])}, ("A", "B"), "subtype")
-    assert p[0, 0] == pytest.approx(1 / (1 + np.exp(-(0.5**0.5) / 0.07)))
-    with pytest.raises(TableError, match="no prompt for class 'B'; the prompts have 'A'"):
-        run(embeddings, rows, task="zeroshot", text={"A": np.eye(16)[0]})
-    with pytest.raises(TableError, match="needs text vectors"):
-        run(embeddings, rows, task="zeroshot")
+    texts |= {"a": np.eye(16)[0], "a too": np.eye(16)[2], "b": np.eye(16)[1]}
+    for name, text in {"p.json": json.dumps({"A": ["a", "a too"], "B": "b"}), "p.toml": 'A = ["a", "a too"]\nB = "b"'}.items():
+        (tmp_path / name).write_text(text)
+        outcome = run(embeddings, rows, "zeroshot", texts=tmp_path / name).outcomes[0]
+        assert outcome.scores["embedding"]["zero-shot"]["balanced_accuracy"].value > 0.8
+    half = np.sqrt(0.5)  # cosine of a class-A vector to the mean of two prompts at right angles
+    p = evaluation.cosine_softmax(np.eye(3)[:1], np.array([[1, 1, 0], [0, 0, 1.0]]))
+    assert p[0, 0] == pytest.approx(1 / (1 + np.exp(-half / 0.07)))
+    (tmp_path / "p.json").write_text('{"A": "a"}')
+    refused("no prompt for class 'B'; the prompts have 'A'", embeddings, rows, "zeroshot", texts=tmp_path / "p.json")
 
 
-def test_retrieval_counts_reports_of_the_same_patient_and_the_same_words_as_hits(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"a": []}', '{"a": [1]}', '{"a": 3}', None])
+def test_prompts_of_another_layout_are_refused_in_one_line(tmp_path, text):
+    (tmp_path / "p.json").write_text(text or "")
+    prompts = tmp_path / "p.json" if text else None
+    refused(r"p\.json" if text else "--prompts FILE", *cohort(20), "zeroshot", texts=prompts, error=ConfigError)
+
+
+def test_retrieval_counts_reports_of_the_same_patient_and_the_same_words_as_hits(texts, tmp_path):
     embeddings, rows = cohort(20, slides=2)
     rows = [{"slide_id": row["slide_id"], "patient_id": row["patient_id"], "report": f"report of {row['patient_id']}"} for row in rows]
     rows[1]["report"] = rows[3]["report"] = "two patients share these words"
-    result = run(embeddings, rows, task="retrieval", text=embeddings.vectors)
+    texts |= {row["report"]: vector for row, vector in zip(rows, embeddings.vectors)}
+    result = run(embeddings, rows, "retrieval")
     outcome = result.outcomes[0]
-    assert outcome.counts == {"slides": 40, "patients": 20, "reports": 21, "seen_left_out": []}
+    assert outcome.counts == {"slides": 40, "patients": 20, "reports": 21, "unlabelled": 0, "seen_left_out": []}
     assert outcome.scores["embedding"]["report → slide"]["recall@1"].value == 1
     assert outcome.scores["chance"]["slide → report"]["recall@1"].value == pytest.approx((36 / 21 + 4 * 2 / 21) / 40)
     result.save(tmp_path)
     table = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(table) == 61 and set(table[0]) == {"direction", "query", "patient_id", "rank", "first"}
-    shuffled = run(embeddings, rows, task="retrieval", text=np.random.default_rng(99).normal(size=embeddings.vectors.shape))
-    score = shuffled.outcomes[0].scores
+    texts |= dict(zip(texts, np.random.default_rng(99).normal(size=(len(texts), 16))))
+    score = run(embeddings, rows, "retrieval").outcomes[0].scores
     assert score["embedding"]["report → slide"]["recall@10"].low < score["chance"]["report → slide"]["recall@10"].value + 0.1
+
+
+@pytest.mark.parametrize("names", ["slides", "patients"])
+def test_report_vectors_named_by_slide_or_by_patient_are_retrieved(model, tmp_path, names):
+    made = load_model(Embeddings(("a",), ("a",), np.eye(1, 4, dtype=np.float32), model=fingerprint_of(model), model_folder=str(model)))
+    ids, patients = tuple(f"s{i}" for i in range(6)), ("p0", "p0", "p1", "p1", "p2", "p2")
+    keys = dict.fromkeys(ids if names == "slides" else patients)
+    vectors = {key: np.random.default_rng(0).normal(size=(2, made.text_dim)) + (i % 5) for i, key in enumerate(keys)}
+    np.savez(tmp_path / "v.npz", **vectors)
+    z = np.random.default_rng(0).normal(size=(6, made.joint_dim)).astype(np.float32)
+    embeddings = Embeddings(ids, patients, z, model=made.fingerprint(), model_folder=str(model))
+    (outcome,) = run(embeddings, tmp_path / "v.npz", "retrieval").outcomes
+    assert outcome.counts["reports"] == len({str(v) for v in vectors.values()})  # slides with equal vectors have one report
+    assert (outcome.counts["slides"], outcome.counts["patients"]) == (6, 3)
+    np.savez(tmp_path / "v.npz", s0=np.ones(3))
+    refused("vectors have width 3", embeddings, tmp_path / "v.npz", "retrieval", error=ModelError)
+
+
+def fingerprint_of(folder):
+    from dreslcl.model import DRESLCL
+
+    return DRESLCL.load(folder).fingerprint()
+
+
+def test_the_model_of_the_embeddings_is_found_beside_them_or_named(model, work, tmp_path):
+    embeddings, _ = cohort(3)
+    embeddings = replace(embeddings, model=fingerprint_of(model), model_folder=str(model))
+    embeddings.save(tmp_path / "deep" / "embeddings.h5")
+    again = Embeddings.load(tmp_path / "deep")
+    assert Path(again.model_folder).samefile(model) and again.by_patient().model_folder == again.model_folder
+    assert load_model(again).embed_text(["x"]).shape == (1, load_model(again).joint_dim)
+    for bad, message in (
+        ({"model_folder": ""}, "made without a model"),
+        ({"model_folder": str(tmp_path / "gone")}, "gone: the model that made the embeddings is not there"),
+        ({"model": "other"}, "the embeddings were made by other; embed again"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_model(replace(again, **bad))
 
 
 # ---- splits
 
 
-def split_rows(rows, words):
-    return [row | {"split": words[i // 2 % len(words)]} for i, row in enumerate(rows)]
+def with_split(rows, words, each=2):
+    """Rows with a column `split`: the words in turn, each for so many rows."""
+    return [row | {"split": words[i // each % len(words)]} for i, row in enumerate(rows)]
 
 
-def test_a_split_column_fixes_train_and_test():
-    embeddings, rows = cohort(40)
-    rows = [row | {"split": "test" if i >= 60 else "Train"} for i, row in enumerate(rows)]
-    outcome = run(embeddings, rows, split_column="split").outcomes[0]
-    assert sorted(outcome.ids) == sorted(embeddings.ids[60:])
-
-
-def test_validation_slides_choose_c_and_train_but_are_not_tested():
+def test_a_split_column_fixes_train_and_test_and_validation_slides_are_not_tested():
     embeddings, rows = cohort(48)
-    rows = [row | {"split": ("train", "train", "val", "test")[i // 4 % 4]} for i, row in enumerate(rows)]
-    result = run(embeddings, rows, split_column="split")
+    rows = with_split(rows, ("train", "Train", "val", "test"), each=4)
+    result = run(embeddings, rows, split="split")
     assert sorted(result.outcomes[0].ids) == sorted(row["slide_id"] for row in rows if row["split"] == "test")
     assert result.protocol[0] == "The split is given by split; no patient is in two parts."
 
@@ -307,30 +354,44 @@ def test_a_patho_bench_table_gives_its_folds_also_where_they_overlap(tmp_path):
         parts = ["test" if i >= 30 else "train", "test" if i < 10 else "train", "test" if i < 10 else "train"]
         lines.append("\t".join([row["patient_id"], row["slide_id"], "0", *parts]))
     (tmp_path / "k=all.tsv").write_text("\n".join(lines))
-    outcome = run(embeddings, rows, splits=tmp_path / "k=all.tsv").outcomes[0]
+    outcome = run(embeddings, rows, split=tmp_path / "k=all.tsv").outcomes[0]
     assert outcome.fold.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert outcome.ids[10:20] == outcome.ids[20:30] == embeddings.ids[:10]
     assert outcome.counts["classes"]["A"]["tested"] + outcome.counts["classes"]["B"]["tested"] == 20
 
 
-def test_split_tables_without_folds_or_ids_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: with_split(rows, ["train", "maybe"]), "column 'split' holds 'maybe'; the parts of a split are train, val and test"),
+        (lambda rows: with_split(rows, ["train"]), "puts no labelled slide with an embedding into test"),
+        (
+            lambda rows: [r | {"split": "test" if r["patient_id"] > "p010" and r["subtype"] == "B" else "train"} for r in rows],
+            "all of class 'B'; two classes are needed",
+        ),
+        (
+            lambda rows: [r | {"split": "train" if r["patient_id"] < "p010" and r["subtype"] == "A" else "test"} for r in rows],
+            "a training part holds fewer than two classes",
+        ),
+        (
+            lambda rows: [r | {"split": "test" if i >= 31 else "train"} for i, r in enumerate(rows)],
+            r"puts patient 'p015' into train \(s015_0\) and test \(s015_1\); 1 patients are on two sides",
+        ),
+        ("case_id\tslide_id\tfold\nx\ty\ttest\n", "no columns fold_0, fold_1"),
+        ("case_id\tslide_id\tfold_0\nx\ty\ttest\n", "no id matches; the table has 'x', 'y', the embeddings have 's000_0'"),
+        (lambda rows: rows, "no column 'split', nor a file of that name; there are slide_id, patient_id, subtype"),
+    ],
+)
+def test_a_split_that_cannot_be_used_is_refused(tmp_path, change, message):
     embeddings, rows = cohort(20)
-    (tmp_path / "a.tsv").write_text("case_id\tslide_id\tfold\nx\ty\ttest\n")
-    with pytest.raises(TableError, match="no columns fold_0, fold_1"):
-        run(embeddings, rows, splits=tmp_path / "a.tsv")
-    (tmp_path / "b.tsv").write_text("case_id\tslide_id\tfold_0\nx\ty\ttest\n")
-    with pytest.raises(TableError, match="no id matches; the table has 'x', 'y', the embeddings have 's000_0'"):
-        run(embeddings, rows, splits=tmp_path / "b.tsv")
+    if isinstance(change, str):
+        (tmp_path / "a.tsv").write_text(change)
+        refused(message, embeddings, rows, split=str(tmp_path / "a.tsv"))
+    else:
+        refused(message, embeddings, change(rows), split="split")
 
 
 # ---- leaks
-
-
-def test_a_patient_on_both_sides_is_refused():
-    embeddings, rows = cohort(40)
-    rows = [row | {"split": "test" if i >= 61 else "train"} for i, row in enumerate(rows)]
-    with pytest.raises(TableError, match=r"puts patient 'p030' into train \(s030_0\) and test \(s030_1\); 1 patients are on two sides"):
-        run(embeddings, rows, split_column="split")
 
 
 def test_slides_of_patients_seen_in_pretraining_are_never_tested_unless_asked():
@@ -342,18 +403,10 @@ def test_slides_of_patients_seen_in_pretraining_are_never_tested_unless_asked():
     assert any("4 of 80 slides are of patients seen in pretraining and left out of test: 's000_0'" in text for text in result.warnings)
     kept = run(embeddings, rows, include_seen=True)
     assert len(kept.outcomes[0].ids) == 80 and any("the numbers are optimistic" in text for text in kept.warnings)
-
-
-def test_a_second_embeddings_seen_slides_are_left_out_too():
-    embeddings, rows = cohort(40)
-    other = Embeddings(embeddings.ids, embeddings.patients, embeddings.vectors, None, frozenset(["s005_0"]))
-    assert run(embeddings, rows, compare=other).outcomes[0].counts["seen_left_out"] == ["s005_0", "s005_1"]
-
-
-def test_embeddings_that_saw_everything_say_what_to_do():
-    embeddings, rows = cohort(40, seen=[f"s{p:03}_0" for p in range(40)])
-    with pytest.raises(TableError, match=r"saw the patients of all 80 slides to test.*use --include-seen .* or pretrain with --exclude"):
-        run(embeddings, rows)
+    other = replace(embeddings, seen=frozenset(["s005_0"]))  # a second embedding's seen slides are left out too
+    assert run((replace(embeddings, seen=frozenset()), other), rows).outcomes[0].counts["seen_left_out"] == ["s005_0", "s005_1"]
+    everyone = replace(embeddings, seen=frozenset(embeddings.ids[::2]))
+    refused(r"saw the patients of all 80 slides to test.*use --include-seen .* or pretrain with --exclude", everyone, rows)
 
 
 def test_class_words_in_pretraining_reports_are_found_with_counts_and_an_example():
@@ -363,50 +416,36 @@ def test_class_words_in_pretraining_reports_are_found_with_counts_and_an_example
         {"slide_id": "s001_0", "report": "Adenocarcinoma holds no whole class word."},
         {"slide_id": "s009_0", "report": "squamous cell, but pretraining did not read this one"},
     ]
-    result = run(embeddings, rows, reports=reports)
+    result = run(embeddings, rows, texts=reports)
     assert "Leak scan: 1 of the classes' names stand in the 2 reports that pretraining used." in result.protocol
     assert any("No leak scan" in text for text in run(embeddings, rows).protocol)
-    warnings = [text for text in result.warnings if "leak scan" in text]
-    assert len(warnings) == 1
-    assert (
-        "'squamous cell' stands in 1 of 2 pretraining reports, for example s000_0: “…Sheets of cells. Squamous-cell carcinoma"
-        in warnings[0]
-    )
+    (warning,) = [text for text in result.warnings if "leak scan" in text]
+    around = "for example s000_0: “…Sheets of cells. Squamous-cell carcinoma"
+    assert "'squamous cell' stands in 1 of 2 pretraining reports" in warning and around in warning
 
 
 def test_the_leak_scan_looks_for_gene_names_and_not_for_yes_and_no():
     embeddings, rows = cohort(20, ("0", "1"))
     genes = [row | {"TP53": row["subtype"]} for row in rows]
     reports = [{"slide_id": "x", "report": "TP53 mutated, 1 of 0 nodes"}]
-    warnings = run(embeddings, genes, task="mutation", columns=["TP53"], reports=reports).warnings
-    assert [text[:35] for text in warnings] == ["leak scan: 'TP53' stands in 1 of 1 p"[:35]]
+    (warning,) = run(embeddings, genes, "mutation", columns=["TP53"], texts=reports).warnings
+    assert warning.startswith("leak scan: 'TP53' stands in 1 of 1 p")
 
 
 # ---- refusals
 
 
-def test_a_class_with_fewer_patients_than_folds_is_refused():
+def test_tables_that_do_not_fit_are_refused_in_one_line_that_shows_both_sides():
     embeddings, rows = cohort(20)
-    rows = [row | {"subtype": "rare"} if row["patient_id"] in ("p001", "p002") else row for row in rows]
-    with pytest.raises(TableError, match="class 'rare' has 2 patients, fewer than the 3 folds; use --folds 2 or merge classes"):
-        run(embeddings, rows)
-
-
-def test_an_absent_column_is_refused_with_the_columns_listed():
-    embeddings, rows = cohort(20)
-    with pytest.raises(TableError, match="no column 'EGFR'; there are slide_id, patient_id, subtype"):
-        run(embeddings, rows, task="mutation", columns=["EGFR"])
-    with pytest.raises(TableError, match="no column 'fold'"):
-        run(embeddings, rows, split_column="fold")
-
-
-def test_ids_that_do_not_match_are_shown_from_both_sides():
-    embeddings, rows = cohort(20)
-    wrong = [{"slide_id": row["slide_id"] + ".svs", "subtype": row["subtype"]} for row in rows]
-    with pytest.raises(TableError, match=r"no slide_id matches the embeddings; the table has 's000_0.svs'.*they have 's000_0'"):
-        run(embeddings, wrong)
-    with pytest.raises(TableError, match="no column 'slide_id' or 'patient_id'; there are name, subtype"):
-        run(embeddings, [{"name": "x", "subtype": "A"}])
+    rare = [row | {"subtype": "rare"} if row["patient_id"] in ("p001", "p002") else row for row in rows]
+    refused("class 'rare' has 2 patients, fewer than the 3 folds; use --folds 2 or merge classes", embeddings, rare)
+    refused("no column 'EGFR'; there are slide_id, patient_id, subtype", embeddings, rows, "mutation", columns=["EGFR"])
+    wrong = [{"slide_id": f"x{row['slide_id']}", "subtype": row["subtype"]} for row in rows]
+    refused(r"no slide_id matches the embeddings; the table has 'xs000_0'.*they have 's000_0'", embeddings, wrong)
+    refused("no column 'slide_id' or 'patient_id'; there are name, subtype", embeddings, [{"name": "x", "subtype": "A"}])
+    refused(r"1 classes .* two are needed", embeddings, [row | {"subtype": "A"} for row in rows])
+    assert run(embeddings, [*rows, rows[0]]).outcomes[0].counts["slides"] == 40
+    refused("two rows of slide_id 's000_0' differ in 'subtype'; keep one", embeddings, [*rows, rows[0] | {"subtype": "B"}])
 
 
 def test_ids_on_one_side_only_are_counted_in_a_warning():
@@ -414,30 +453,6 @@ def test_ids_on_one_side_only_are_counted_in_a_warning():
     warnings = run(embeddings, [*rows[2:], {"slide_id": "zz", "patient_id": "q", "subtype": "A"}]).warnings
     assert "labels: 1 of 39 ids have no embedding and are left out ('zz')" in warnings
     assert "labels: 2 of 40 embeddings have no row and are left out ('s000_0', 's000_1')" in warnings
-
-
-def test_rows_of_one_slide_that_contradict_each_other_are_refused():
-    embeddings, rows = cohort(20)
-    assert run(embeddings, [*rows, rows[0]]).outcomes[0].counts["slides"] == 40
-    with pytest.raises(TableError, match="two rows of slide_id 's000_0' differ in 'subtype'; keep one"):
-        run(embeddings, [*rows, rows[0] | {"subtype": "B"}])
-
-
-def test_one_class_or_a_strange_part_of_a_split_is_refused():
-    embeddings, rows = cohort(20)
-    with pytest.raises(TableError, match=r"1 classes .* two are needed"):
-        run(embeddings, [row | {"subtype": "A"} for row in rows])
-    with pytest.raises(TableError, match="column 'split' holds 'maybe'; the parts of a split are train, val and test"):
-        run(embeddings, split_rows(rows, ["train", "maybe"]), split_column="split")
-    with pytest.raises(TableError, match="puts no labelled slide with an embedding into test"):
-        run(embeddings, split_rows(rows, ["train"]), split_column="split")
-    half = [row | {"split": "train" if row["subtype"] == "A" else "test"} for row in rows]
-    with pytest.raises(TableError, match="all of class 'B'; two classes are needed"):
-        run(embeddings, half, split_column="split")
-    untrainable = [row | {"split": "train" if row["subtype"] == "A" and i < 20 else "test"} for i, row in enumerate(rows)]
-    untrainable = [row | {"split": "train" if row["patient_id"] < "p010" and row["subtype"] == "A" else "test"} for row in untrainable]
-    with pytest.raises(TableError, match="a training part holds fewer than two classes"):
-        run(embeddings, untrainable, split_column="split")
 
 
 def test_too_many_shots_are_left_out_with_a_warning():
@@ -448,7 +463,7 @@ def test_too_many_shots_are_left_out_with_a_warning():
 
 
 def test_settings_without_sense_are_refused():
-    for bad in ({"folds": 1}, {"inner_folds": 1}, {"bootstrap": 0}, {"draws": 0}, {"neighbours": 0}, {"shots": (0,)}):
+    for bad in ({"folds": 1}, {"bootstrap": 0}, {"shots": (0,)}):
         with pytest.raises(ConfigError):
             EvalConfig(**bad)
 
@@ -482,22 +497,17 @@ def test_saved_files_hold_every_held_out_prediction_and_plain_json(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("slide_id,patient_id,subtype\n" + "\n".join(",".join(row.values()) for row in rows))
     result = run(embeddings, labels)
+    assert result.table() == run(embeddings, labels).table()  # two runs of one seed are equal
     result.save(tmp_path / "out")
     table = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
     assert [row["slide_id"] for row in table] == list(result.outcomes[0].ids) and len(table) == 38
     assert {row["label"] for row in table} == {"'=cmd()", "B"}
     assert float(table[0]["p_=cmd()"]) + float(table[0]["p_B"]) == pytest.approx(1, abs=1e-5)
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]["subtype"]
-    assert saved["scores"]["embedding"]["linear"]["auroc"]["value"] == pytest.approx(
-        result.outcomes[0].scores["embedding"]["linear"]["auroc"].value, abs=1e-6
-    )
+    value = result.outcomes[0].scores["embedding"]["linear"]["auroc"].value
+    assert saved["scores"]["embedding"]["linear"]["auroc"]["value"] == pytest.approx(value, abs=1e-6)
     assert saved["counts"]["seen_left_out"] == ["s000_0", "s000_1"]
     assert saved["confusion"] == result.outcomes[0].confusion.tolist()
-
-
-def test_two_runs_of_one_seed_are_equal():
-    embeddings, rows = cohort(20)
-    assert run(embeddings, rows).table() == run(embeddings, rows).table()
 
 
 def test_embeddings_survive_writing_and_refuse_contradictions(tmp_path):
@@ -506,14 +516,15 @@ def test_embeddings_survive_writing_and_refuse_contradictions(tmp_path):
     again = Embeddings.load(tmp_path)
     assert (again.ids, again.patients, again.seen, again.model) == (embeddings.ids, embeddings.patients, embeddings.seen, "model")
     assert (again.vectors == embeddings.vectors).all() and (again.mean == embeddings.mean).all()
-    with pytest.raises(StoreError, match="'a' comes twice"):
-        Embeddings(("a", "a"), ("", ""), np.eye(2, dtype=np.float32))
-    with pytest.raises(StoreError, match="differ in length"):
-        Embeddings(("a",), ("",), np.eye(2, dtype=np.float32))
-    with pytest.raises(StoreError, match="not finite, first 'b'"):
-        Embeddings(("a", "b"), ("", ""), np.array([[1], [np.nan]], np.float32))
+    eye = np.eye(2, dtype=np.float32)
+    for parts, message in (
+        ((("a", "a"), ("", ""), eye), "'a' comes twice"),
+        ((("a",), ("",), eye), "differ in length"),
+        ((("a", "b"), ("", ""), np.array([[1], [np.nan]], np.float32)), "not finite, first 'b'"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            Embeddings(*parts)
     (tmp_path / "bad.h5").write_bytes(b"no")
-    with pytest.raises(StoreError, match="not an embeddings file"):
-        Embeddings.load(tmp_path / "bad.h5")
-    with pytest.raises(StoreError, match="`dreslcl embed` writes it"):
-        Embeddings.load(tmp_path / "none.h5")
+    for name, message in (("bad.h5", "not an embeddings file"), ("none.h5", "`dreslcl embed` writes it")):
+        with pytest.raises(StoreError, match=message):
+            Embeddings.load(tmp_path / name)

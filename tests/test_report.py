@@ -1,41 +1,60 @@
-"""The page is one escaped file with nothing from outside; the figures draw every kind of result."""
+"""A page is one escaped file with nothing from outside; the figures draw every kind of result; the journal holds all of a run."""
 
+import csv
+import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_evaluation import QUICK, cohort
+from test_evaluation import QUICK, cohort, texts  # noqa: F401 (a fixture)
+from test_trainer import SMALL
 
-from dreslcl.common import TableError
+from dreslcl import report
+from dreslcl.bank import MemoryBank
+from dreslcl.cohort import Cohort, Member, TileReader
+from dreslcl.common import ConfigError, TableError
 from dreslcl.evaluation import evaluate
-from dreslcl.report import Code, Notice, Picture, Table, curves, evaluation_page, page, versions
+from dreslcl.report import (
+    Code,
+    Journal,
+    Notice,
+    Picture,
+    Table,
+    codebook_atlas,
+    curves,
+    evaluation_page,
+    page,
+    retrieval_examples,
+    versions,
+)
+from dreslcl.trainer import pretrain
+
+EVIL = '<script>alert("x")</script>'
 
 
 def read(path):
-    return path.read_text(encoding="utf-8")
+    html = path.read_text(encoding="utf-8")
+    assert "<script" not in html and "url(" not in html and "@import" not in html
+    assert all(source.startswith("data:image/") for source in re.findall(r'(?:src|href)="([^"]*)"', html))
+    return html
 
 
 def test_every_text_is_escaped(tmp_path):
-    evil = '<script>alert("x")</script>'
     png = tmp_path / "p.png"
     Image.new("RGB", (4, 4)).save(png)
-    blocks = [evil, Table([evil], [[evil]], evil), Notice(evil), Code(evil), Picture(png, evil), [Picture(png, evil)]]
-    page(tmp_path / "a.html", evil, {evil: blocks})
-    html = read(tmp_path / "a.html")
-    assert "<script" not in html
-    assert html.count("&lt;script&gt;") == 13  # the title stands twice, a picture's caption twice, all else once
+    blocks = [EVIL, Table([EVIL], [[EVIL]], EVIL), Notice(EVIL), Code(EVIL), Picture(png, EVIL), [Picture(png, EVIL)]]
+    page(tmp_path / "a.html", EVIL, {EVIL: blocks})
+    assert read(tmp_path / "a.html").count("&lt;script&gt;") == 13  # the title stands twice, a picture's caption twice, all else once
 
 
 def test_an_evaluation_with_hostile_ids_and_classes_is_one_file_without_outside_resources(tmp_path):
-    embeddings, rows = cohort(24, ("<script>alert(1)</script>", "$x^$ _b", "_c"), mean=True, seen=["s000_0"])
-    result = evaluate(embeddings, rows, task="subtype", config=QUICK, compare=embeddings)
+    embeddings, rows = cohort(24, (EVIL, "$x^$ _b", "_c"), mean=True, seen=["s000_0"])
+    result = evaluate((embeddings, embeddings), rows, "subtype", config=QUICK)
     evaluation_page(result, tmp_path / "report.html", command="dreslcl eval <EMB>")
     html = read(tmp_path / "report.html")
-    assert "<script" not in html and "dreslcl eval &lt;EMB&gt;" in html
-    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == 5 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "url(" not in html and "@import" not in html
+    assert html.count("data:image/png") == 5 and "dreslcl eval &lt;EMB&gt;" in html
     for text in ("Protocol", "StratifiedGroupKFold", "scikit-learn", "seen in pretraining", "mean-pool", "embedding − compared"):
         assert text in html
 
@@ -43,18 +62,30 @@ def test_an_evaluation_with_hostile_ids_and_classes_is_one_file_without_outside_
 def test_examples_show_the_pictures_that_there_are(tmp_path):
     embeddings, rows = cohort(24)
     Image.new("RGB", (2000, 1000), "pink").save(tmp_path / "map.png")
-    result = evaluate(embeddings, rows, task="subtype", config=QUICK)
+    result = evaluate(embeddings, rows, "subtype", config=QUICK)
     evaluation_page(result, tmp_path / "r.html", command="x", pictures=dict.fromkeys(embeddings.ids[:30], tmp_path / "map.png"))
     html = read(tmp_path / "r.html")
     assert 2 <= html.count("data:image/jpeg") <= 6 and "probability of A" in html
 
 
-def test_retrieval_has_its_page_too(tmp_path):
+def test_retrieval_has_its_page_too(tmp_path, texts):  # noqa: F811
     embeddings, rows = cohort(12)
-    reports = [{"slide_id": row["slide_id"], "report": row["slide_id"]} for row in rows]
-    result = evaluate(embeddings, reports, task="retrieval", config=QUICK, text=embeddings.vectors)
+    texts |= dict(zip(embeddings.ids, embeddings.vectors))
+    result = evaluate(embeddings, [{"slide_id": row["slide_id"], "report": row["slide_id"]} for row in rows], "retrieval", config=QUICK)
     evaluation_page(result, tmp_path / "r.html", command="x")
     assert "recall@10" in read(tmp_path / "r.html")
+
+
+def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():
+    precision = report._sampled(np.array([0.0, 1, 2]), np.array([1.0, 1, 1]), "pr")  # the highest score is a miss
+    assert precision[0] == precision[1] == 1 / 2 and precision[-1] == 2 / 3
+
+
+def test_versions_name_python_and_the_packages():
+    assert versions().startswith("Python 3.") and "dreslcl" in versions()
+
+
+# ---- the run
 
 
 def test_curves_draw_one_panel_per_group_and_skip_what_is_no_number(tmp_path):
@@ -64,18 +95,112 @@ def test_curves_draw_one_panel_per_group_and_skip_what_is_no_number(tmp_path):
     curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert np.asarray(image.convert("L")).min() < 200
-        assert image.width == pytest.approx(2 * 3.4 * 130, abs=2)  # two panels: loss and recall
+        assert image.width == pytest.approx(2 * 3.4 * 140, abs=2)  # two panels: loss and recall
     (tmp_path / "empty.csv").write_text("epoch,note\n1,x\n")
     with pytest.raises(TableError, match="no numbers to draw"):
         curves(tmp_path / "empty.csv", tmp_path / "none.png")
 
 
-def test_versions_name_python_and_the_packages():
-    assert versions().startswith("Python 3.") and "dreslcl" in versions()
+def events(out):
+    """name -> [(step, value)] as TensorBoard shows them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator(str(out), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {name: [(e.step, e.value) for e in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
-def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():
-    from dreslcl.report import _sampled
+def test_tensorboard_holds_every_quantity_of_metrics_csv_and_what_a_killed_run_logged_beyond_its_checkpoint_is_void(tmp_path):
+    rows = [{"epoch": epoch, "step": 10 * epoch, "loss": float(epoch)} for epoch in (1, 2, 3)]
+    killed = Journal(tmp_path, tensorboard=True)
+    for n in (1, 2, 3):
+        killed.write(rows[:n], picture=False)
+    resumed = Journal(tmp_path, tensorboard=True)  # from the checkpoint of epoch 1, with other steps per epoch
+    rows[1:] = [{"epoch": epoch, "step": 10 + 7 * (epoch - 1), "loss": 9.0, "lr": 0.5} for epoch in (2, 3)]
+    for n in (2, 3):
+        resumed.write(rows[:n], picture=n == 3)
+    assert events(tmp_path)["loss"] == [(10, 1.0), (17, 9.0), (24, 9.0)] and events(tmp_path).keys() == {"epoch", "loss", "lr"}
+    assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,step,loss,lr", "1,10,1.0,", "2,17,9.0,0.5", "3,24,9.0,0.5"]
+    assert (tmp_path / "curves.png").exists()
 
-    precision = _sampled(np.array([0.0, 1, 2]), np.array([1.0, 1, 1]), "pr")  # the highest score is a miss
-    assert precision[0] == precision[1] == 1 / 2 and precision[-1] == 2 / 3
+
+def test_a_journal_without_tensorboard_writes_no_events_and_needs_no_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    Journal(tmp_path).write([{"epoch": 1, "step": 1, "loss": 2.0}], picture=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "curves.png"}
+    with pytest.raises(ConfigError, match=r"pip install 'dreslcl\[tensorboard\]'"):
+        Journal(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_page_of_a_run_tells_about_it_in_one_escaped_file(cohort, work, tmp_path, held):
+    hostile = replace(cohort, reports=tuple(f"{EVIL} {r}" for r in cohort.reports), notes=(*cohort.notes, EVIL))
+    kept, held_out = hostile.split("split=val" if held else None, work / "reports.csv")
+    pretrain(kept, tmp_path, replace(SMALL, train=replace(SMALL.train, epochs=1)), held_out=held_out)
+    html = read(tmp_path / "report.html")
+    assert "&lt;script&gt;alert" in html and html.count("data:image/") == 1 + 4, "curves and a strip per codeword"
+    which = "2 held-out slides, encoded by the kept model" if held else "8 training slides, which the model has seen"
+    for text in ("8 of 8 slides have a report", which, "codewords = 4"):
+        assert text in html, text
+    assert not held or ("<td>s6</td>" in html and "<td>s7</td>" in html and "<td>s0</td>" not in html)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1
+
+
+class Bank(MemoryBank):
+    """Rows and codes of slides, as MemoryBank gives them."""
+
+    def __init__(self, rows, words):
+        self.rows = rows
+        self.nearest = {slide: ((x[:, None] - words) ** 2).sum(2).argmin(1).astype(np.uint16) for slide, x in rows.items()}
+        self.slides, self.tiles = list(rows), lambda slide: len(rows[slide])
+
+    def read(self, slide, index):
+        return self.rows[slide][index].astype(np.float16), self.nearest[slide][index]
+
+
+class Reader(TileReader):
+    """Tiles of one colour each; keeps what was asked."""
+
+    def __init__(self):
+        self.shown = []
+
+    def read(self, member, index):
+        self.shown.append((member, int(index[0])))
+        return np.full((1, 8, 8, 3), 7 * member + int(index[0]), np.uint8)
+
+
+def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_size(tmp_path):
+    rng, words = np.random.default_rng(0), np.eye(4, 6, dtype=np.float32)
+    rows = {f"s{i}": rng.integers(-8, 9, (20, 6)).astype(np.float16) / 8 for i in range(8)}  # exact in float16
+    rows["s0"][0] = 9 * words[3]
+    for slide in rows:
+        rows[slide][:, 3] -= 9 * (np.arange(20) + (slide != "s0") > 0)  # codeword 3 has a single tile
+    bank, reader = Bank(rows, words), Reader()
+    members = Cohort(tuple(Member(slide, slide, 20, tmp_path) for slide in rows))
+    pictures = codebook_atlas(bank, words, members, reader, seed=0)
+    assert len(pictures) == 4 and len({Image.open(io.BytesIO(p.data)).size for p in pictures}) == 1
+    numbers = [int(re.search(r"codeword (\d+)", p.caption)[1]) for p in pictures]
+    shares = [float(re.search(r"([\d.]+)%", p.caption)[1]) for p in pictures]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3) and numbers[-1] == 3
+    shown = iter(reader.shown)
+    for k in numbers:
+        nearest = []
+        for m, (slide, features) in enumerate(rows.items()):
+            own = np.flatnonzero(bank.nearest[slide] == k)
+            distance = ((features[own].astype(np.float32) - words[k]) ** 2).sum(1)
+            nearest += [(float(distance.min()), (m, int(own[distance.argmin()])))] if len(own) else []
+        assert [next(shown) for _ in nearest[:6]] == [place for _, place in sorted(nearest)[:6]]
+        assert len(nearest) == (1 if k == 3 else 8)
+
+
+def test_examples_run_from_the_best_rank_to_the_worst(tmp_path):
+    members = tuple(Member(f"s{i}", f"p{i}", 5, tmp_path, report=i) for i in range(12))
+    reports = Cohort(members, tuple(f"Report {i} " + "long " * 40 for i in range(12)))
+    z = np.eye(12, dtype=np.float32)
+    u = np.tril(np.ones((12, 12), np.float32), -1) + z / 2  # report i finds i other slides before its own
+    table = retrieval_examples(reports, z, u)
+    assert [row[:2] for row in table.rows] == [[f"s{i}", f"{i + 1} of 12"] for i in (0, 2, 4, 6, 8, 11)]
+    assert {row[2] for row in table.rows} == {"s0"} and table.caption == "Median rank 6.5."
+    assert table.rows[0][3].startswith("Report 0 long") and table.rows[0][3].endswith("…")
+    vectors = replace(reports, reports=tuple(np.ones((1, 4), np.float32) for _ in members))
+    assert retrieval_examples(vectors, z, u).rows[0][3] == "(a vector)"

@@ -17,8 +17,7 @@ import torch
 
 from dreslcl.cohort import Cohort
 from dreslcl.common import read_table
-from dreslcl.config import EvalConfig
-from dreslcl.evaluation import fit_probe, inner_folds
+from dreslcl.evaluation import fit_probe
 from dreslcl.heatmaps import contributions
 from dreslcl.model import DRESLCL, encode_members
 
@@ -39,7 +38,7 @@ def enrichment(demo: Path) -> dict[str, float]:
     names = sorted({row["subtype"] for row in rows})
     y, patients = np.array([names.index(row["subtype"]) for row in rows]), np.array([member.patient_id for member in cohort.members])
     train = np.array([row["split"] == "train" for row in rows])
-    probe = fit_probe(vectors[train], y[train], inner_folds(y[train], patients[train], EvalConfig()), len(names))
+    probe = fit_probe(vectors[train], y[train], patients[train])
     slopes = torch.from_numpy(probe[-1].coef_ / probe[0].scale_).float()
     own, top, value, ceiling, slides = [], [], [], [], 0
     for i, row in enumerate(rows):

@@ -115,7 +115,7 @@ TRAIN += ["--stale-dropout", 0]  # else a random tile encoder is warned of, a li
 
 def command(name: str, work: Path, whole: Path) -> list:
     """The command line of one step up to its output folder, its inputs being those of `whole`."""
-    probe = "--task subtype --split-column split --include-seen --bootstrap 20".split()
+    probe = "--task subtype --split split --include-seen --bootstrap 20".split()
     return {
         "tile": ["tile", work.parent / "slides", *TILE, "--out"],
         "pretrain": ["pretrain", work, "--reports", work / "reports.csv", *TRAIN, "--out"],
@@ -210,10 +210,12 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def hdf5(path: Path) -> dict[str, Any]:
-    """Datasets and attributes of a file, as bytes and texts."""
+    """Datasets and attributes of a file, as bytes and texts; not the way from the file to its model."""
     with h5py.File(path) as file:
         data = {key: np.asarray(value[()]).tolist() for key, value in file.items()}
-        return data | {f"{key}@": {k: str(v) for k, v in value.attrs.items()} for key, value in [*file.items(), ("", file)]}
+        return data | {
+            f"{key}@": {k: str(v) for k, v in value.attrs.items() if k != "model_folder"} for key, value in [*file.items(), ("", file)]
+        }
 
 
 # forbidding

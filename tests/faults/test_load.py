@@ -71,7 +71,7 @@ def test_a_table_of_200_000_rows_is_evaluated(tmp_path):
         tmp_path / "labels.csv",
         "--task",
         "subtype",
-        "--split-column",
+        "--split",
         "split",
         "--out",
         tmp_path / "e",
