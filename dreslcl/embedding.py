@@ -167,7 +167,7 @@ def embed(
         if by == "patient":
             result = result.by_patient()
         if group.first:
-            write_vectors(out, layout, result.ids, result.patients, result.vectors, name)
+            write_vectors(out, layout, result)
             result.save(out / "embeddings.h5")
     return result
 
