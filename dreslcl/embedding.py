@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32
 
 from .cohort import Cohort, TileReader, draw_tiles, prefetch
-from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, fingerprint, hdf5_file, hold, progress, reason
+from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, counting, fingerprint, hdf5_file, hold, reason, track
 from .config import EncoderConfig, TrainConfig
 from .distributed import ranks
 from .encoder import Encoder, autocast, inference, pick_device
@@ -60,10 +60,8 @@ def encode_slides(
         return np.arange(M) if tiles is None else draw_tiles(M, tiles, np.random.default_rng(member))
 
     if cohort.work is None:
-        with progress(title, len(members), "slides") as bar:
-            for m in members:
-                yield m, (read_features(cohort.members[i].source)[chosen(i)] for i in [m])
-                bar.advance(bar.task_ids[0])
+        for m in track(members, title, "slides"):
+            yield m, (read_features(cohort.members[i].source)[chosen(i)] for i in [m])
         return
     if not len(members):
         return
@@ -82,9 +80,9 @@ def encode_slides(
             return None
 
     def parts() -> Iterator[tuple[int, np.ndarray | None]]:
-        with progress(title, sum(len(index) for _, index in jobs), "tiles") as bar:
+        with counting(title, sum(len(index) for _, index in jobs), "tiles") as count:
             for (member, index), pixels in zip(jobs, prefetch(read, jobs, reader.workers, ahead=2 * reader.workers)):
-                bar.advance(bar.task_ids[0], len(index))
+                count(len(index))
                 if pixels is None:
                     yield member, None
                     continue

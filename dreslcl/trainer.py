@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .bank import MemoryBank, Rest, bank_bytes, fit_codebook
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
-from .common import ConfigError, DreslclError, SlideError, StoreError, hold, reason, write_bytes
+from .common import ConfigError, DreslclError, SlideError, StoreError, hold, reason, track, write_bytes
 from .config import RunConfig
 from .distributed import Ranks, ranks
 from .embedding import encode_slides
@@ -603,7 +603,7 @@ def run_epoch(run: Run) -> dict[str, float]:
     flow: Iterator[SlideSample] = prefetch(
         partial(draw_sample, run), (int(m) for step in plan for m in step[rank]), workers, ahead=max(len(step[rank]) for step in plan)
     )
-    for number, step in enumerate(plan):
+    for number, step in enumerate(track(plan, f"epoch {run.epoch + 1}", "steps")):
         set_learning_rates(run, (run.epoch + number / len(plan)) / run.config.train.epochs, 1 / len(plan) / run.config.train.epochs)
         values, z = train_step(run, [next(flow) for _ in step[rank]], step)
         measured.append(values)
@@ -613,7 +613,9 @@ def run_epoch(run: Run) -> dict[str, float]:
     return means | {"effective_rank": effective_rank(torch.cat(vectors)), "seconds": time.monotonic() - start}
 
 
-def pretrain(cohort: Cohort, out: Path, config: RunConfig, *, held_out: Cohort | None = None, dry_run: bool = False) -> Path:
+def pretrain(
+    cohort: Cohort, out: Path, config: RunConfig, *, held_out: Cohort | None = None, dry_run: bool = False, tensorboard: bool = False
+) -> Path:
     """Train on a cohort with reports; returns the model's folder, `out/model`. Run again, it goes on after the last whole epoch.
 
     Args:
@@ -621,6 +623,7 @@ def pretrain(cohort: Cohort, out: Path, config: RunConfig, *, held_out: Cohort |
         out: the run's folder.
         held_out: slides for the retrieval measured after each epoch; the best epoch's model is kept.
         dry_run: say what the run takes, and stop.
+        tensorboard: write events for it too.
 
     Raises:
         ConfigError, StoreError, ModelError, DreslclError: see the modules; the message says what to do.
@@ -628,6 +631,7 @@ def pretrain(cohort: Cohort, out: Path, config: RunConfig, *, held_out: Cohort |
     out = Path(out)
     with ranks(pick_device()) as group, hold(out) if group.first and not dry_run else nullcontext():
         run = open_run(cohort, held_out or Cohort(()), config, out, group)
+        run.journal = Journal(out, tensorboard=tensorboard)
         announce(run)
         if dry_run:
             return out / "model"
