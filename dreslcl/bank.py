@@ -1,19 +1,21 @@
-"""MemoryBank: the newest feature of every tile of every slide, on disk, and each slide's residual sums beside them.
+"""MemoryBank: the newest feature of every tile of every slide, on disk, and beside them the slide's residual sums.
 
-The residual encoding of a slide sums over all its M tiles. The bank keeps that sum, so a training step takes out the T old
-rows it replaces, puts T fresh ones in, and never touches the other M − T: its cost does not depend on M.
+An aggregator reads sums over all M tiles of a slide. The bank keeps these sums, so a training step takes out the T old rows it
+replaces, puts T fresh ones in, and never touches the other M − T: its cost does not depend on M. Tiles are dealt to 8 blocks by a hash
+of their number, and the sums are kept for each block: a step that uses a share of a slide's other tiles leaves whole blocks out, for
+which no row is read either.
 
-`bank.json` says which slide lies in which shard (a folder, or the bank's own where there is one; see shard.py for its files). It is
-written last, so a header means a whole bank. Each shard is written by one process only.
+One file a slide, `bank/<slide_id>.bank`, opened as a memory map for the time of one visit: fingerprints of the tiles and of the
+codebook, the sums (8, K, D) and weights (8, K) for it, the mean feature (D,), and per tile weight, step (when the row was written),
+codeword and feature (float16, unit norm). `bank/bank.json` says D, K and the encoder. Ranks own slides: one process writes a file.
 
-Crashes. A slide is marked dirty before its write and clean after it. Stores into a shared mapping reach the page cache in program
-order and outlive the process, so after SIGKILL at any moment the rows are there (one may be half old, half new) and only the sums
-of slides marked dirty can be wrong: `open` rebuilds those from their rows. Power loss keeps no order: call `rebuild` then.
+Crashes. `fill` writes NAME.part and renames it: a file means a filled slide. `write` empties the codebook's fingerprint first and sets
+it last; stores into a shared mapping reach the page cache in program order and outlive the process, so after SIGKILL at any moment the
+rows are there (one may be half old, half new), and a slide without the present codebook's fingerprint gets its sums from its rows when
+it is next used. So it is with a new codebook. Power loss keeps no order: call `rebuild` then.
 
-Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 6 = 774 bytes a row = 232 GB, sums 4·K·D = 49 kB a slide = 1.5 GB.
-Rebuilding everything reads the 230 GB once (4 min at 1 GB/s) and multiplies twice with the codewords (4·K·D flop a row, 15 TFLOP): at
-350,000 rows/s, measured on 2 shared cores, 14 min; shards divide both. A step reads T rows a slide, 4 kB each from a cold disk:
-B·T = 512 rows are 2 MB.
+Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 8 = 776 bytes a row = 233 GB, sums 32·K·(D + 1) = 394 kB a slide
+= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk: B·T = 512 rows are 2 MB.
 """
 
 import json
@@ -21,426 +23,237 @@ import logging
 import mmap
 import os
 import shutil
-import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Float, Float16, Float32, Int32, Integer, UInt16
+import torch
+from jaxtyping import Float, Float16, Float32, Integer, UInt16
+from torch import Tensor
 
-from .common import StoreError, atomic, write_json
-
-EMPTY, CLEAN, DIRTY = 0, 1, 2  # state of a slide
-CHUNK = 8192  # rows in memory at a time when many are read
-RESIDENT = 1 << 30  # bytes of mapped pages before they are let go
-TOUCHES = 64  # rows between two looks at how much is mapped
-STATM = Path("/proc/self/statm")
-
-
-def file_layout(tiles: int, slides: int, dim: int, codewords: int) -> dict[str, tuple[type, tuple[int, ...], int]]:
-    """Type, shape and bytes of each file of a shard."""
-    layout = {
-        "rows.f16": (np.float16, (tiles, dim)),
-        "step.i32": (np.int32, (tiles,)),
-        "code.u16": (np.uint16, (tiles,)),
-        "sums.f32": (np.float32, (slides, codewords, dim)),
-        "counts.i32": (np.int32, (slides, codewords)),
-        "state.u8": (np.uint8, (slides,)),
-    }
-    return {name: (dtype, shape, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize) for name, (dtype, shape) in layout.items()}
-
-
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, without BLAS threads where it is small: waking them on a busy machine took 24 ms for a product of 0.1 ms (measured)."""
-    small = a.size * b.shape[1] <= 1 << 23
-    return np.einsum("ij,jk->ik", a, b) if small else a @ b
-
-
-def nearest(features: Float[np.ndarray, "n D"], codewords: Float32[np.ndarray, "K D"]) -> UInt16[np.ndarray, "n"]:
-    """The nearest codeword of each row: argmin of |c|² − 2 x·c."""
-    return ((codewords**2).sum(1) - 2 * _product(features.astype(np.float32), codewords.T)).argmin(1).astype(np.uint16)
-
-
-def sum_residuals(
-    rows: Float[np.ndarray, "n D"], codes: Integer[np.ndarray, "n"], codewords: Float32[np.ndarray, "K D"]
-) -> tuple[Float32[np.ndarray, "K D"], Int32[np.ndarray, "K"]]:
-    """Residual sums and counts of some rows; exactly zero for a codeword without rows."""
-    residuals = rows.astype(np.float32) - codewords[codes]
-    members = (codes == np.arange(len(codewords))[:, None]).astype(np.float32)  # (K, n): one product sums them all
-    return _product(members, residuals), np.bincount(codes, minlength=len(codewords)).astype(np.int32)
-
-
-def _mapped_bytes() -> int:
-    """Bytes of files that are mapped into this process and in its memory; 0 where the system does not tell (Linux does)."""
-    return int(STATM.read_text().split()[2]) * mmap.PAGESIZE if STATM.exists() else 0
-
-
-class Shard:
-    """The mapped files of one shard; rows are numbered over all its slides."""
-
-    def __init__(self, folder: Path, spans: Mapping[str, int], dim: int, codewords: int):
-        self.folder, self.dim = folder, dim
-        self.number = {slide: i for i, slide in enumerate(spans)}
-        self.start = dict(zip(spans, np.cumsum([0, *spans.values()]).tolist()))  # first row of each slide
-        self._maps: list[mmap.mmap] = []
-        self._touched, self._mapped = 0, _mapped_bytes()
-        arrays = [self._map(name, *file) for name, file in file_layout(sum(spans.values()), len(spans), dim, codewords).items()]
-        self.rows, self.step, self.code, self.sums, self.counts, self.state = arrays
-        self._file = (folder / "rows.f16").open("r+b", buffering=0)
-        weakref.finalize(self, self._file.close)
-        self.codewords: np.ndarray | None = None
-        self.codebook = ""
-        if (folder / "codebook.npz").exists():
-            with np.load(folder / "codebook.npz", allow_pickle=False) as file:
-                self.codewords, self.codebook = file["codewords"], str(file["fingerprint"])
-
-    def _map(self, name: str, dtype: type, shape: tuple[int, ...], size: int) -> np.ndarray:
-        path = self.folder / name
-        there = path.stat().st_size if path.exists() else 0
-        if there != size:
-            raise StoreError(f"{path}: should hold {size:,} bytes, has {there:,}; the bank is damaged, delete it and run again")
-        with path.open("r+b") as file:
-            mapped = mmap.mmap(file.fileno(), 0)
-        if hasattr(mmap, "MADV_RANDOM"):
-            mapped.madvise(mmap.MADV_RANDOM)
-        self._maps.append(mapped)
-        return np.frombuffer(mapped, dtype).reshape(shape)
-
-    @staticmethod
-    def allocate(folder: Path, spans: Mapping[str, int], dim: int, codewords: int, sparse: bool) -> None:
-        """Create the files and take their disk space now: a mapped write to a full disk would kill the process.
-
-        Raises:
-            StoreError: no room; what was created is removed again.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        layout = file_layout(sum(spans.values()), len(spans), dim, codewords)
-        try:
-            for name, (_, _, size) in layout.items():
-                with (folder / name).open("wb") as file:
-                    if (sparse and name == "rows.f16") or not hasattr(os, "posix_fallocate"):
-                        file.truncate(size)
-                    else:
-                        os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            for name in layout:
-                (folder / name).unlink(missing_ok=True)
-            need, free = (f"{size / 1e9:.3g} GB" for size in (sum(size for *_, size in layout.values()), shutil.disk_usage(folder).free))
-            raise StoreError(
-                f"{folder}: the bank needs {need}, {free} are free ({error.strerror}); make room or use fewer tiles"
-            ) from error
-
-    def gather(self, rows: Integer[np.ndarray, "n"]) -> Float16[np.ndarray, "n D"]:
-        """Rows in the order asked."""
-        if hasattr(os, "posix_fadvise"):
-            size = self.dim * 2
-            for row in rows.tolist():
-                os.posix_fadvise(self._file.fileno(), row * size, size, os.POSIX_FADV_WILLNEED)
-        found = self.rows.take(rows, axis=0)
-        self.touched(len(rows))
-        return found
-
-    def touched(self, rows: int) -> None:
-        """Count rows used through the mapping; let mapped pages go now and then."""
-        self._touched += rows
-        if self._touched < TOUCHES:
-            return
-        self._touched, now = 0, _mapped_bytes()
-        if now - self._mapped > RESIDENT:
-            for mapped in self._maps:  # of a shared mapping: changed pages stay in the page cache and reach the disk
-                mapped.madvise(mmap.MADV_DONTNEED)
-            now = self._mapped = _mapped_bytes()
-        self._mapped = min(self._mapped, now)
-
-    def stream(self, rows: slice) -> Iterator[tuple[slice, Float16[np.ndarray, "n D"]]]:
-        """Consecutive rows a chunk at a time, read as a file (with read-ahead) and not through the mapping."""
-        for first in range(rows.start, rows.stop, CHUNK):
-            span = slice(first, min(first + CHUNK, rows.stop))
-            count, offset = (span.stop - first) * self.dim, first * self.dim * 2
-            yield span, np.fromfile(self.folder / "rows.f16", np.float16, count, offset=offset).reshape(-1, self.dim)
-
-    def put(self, first: int, part: Float16[np.ndarray, "n D"]) -> None:
-        """Write consecutive rows as a file, so that a full disk is an OSError."""
-        left = memoryview(np.ascontiguousarray(part)).cast("B")
-        self._file.seek(first * self.dim * 2)
-        while left:
-            left = left[self._file.write(left) :]
-
-    def set_codebook(self, codewords: Float32[np.ndarray, "K D"], fingerprint: str) -> None:
-        """Keep other codewords; the caller rebuilds the sums, or `open` does, since all slides are marked dirty first."""
-        self.state[self.state == CLEAN] = DIRTY
-        with atomic(self.folder / "codebook.npz") as part, part.open("wb") as file:
-            np.savez(file, codewords=codewords, fingerprint=np.array(fingerprint))
-        self.codewords, self.codebook = codewords, fingerprint
-
-    def rebuild(self, slide: int, rows: slice) -> None:
-        """Recompute codes, sums and counts of a slide, given by its number, from its rows."""
-        self.state[slide] = DIRTY
-        if self.codewords is not None:
-            sums, counts = np.zeros(self.sums.shape[1:]), np.zeros(self.counts.shape[1], np.int64)  # float64 over many chunks
-            for span, part in self.stream(rows):
-                codes = self.code[span] = nearest(part, self.codewords)
-                more, new = sum_residuals(part, codes, self.codewords)
-                sums += more
-                counts += new
-            self.sums[slide], self.counts[slide] = sums, counts
-        self.state[slide] = CLEAN
-        self.touched(1 + (rows.stop - rows.start) // CHUNK)
-
-    def flush(self) -> None:
-        """Push changed pages to the disk."""
-        for mapped in self._maps:
-            mapped.flush()
-
+from .common import ConfigError, StoreError, check_id, fingerprint, write_json
+from .model import nearest_codeword, residual_sums
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+BLOCKS = 8
+CHUNK = 8192  # rows in memory at a time when a slide is streamed
+SETTLED = 20_000  # rows up to which K-means looks at all of them in each round
 
 
-def bank_bytes(spans: Mapping[str, int], dim: int, codewords: int) -> int:
-    """Bytes on disk of a bank for these slides (id → M), D = `dim` and K = `codewords`."""
-    return sum(size for *_, size in file_layout(sum(spans.values()), len(spans), dim, codewords).values())
+def block_of(tiles: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
+    """The block of each tile number: Fibonacci hashing, which spreads consecutive numbers evenly."""
+    return (tiles.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(61)
+
+
+def slide_layout(tiles: int, dim: int, codewords: int) -> np.dtype:
+    """The file of one slide as a record, wide fields first so that all are aligned."""
+    fields = [("mark", "S16"), ("codebook", "S16"), ("sums", "f4", (BLOCKS, codewords, dim)), ("counts", "f4", (BLOCKS, codewords))]
+    fields += [("mean", "f4", (dim,)), ("step", "i4", (tiles,)), ("weight", "f2", (tiles,)), ("code", "u2", (tiles,))]
+    return np.dtype([*fields, ("rows", "f2", (tiles, dim))])
+
+
+def bank_bytes(tiles: Iterable[int], dim: int, codewords: int) -> int:
+    """Bytes on disk of a bank for slides of so many tiles each."""
+    return sum(slide_layout(M, dim, codewords).itemsize for M in tiles)
+
+
+class SlideFile:
+    """One slide's file, mapped; its fields are arrays of their names. What is changed is in the page cache at once."""
+
+    def __init__(self, path: Path, tiles: int, dim: int, codewords: int):
+        self.path, self.tiles, self.layout = path, tiles, slide_layout(tiles, dim, codewords)
+        try:
+            self.file = path.open("r+b", buffering=0)
+            there = os.fstat(self.file.fileno()).st_size
+        except OSError as error:
+            raise StoreError(f"{path}: the bank has no rows of this slide ({error.strerror}); run pretrain again") from error
+        if there != self.layout.itemsize:
+            raise StoreError(f"{path}: should hold {self.layout.itemsize:,} bytes, has {there:,}; delete it and run again")
+        mapped = mmap.mmap(self.file.fileno(), 0)
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)  # rows are read here and there: no read-ahead
+        record = np.frombuffer(mapped, self.layout, 1)
+        self.mark, self.codebook = record["mark"], record["codebook"]  # (1,): to be assigned to
+        self.sums, self.counts, self.mean = record["sums"][0], record["counts"][0], record["mean"][0]
+        self.step, self.weight, self.code, self.rows = (record[name][0] for name in ("step", "weight", "code", "rows"))
+
+    def gather(self, index: Integer[np.ndarray, "n"]) -> Float16[np.ndarray, "n D"]:
+        """Rows in the order asked. All are announced first, so that a cold disk serves them together (~125 times plain mmap, measured)."""
+        if hasattr(os, "posix_fadvise"):
+            first, size = self.layout.fields["rows"][1], self.rows.strides[0]
+            for row in index.tolist():
+                os.posix_fadvise(self.file.fileno(), first + row * size, size, os.POSIX_FADV_WILLNEED)
+        return self.rows.take(index, axis=0)
+
+    def stream(self) -> Iterator[tuple[slice, Float16[np.ndarray, "n D"]]]:
+        """All rows a chunk at a time, read as a file (with read-ahead) and not through the mapping, whose pages would stay in memory."""
+        (first, dim) = self.layout.fields["rows"][1], self.rows.shape[1]
+        for start in range(0, self.tiles, CHUNK):
+            span = slice(start, min(start + CHUNK, self.tiles))
+            found = np.fromfile(self.path, np.float16, (span.stop - start) * dim, offset=first + start * dim * 2)
+            yield span, found.reshape(-1, dim)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What the bank gives of one slide beside its T drawn tiles."""
+
+    slide: SlideFile
+    drawn: Integer[np.ndarray, "T"]
+    old: Float16[np.ndarray, "T D"]
+    """The rows of the drawn tiles, read this once."""
+    age: Integer[np.ndarray, "T"]
+    """The step at which each was written."""
+    others: tuple[Float[Tensor, "G K D"], Float[Tensor, "G K"]]
+    """Sums and counts of all other tiles, block by block."""
+    used: Integer[np.ndarray, "g"]
+    """The blocks that this step uses."""
+
+    @property
+    def sums(self) -> Float[Tensor, "K D"]:
+        """Of the tiles used."""
+        return self.others[0][self.used].sum(0)
+
+    @property
+    def counts(self) -> Float[Tensor, "K"]:
+        """Of the tiles used."""
+        return self.others[1][self.used].sum(0)
+
+    @property
+    def left_out(self) -> float:
+        """How much the tiles weigh that are not used."""
+        return float(self.others[1].sum() - self.others[1][self.used].sum())
+
+    def rows(self) -> tuple[Float16[np.ndarray, "n D"], Float16[np.ndarray, "n"]]:
+        """Features and weights of the tiles used, for an aggregator that needs them: reads O(M) rows."""
+        tiles = np.arange(self.slide.tiles)
+        chosen = np.isin(block_of(tiles), self.used)
+        chosen[self.drawn] = False
+        return self.slide.gather(tiles[chosen]), self.slide.weight[chosen]
 
 
 class MemoryBank:
     """Features of all tiles of all slides on disk, with residual sums kept up to date.
 
-    A process opens the shards it owns; nobody else may have them open. Not safe for two threads on one slide.
+    A process works on the slides it owns; nobody else may write them. Not safe for two threads on one slide.
+
+    Args:
+        folder: of the bank; `create` makes it.
+        dim, codewords: D and K.
+        encoder: fingerprint of the tile encoder that the run starts from.
+
+    Raises:
+        StoreError: a bank is there that was made with another D, K or encoder, or bank.json is damaged.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any], shards: Iterable[int]):
-        self.folder, self.header = folder, header
-        self.dim: int = header["dim"]
-        dealt: dict[int, dict[str, int]] = {i: {} for i in shards}
-        for slide, (tiles, shard) in header["spans"].items():
-            if shard in dealt:
-                dealt[shard][slide] = tiles
-        names, K = header["shards"], header["codewords"]
-        self._shards = {i: Shard(folder / names[i], spans, self.dim, K) for i, spans in dealt.items() if spans}
-        self.slides: list[str] = [slide for slide, (_, shard) in header["spans"].items() if shard in dealt]
-
-    @classmethod
-    def create(
-        cls,
-        folder: Path,
-        spans: Mapping[str, int],
-        dim: int,
-        codewords: int,
-        *,
-        encoder: str,
-        grids: str,
-        shards: int | Mapping[str, int] = 1,
-        sparse: bool = False,
-    ) -> "MemoryBank":
-        """Make an empty bank, in place of any that is there, and open all of it.
-
-        Args:
-            spans: slide id → M; the order is kept.
-            codewords: K.
-            encoder, grids: fingerprints, checked whenever the bank is opened.
-            shards: number of shards, slides dealt in turn; or slide id → shard.
-            sparse: take disk space for rows as they are filled, not now.
-
-        Raises:
-            StoreError: a slide without tiles, or no room on the disk.
-        """
-        folder = Path(folder)
-        for slide, tiles in spans.items():
-            if tiles < 1:
-                raise StoreError(f"{folder}: slide {slide} has {tiles} tiles; leave empty slides out")
-        (folder / "bank.json").unlink(missing_ok=True)
-        _remove_shards(folder, keep=())
-        header = {"version": VERSION, "dim": dim, "codewords": codewords, "encoder": encoder, "grids": grids}
-        bank = cls._allocate(folder, header, spans, shards, (), sparse)
-        write_json(folder / "bank.json", bank.header)
-        return bank
-
-    @classmethod
-    def _allocate(
-        cls,
-        folder: Path,
-        header: dict[str, Any],
-        spans: Mapping[str, int],
-        shards: int | Mapping[str, int],
-        taken: Iterable[str],
-        sparse: bool,
-    ) -> "MemoryBank":
-        """Deal slides to shards in folders whose names are not taken, and create the files but not the header."""
-        dealt = {slide: i % shards if isinstance(shards, int) else shards[slide] for i, slide in enumerate(spans)}
-        count, first = max(dealt.values()) + 1, max([int(name[6:]) + 1 for name in taken if name != "."], default=0)
-        names = ["."] if count == 1 and "." not in taken else [f"shard-{first + i:03d}" for i in range(count)]
-        for i, name in enumerate(names):
-            own = {slide: tiles for slide, tiles in spans.items() if dealt[slide] == i}
-            if own:
-                Shard.allocate(folder / name, own, header["dim"], header["codewords"], sparse)
-        header = header | {"shards": names, "spans": {slide: [tiles, dealt[slide]] for slide, tiles in spans.items()}}
-        bank = cls(folder, header, range(count))
-        for shard in bank._shards.values():
-            shard.step[:] = -1
-        return bank
-
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        *,
-        encoder: str | None = None,
-        grids: str | None = None,
-        dim: int | None = None,
-        codewords: int | None = None,
-        shards: Iterable[int] | None = None,
-    ) -> "MemoryBank":
-        """Open a bank, or only the given shards of it, and repair slides whose write was cut short.
-
-        Raises:
-            StoreError: no bank, a damaged one, or one made with another encoder, other grids, another D or K.
-        """
-        folder = Path(folder)
+    def __init__(self, folder: Path, *, dim: int, codewords: int, encoder: str):
+        self.folder, self.dim, self.codewords_count = Path(folder), dim, codewords
+        self.codewords: Float[Tensor, "K D"] | None = None
+        self.codebook = b""
+        self._tiles: dict[str, int] = {}
+        self._header, path = {"version": VERSION, "dim": dim, "codewords": codewords, "encoder": encoder}, self.folder / "bank.json"
+        if not path.exists():
+            return
         try:
-            header = dict(json.loads((folder / "bank.json").read_text(encoding="utf-8")))
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{folder}: no bank here (bank.json: {error}); run pretrain without --resume to make one") from error
-        asked = {"version": VERSION, "encoder": encoder, "grids": grids, "dim": dim, "codewords": codewords}
-        for key, value in asked.items():
-            if value is not None and header.get(key) != value:
+            raise StoreError(f"{path}: cannot be read ({error}); delete the folder and run again") from error
+        for key, value in self._header.items():
+            if there.get(key) != value:
                 raise StoreError(
-                    f"{folder}: the bank was made with {key} {header.get(key)}, asked for {value}; use another --out, or delete it"
+                    f"{folder}: the bank was made with {key} {there.get(key)}, asked for {value}; use another --out, or delete it"
                 )
-        try:
-            bank = cls(folder, header, range(len(header["shards"])) if shards is None else shards)
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise StoreError(f"{folder}: the bank cannot be opened ({type(error).__name__}: {error}); mend or delete it") from error
-        for slide in bank.slides:
-            shard, number, _ = bank._find(slide)
-            if shard.state[number] == DIRTY:
-                log.warning("%s: the write of slide %s was cut short; rebuilding its sums", folder, slide)
-                bank.rebuild(slide)
-        return bank
 
-    @classmethod
-    def reshard(cls, folder: Path, shards: int | Mapping[str, int]) -> "MemoryBank":
-        """Deal the slides of a closed bank to other shards (copied, then the header switches over) and open all of it."""
-        old = cls.open(folder)
-        _remove_shards(old.folder, keep=old.header["shards"])  # left by a run killed while re-sharding
-        spans = {slide: old.tiles(slide) for slide in old.slides}
-        new = cls._allocate(old.folder, old.header, spans, shards, old.header["shards"], sparse=False)
-        if old.codebook:
-            for shard in new._shards.values():
-                shard.set_codebook(next(iter(old._shards.values())).codewords, old.codebook)
-        for slide in old.slides:
-            (source, i, rows), (target, j, there) = old._find(slide), new._find(slide)
-            for span, part in source.stream(rows):
-                target.put(span.start - rows.start + there.start, part)
-            target.step[there], target.code[there] = source.step[rows], source.code[rows]
-            target.sums[j], target.counts[j], target.state[j] = source.sums[i], source.counts[i], source.state[i]
-        new.flush()
-        write_json(old.folder / "bank.json", new.header)
-        _remove_shards(old.folder, keep=new.header["shards"])
-        return new
+    def create(self) -> None:
+        """Write bank.json where there is none."""
+        if not (self.folder / "bank.json").exists():
+            write_json(self.folder / "bank.json", self._header)
 
-    # what is there
-
-    def _find(self, slide: str) -> tuple[Shard, int, slice]:
-        """The shard of a slide, its number in the shard, and its rows."""
-        tiles, shard = self.header["spans"].get(slide, (0, None))
-        if shard not in self._shards:
-            raise StoreError(f"{self.folder}: slide {slide} is not in the shards opened here ({len(self.slides)} slides)")
-        home = self._shards[shard]
-        return home, home.number[slide], slice(home.start[slide], home.start[slide] + tiles)
+    @property
+    def slides(self) -> list[str]:
+        """Ids of the slides whose rows are known to be here: those that `has` was asked for or `fill` wrote."""
+        return list(self._tiles)
 
     def tiles(self, slide: str) -> int:
         """M of a slide."""
-        return self.header["spans"][slide][0]
+        return self._tiles[slide]
 
-    def shard_of(self, slide: str) -> int:
-        """The shard that holds a slide, opened here or not."""
-        return self.header["spans"][slide][1]
+    def _path(self, slide: str) -> Path:
+        return self.folder / f"{check_id(slide, str(self.folder))}.bank"
 
-    def is_filled(self, slide: str) -> bool:
-        """Whether every row of the slide was written."""
-        shard, number, _ = self._find(slide)
-        return bool(shard.state[number] != EMPTY)
+    def has(self, slide: str, tiles: int, mark: str) -> bool:
+        """Whether the rows of these very tiles are here; `mark` is their fingerprint. A file of another size or mark counts as none."""
+        try:
+            found = SlideFile(self._path(slide), tiles, self.dim, self.codewords_count)
+        except StoreError:
+            return False
+        if found.mark[0] != mark.encode():
+            return False
+        self._tiles[slide] = tiles
+        return True
 
-    @property
-    def codebook(self) -> str:
-        """Fingerprint of the codebook the sums are for; empty before `set_codebook`, or where that was cut short between shards."""
-        found = {shard.codebook for shard in self._shards.values()}
-        return found.pop() if len(found) == 1 else ""
-
-    def gather(self, slide: str, index: Integer[np.ndarray, "n"]) -> Float16[np.ndarray, "n D"]:
-        """Rows of some tiles of a slide, in the order asked."""
-        shard, _, rows = self._find(slide)
-        return shard.gather(index + rows.start)
-
-    def codes(self, slide: str, index: Integer[np.ndarray, "n"]) -> UInt16[np.ndarray, "n"]:
-        """Codewords of some tiles of a slide."""
-        shard, _, rows = self._find(slide)
-        return shard.code.take(index + rows.start)
-
-    def read(self, slide: str, index: Integer[np.ndarray, "n"]) -> tuple[Float16[np.ndarray, "n D"], UInt16[np.ndarray, "n"]]:
-        """Rows and codewords of some tiles of a slide."""
-        return self.gather(slide, index), self.codes(slide, index)
-
-    def residuals(
-        self, slide: str, index: Integer[np.ndarray, "n"] | None = None, *, without: Integer[np.ndarray, "n"] | None = None
-    ) -> tuple[Float32[np.ndarray, "K D"], Int32[np.ndarray, "K"]]:
-        """Residual sums and counts of a slide's tiles.
-
-        All tiles (no row is read), only the tiles `index`, or all but the tiles `without` (only those rows are read). A codeword
-        without tiles has a sum of exactly zero, so nothing of the bank is left once every tile is taken out.
-        """
-        shard, number, _ = self._find(slide)
-        assert shard.codewords is not None and shard.state[number] == CLEAN, f"{slide}: no sums yet; fill it and set a codebook"
-        if index is not None:
-            sums, counts = np.zeros_like(shard.sums[number]), np.zeros_like(shard.counts[number])
-            for part in np.split(index, range(CHUNK, len(index), CHUNK)):
-                more, new = sum_residuals(self.gather(slide, part), self.codes(slide, part), shard.codewords)
-                sums += more
-                counts += new
-            return sums, counts
-        sums, counts = shard.sums[number].copy(), shard.counts[number].copy()
-        shard.touched(1)
-        if without is not None:
-            assert len(np.unique(without)) == len(without), f"{slide}: a tile is drawn twice"
-            old_sums, old_counts = self.residuals(slide, without)
-            sums -= old_sums
-            counts -= old_counts
-            sums[counts == 0] = 0  # no rounding noise where nothing is left
-        return sums, counts
+    def _open(self, slide: str) -> SlideFile:
+        """The slide's file, its sums fit for use."""
+        found = SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count)
+        if self.codewords is not None and found.codebook[0] != self.codebook:
+            self._rebuild(found)
+        return found
 
     # writing
 
-    def fill(self, slide: str, features: Float[np.ndarray, "M D"] | Iterable[np.ndarray], step: int = 0) -> None:
-        """Write all rows of a slide, given whole or in parts (n, D) one after another.
+    def fill(
+        self,
+        slide: str,
+        features: Float[np.ndarray, "M D"] | Iterable[np.ndarray],
+        tiles: int,
+        mark: str,
+        step: int = 0,
+        *,
+        sparse: bool = False,
+    ) -> None:
+        """Write all rows of a slide, given whole or in parts (n, D) one after another; works before there is a codebook.
 
-        Works before there is a codebook. A slide counts as filled once all of it is written; cut short, it is filled anew.
+        Args:
+            sparse: take disk space for rows as they are written, not before.
 
         Raises:
-            StoreError: no room on the disk (resume later), a wrong number of rows or width, or features that are not finite.
+            StoreError: no room on the disk, a wrong number of rows or width, or features that are not finite.
         """
-        shard, number, rows = self._find(slide)
-        shard.state[number] = EMPTY
-        first = rows.start
-        for part in [features] if isinstance(features, np.ndarray) else features:
-            rounded = self._rounded(slide, part)
-            if first + len(part) > rows.stop:
-                raise StoreError(f"{self.folder}: slide {slide}: more features than its {self.tiles(slide)} tiles; tile it again")
-            try:
-                shard.put(first, rounded)
-            except OSError as error:
-                why = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
-                raise StoreError(f"{self.folder}: cannot write the rows of slide {slide} ({why}); make room and run again") from error
-            first += len(part)
-        if first != rows.stop:
-            raise StoreError(f"{self.folder}: slide {slide}: {first - rows.start} features for {self.tiles(slide)} tiles; tile it again")
-        shard.step[rows] = step
-        self.rebuild(slide)
+        path, layout = self._path(slide), slide_layout(tiles, self.dim, self.codewords_count)
+        part, first, total = path.with_name(path.name + ".part"), 0, np.zeros(self.dim)
+        self._tiles.pop(slide, None)
+        try:
+            with part.open("w+b") as file:
+                if sparse or not hasattr(os, "posix_fallocate"):
+                    file.truncate(layout.itemsize)
+                else:
+                    os.posix_fallocate(file.fileno(), 0, layout.itemsize)  # a mapped write to a full disk would kill the process
+                file.seek(layout.fields["rows"][1])
+                for rows in [features] if isinstance(features, np.ndarray) else features:
+                    rounded = self._rounded(slide, rows)
+                    first += len(rounded)
+                    if first > tiles:
+                        raise StoreError(f"{self.folder}: slide {slide}: more features than its {tiles} tiles; tile it again")
+                    file.write(np.ascontiguousarray(rounded).data)
+                    total += rounded.sum(0, dtype=np.float64)
+            if first != tiles:
+                raise StoreError(f"{self.folder}: slide {slide}: {first} features for {tiles} tiles; tile it again")
+            new = SlideFile(part, tiles, self.dim, self.codewords_count)
+            new.mark[0], new.mean[:], new.step[:], new.weight[:] = mark, total / tiles, step, 1
+            part.replace(path)
+        except OSError as error:
+            why = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
+            raise StoreError(f"{self.folder}: cannot write the rows of slide {slide} ({why}); make room and run again") from error
+        finally:
+            part.unlink(missing_ok=True)
+        self._tiles[slide] = tiles
 
-    def _rounded(self, slide: str, features: np.ndarray) -> np.ndarray:
+    def _rounded(self, slide: str, features: np.ndarray) -> Float16[np.ndarray, "n D"]:
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise StoreError(f"{self.folder}: slide {slide}: features of shape {features.shape}; the bank has D {self.dim}")
         with np.errstate(over="ignore"):
@@ -449,112 +262,135 @@ class MemoryBank:
             raise StoreError(f"{self.folder}: slide {slide}: features that are not finite, or too large for float16; is the encoder sound?")
         return rounded
 
-    def set_codebook(self, codewords: Float32[np.ndarray, "K D"], fingerprint: str) -> None:
-        """Assign every row to these codewords and build all sums, slide by slide in one pass over the rows.
-
-        Cut short at any moment, the bank opens with either the old or the new codebook, its sums repaired.
+    def set_codebook(self, codewords: Float32[np.ndarray, "K D"]) -> None:
+        """Use these codewords from now on: a slide's rows are assigned to them, and its sums built, when it is next used.
 
         Raises:
             StoreError: codewords of another number or width than the bank's.
         """
-        expected = (self.header["codewords"], self.dim)
-        if codewords.shape != expected:
-            raise StoreError(f"{self.folder}: a codebook of shape {codewords.shape}; the bank was made with K, D = {expected}")
-        for shard in self._shards.values():
-            shard.set_codebook(codewords, fingerprint)
-        for slide in self.slides:
-            if self.is_filled(slide):
-                self.rebuild(slide)
+        if codewords.shape != (self.codewords_count, self.dim):
+            raise StoreError(f"{self.folder}: a codebook of shape {codewords.shape}; the bank has K, D = {self.codewords_count, self.dim}")
+        self.codewords = torch.from_numpy(codewords.copy())
+        self.codebook = fingerprint(codewords.tobytes().hex()).encode()
 
     def rebuild(self, slide: str) -> None:
         """Recompute codes, sums and counts of a slide from its rows."""
-        shard, number, rows = self._find(slide)
-        shard.rebuild(number, rows)
+        self._rebuild(SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count))
 
-    def write(self, slide: str, index: Integer[np.ndarray, "n"], features: Float[np.ndarray, "n D"], step: int) -> Float32[np.ndarray, "n"]:
-        """Put fresh features in the place of some tiles' rows; sums follow the rows as rounded to float16.
+    def _rebuild(self, slide: SlideFile) -> None:
+        assert self.codewords is not None, "set a codebook first"
+        slide.codebook[0] = b""
+        sums, counts = np.zeros(slide.sums.shape), np.zeros(slide.counts.shape)  # float64 over many chunks
+        for span, rows in slide.stream():
+            codes = nearest_codeword(torch.from_numpy(rows), self.codewords)
+            slide.code[span] = codes.numpy()
+            more, new = self._block_sums(np.arange(span.start, span.stop), rows, slide.code[span], slide.weight[span])
+            sums += more.numpy()
+            counts += new.numpy()
+        slide.sums[:], slide.counts[:] = sums, counts
+        self._set_mean(slide)
+        slide.codebook[0] = self.codebook
+
+    def _block_sums(
+        self, tiles: np.ndarray, rows: np.ndarray, codes: np.ndarray, weights: np.ndarray
+    ) -> tuple[Float[Tensor, "G K D"], Float[Tensor, "G K"]]:
+        blocks, words = torch.from_numpy(block_of(tiles).astype(np.int64)), torch.from_numpy(codes.astype(np.int64))
+        weights = torch.from_numpy(weights.astype(np.float32))
+        return residual_sums(torch.from_numpy(rows), words, self.codewords, weights=weights, part_of=blocks, parts=BLOCKS)
+
+    def _set_mean(self, slide: SlideFile) -> None:
+        counts = slide.counts.sum(0)
+        slide.mean[:] = (slide.sums.sum((0, 1)) + counts @ self.codewords.numpy()) / counts.sum()
+
+    # a training step
+
+    def rest(self, slide: str, drawn: Integer[np.ndarray, "T"], share: float, rng: np.random.Generator) -> Rest:
+        """The slide's other tiles: its running sums less the drawn rows, and the blocks drawn to be used, a `share` of them in the mean."""
+        found = self._open(slide)
+        assert len(np.unique(drawn)) == len(drawn), f"{slide}: a tile is drawn twice"
+        old = found.gather(drawn)
+        sums, counts = self._block_sums(drawn, old, found.code[drawn], found.weight[drawn])
+        sums, counts = torch.from_numpy(found.sums) - sums, torch.from_numpy(found.counts) - counts
+        sums[counts < 1e-6] = 0  # no rounding noise where nothing is left
+        counts[counts < 1e-6] = 0
+        wanted = share * BLOCKS
+        count = int(wanted) + int(rng.random() < wanted % 1)
+        used = np.sort(rng.choice(BLOCKS, count, replace=False))
+        return Rest(found, drawn, old, found.step[drawn], (sums, counts), used)
+
+    def write(self, rest: Rest, features: Float[np.ndarray, "T D"], codes: UInt16[np.ndarray, "T"], step: int) -> Float32[np.ndarray, "T"]:
+        """Put fresh features, and their codewords, in the place of the drawn tiles' rows; the new sums are the rest's and theirs.
 
         Returns the cosine between old and new row of each tile: how far the encoder has drifted since they were written.
 
         Raises:
             StoreError: features that are not finite, or of another width.
         """
-        shard, number, rows = self._find(slide)
-        new = self._rounded(slide, features)
-        sums, counts = self.residuals(slide, without=index)
-        codes = nearest(new, shard.codewords)
-        more, more_counts = sum_residuals(new, codes, shard.codewords)
-        places = index + rows.start
-        old, fresh = shard.rows.take(places, axis=0).astype(np.float32), new.astype(np.float32)
-        shard.state[number] = DIRTY
-        shard.rows[places], shard.step[places], shard.code[places] = new, step, codes
-        shard.sums[number], shard.counts[number] = sums + more, counts + more_counts
-        shard.state[number] = CLEAN
+        slide = rest.slide
+        new = self._rounded(slide.path.stem, features)
+        weights = np.ones(len(new), np.float16)
+        sums, counts = self._block_sums(rest.drawn, new, codes, weights)
+        slide.codebook[0] = b""
+        slide.rows[rest.drawn], slide.step[rest.drawn], slide.code[rest.drawn], slide.weight[rest.drawn] = new, step, codes, weights
+        slide.sums[:], slide.counts[:] = (rest.others[0] + sums).numpy(), (rest.others[1] + counts).numpy()
+        self._set_mean(slide)
+        slide.codebook[0] = self.codebook
+        old, fresh = rest.old.astype(np.float32), new.astype(np.float32)
         return (old * fresh).sum(1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(fresh, axis=1), 1e-12)
 
-    def flush(self) -> None:
-        """Push everything to the disk (a checkpoint's moment)."""
-        for shard in self._shards.values():
-            shard.flush()
+    # looking
 
-    # statistics over the shards opened here
+    def read(self, slide: str, index: Integer[np.ndarray, "n"]) -> tuple[Float16[np.ndarray, "n D"], UInt16[np.ndarray, "n"]]:
+        """Rows and codewords of some tiles of a slide, in the order asked."""
+        found = self._open(slide)
+        return found.gather(index), found.code[index]
 
-    def oldest(self, slide: str, n: int, exclude: Integer[np.ndarray, "m"] | None = None) -> Integer[np.ndarray, "k"]:
-        """The n tiles written longest ago, oldest first, ties in row order, without those in `exclude`; fewer if there are fewer."""
-        shard, _, rows = self._find(slide)
-        tiles = rows.stop - rows.start
-        key = shard.step[rows].astype(np.int64) * tiles + np.arange(tiles)
-        if exclude is not None:
-            key[exclude] = np.iinfo(np.int64).max
-            tiles -= len(np.unique(exclude))
-        n = min(n, tiles)
-        first = np.argpartition(key, n - 1)[:n] if n else np.empty(0, np.int64)
-        return first[np.argsort(key[first])]
+    def sums(self, slide: str) -> tuple[Float32[np.ndarray, "K D"], Float32[np.ndarray, "K"]]:
+        """Residual sums and counts of all tiles of a slide; no row is read."""
+        found = self._open(slide)
+        return found.sums.sum(0), found.counts.sum(0)
 
-    def age(self, step: int) -> dict[str, float]:
-        """Steps since a row was written, over all filled slides: mean, 95th percentile (of 1,024 bins) and largest."""
-        width = step // 1024 + 1
-        bins, total, largest = np.zeros(1025, np.int64), 0, 0
-        for slide in self.slides:
-            if self.is_filled(slide):
-                shard, _, rows = self._find(slide)
-                ages = np.maximum(step - shard.step[rows].astype(np.int64), 0)  # a resumed run may find rows of its own future
-                bins += np.bincount(ages // width, minlength=1025)
-                total, largest = total + int(ages.sum()), max(largest, int(ages.max()))
-        tiles = max(int(bins.sum()), 1)
-        p95 = int(np.searchsorted(bins.cumsum(), 0.95 * tiles)) * width
-        return {"mean": total / tiles, "p95": float(p95), "max": float(largest)}
+    def mean(self, slide: str) -> Float32[np.ndarray, "D"]:
+        """A slide's mean feature; no row is read, and none was ever needed: `fill` and `write` keep it."""
+        return SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count).mean.copy()
 
-    def sample(self, per_slide: int, seed: int) -> Float32[np.ndarray, "n D"]:
-        """The same number of rows of every filled slide (all, where it has fewer), drawn alike however slides are dealt to shards."""
+    def sample(self, slides: Sequence[str], per_slide: int, seed: int) -> Float32[np.ndarray, "n D"]:
+        """The same number of rows of each slide (all, where it has fewer), drawn alike however slides are dealt to ranks."""
         drawn = [np.empty((0, self.dim), np.float32)]
-        for slide in self.slides:
-            if self.is_filled(slide):
-                rng = np.random.default_rng([seed, zlib.crc32(slide.encode())])
-                index = rng.choice(self.tiles(slide), min(per_slide, self.tiles(slide)), replace=False)
-                drawn.append(self.gather(slide, np.sort(index)).astype(np.float32))
+        for slide in slides:
+            rng, M = np.random.default_rng([seed, zlib.crc32(slide.encode())]), self._tiles[slide]
+            index = np.sort(rng.choice(M, min(per_slide, M), replace=False))
+            drawn.append(SlideFile(self._path(slide), M, self.dim, self.codewords_count).gather(index).astype(np.float32))
         return np.concatenate(drawn)
 
-    def slide_means(self) -> Float32[np.ndarray, "S D"]:
-        """Mean feature of each filled slide, from the sums: no row is read."""
-        means = [np.empty((0, self.dim), np.float32)]
-        for slide in self.slides:
-            if self.is_filled(slide):
-                shard, _, _ = self._find(slide)
-                sums, counts = self.residuals(slide)
-                means.append(((sums.sum(0) + counts @ shard.codewords) / counts.sum()).astype(np.float32)[None])
-        return np.concatenate(means)
 
-    def mean(self) -> Float32[np.ndarray, "D"]:
-        """Mean over slides of their mean feature (equal weight per slide)."""
-        return self.slide_means().mean(0)
+def fit_codebook(rows: Float32[np.ndarray, "n D"], K: int, *, seed: int) -> Float32[np.ndarray, "K D"]:
+    """K-means of bank rows (k-means++, best of 3; in mini-batches above 20,000 rows). Logs occupancy and inertia.
 
+    A codeword that ends without rows moves to the row farthest from its own codeword.
 
-def _remove_shards(folder: Path, keep: Iterable[str]) -> None:
-    """Delete the files of all shards but those to keep."""
-    for orphan in folder.glob("shard-*"):
-        if orphan.name not in keep:
-            shutil.rmtree(orphan)
-    if "." not in keep:
-        for name in (*file_layout(0, 0, 0, 0), "codebook.npz"):
-            (folder / name).unlink(missing_ok=True)
+    Raises:
+        ConfigError: fewer than K distinct rows.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    distinct = len(np.unique(np.ascontiguousarray(rows).view(np.dtype((np.void, rows[:1].nbytes))))) if len(rows) else 0
+    if distinct < K:
+        raise ConfigError(
+            f"{K} codewords asked for, but the {len(rows):,} sampled tile features have {distinct} distinct values; use fewer codewords"
+        )
+    settings: dict[str, Any] = {"n_clusters": K, "init": "k-means++", "n_init": 3, "random_state": seed}
+    model = KMeans(**settings) if len(rows) <= SETTLED else MiniBatchKMeans(**settings, batch_size=CHUNK)
+    codewords, features = torch.from_numpy(model.fit(rows).cluster_centers_.astype(np.float32)), torch.from_numpy(rows)
+    for _ in range(K):
+        codes = nearest_codeword(features, codewords)
+        occupancy, distance = torch.bincount(codes, minlength=K), (features - codewords[codes]).square().sum(1)
+        if occupancy.all():
+            break
+        codewords[occupancy.argmin()] = features[distance.argmax()]
+    share = occupancy / len(rows)
+    log.info(
+        "codebook: %d codewords from %d rows, mean squared distance %.4g, share of rows per codeword %.2g to %.2g",
+        *(K, len(rows), distance.mean(), share.min(), share.max()),
+    )
+    return codewords.numpy()

@@ -1,12 +1,11 @@
 """The command line: parse, call one function, print. Results go to stdout, progress and logs to stderr.
 
-A knob's flag, type, default and help come from its place in config.py; `--config` reads the same knobs from a file.
+A setting's flag, type, default and help come from its place in config.py; `--config` reads the same settings from a file.
 """
 
 import functools
 import inspect
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -51,10 +50,10 @@ _PANELS = {
     "EvalConfig": "Protocol",
 }
 
-_INPUTS, _MAPS, _RUNNING = "More inputs", "Heatmaps", "Running"
+_INPUTS, _RUNNING = "More inputs", "Running"
 _STOPPED = "stopped; what is done is kept: run the same command again to go on"
 _STOPPED_IN = {
-    "pretrain": "stopped; whole epochs are kept: run the same command again with --resume to go on",
+    "pretrain": "stopped; whole epochs are kept: run the same command again to go on",
     "demo": "stopped; delete the folder of --out, or choose another, and run it again",
 }
 
@@ -81,10 +80,13 @@ Patients = Annotated[
 ]
 
 
-def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose flags are its own parameters and the knobs of `configs`; user errors end in one line.
+def command(*configs: type, panel: str, only: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose flags are its own parameters and the settings of `configs`; user errors end in one line.
 
-    The function's parameter `knobs` receives the knobs given in a file or on the command line, by configuration class and name.
+    The function's parameter `knobs` receives the settings given in a file or on the command line, by configuration class and name.
+
+    Args:
+        only: names of the settings to offer; all without.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -95,14 +97,14 @@ def command(*configs: type, panel: str) -> Callable[[Callable[..., None]], Calla
         for config in configs:
             types: dict[str, Any] = get_type_hints(config)
             help_of = knob_help(config)
-            for knob in fields(config):
+            for knob in (f for f in fields(config) if not only or f.name in only.split()):
                 flag = _FLAGS.get((config.__name__, knob.name), knob.name)
                 owner[flag] = (config, knob.name)
                 text, kind, default = help_of[knob.name], types[knob.name], knob.default
                 if isinstance(default, tuple):
                     text, kind, default = f"{text} Give it again for each.", list[int], list(default)
                 parameters.append(_keyword(flag, kind, default, option(text, panel=_PANELS[config.__name__])))
-        if configs:
+        if configs and not only:
             tables = ", ".join(name for name, config in TABLES.items() if config in configs)
             text = f"TOML file of knobs, tables {tables}; flags override it."
             parameters.append(_keyword("config", Path | None, None, option(text, panel=_RUNNING, exists=True)))
@@ -269,9 +271,9 @@ def pretrain(
     exclude: Annotated[
         str | None, option("Keep slides out of pretraining: a file of slide or patient ids, or column=value of the reports table.")
     ] = None,
-    val_column: Annotated[
+    held_out: Annotated[
         str | None,
-        option("column=value of the reports table: slides for held-out retrieval after each epoch; the best epoch is kept."),
+        option("Slides, given like --exclude, for retrieval after each epoch; the best epoch's model is kept."),
     ] = None,
     preset: Annotated[
         Literal["paper", "tiny", "clip-b32"] | None, option("Start from known settings; --config and flags override them.")
@@ -281,22 +283,20 @@ def pretrain(
         Path | None, option("HDF5 or npz of report vectors by slide or patient id, in place of texts.", panel=_INPUTS, exists=True)
     ] = None,
     patients: Patients = None,
-    resume: Annotated[bool, option("Go on from the run's last whole epoch.", "--resume", panel=_RUNNING)] = False,
-    dry_run: Annotated[
-        bool, option("Print the cohort and what disk and memory it takes; train nothing.", "--dry-run", panel=_RUNNING)
-    ] = False,
+    tensorboard: Annotated[bool, option("Write TensorBoard events too.", "--tensorboard", panel=_RUNNING)] = False,
+    dry_run: Annotated[bool, option("Print the cohort and what the run takes; train nothing.", "--dry-run", panel=_RUNNING)] = False,
 ) -> None:
-    """Train the tile encoder and the residual encoder against the reports."""
+    """Train tile encoder and aggregator against the reports; run again, it goes on after the last whole epoch."""
     from .trainer import pretrain as run
 
     settings = PRESETS[preset] if preset else RunConfig()
     settings = updated(settings, encoder=knobs[EncoderConfig], model=knobs[ModelConfig], train=knobs[TrainConfig])
     cohort = _cohort(work, features, patients).with_reports(reports, report_embeddings)
     cohort, _ = cohort.split(exclude, reports)
-    cohort, held_out = cohort.split(val_column, reports)
+    cohort, validation = cohort.split(held_out, reports)
     for note in cohort.notes:
         log.info(note)
-    folder = run(cohort, out, settings, held_out=held_out, resume=resume, dry_run=dry_run)
+    folder = run(cohort, out, settings, held_out=validation, dry_run=dry_run, tensorboard=tensorboard)
     if not dry_run:
         say(f"model: {folder}")
 
@@ -310,12 +310,11 @@ def _cohort(work: Path | None, features: Path | None, patients: Path | None, *, 
         raise ConfigError("give either the folder that `dreslcl tile` wrote, or --features FOLDER")
     if work:
         return Cohort.load(work, patients=patients)
-    assert features is not None
     unreadable: dict[str, str] = {}
     return Cohort.of_features(find_features(features, unreadable if skip else None), patients=patients, unreadable=unreadable)
 
 
-@command(panel="Steps")
+@command(TrainConfig, panel="Steps", only="tile_batch precision workers")
 def embed(
     work: Annotated[Path | None, typer.Argument(help="Folder that `dreslcl tile` wrote; or use --features.")] = None,
     *,
@@ -323,6 +322,7 @@ def embed(
         Path | None, option("RUN/model of a pretraining. Without it a slide is the mean of its tile features.", exists=True)
     ] = None,
     out: Out,
+    knobs: dict[type, dict[str, Any]],
     by: Annotated[Literal["slide", "patient"], option("One vector per slide, or the mean of a patient's slides.")] = "slide",
     layout: Annotated[Literal["trident", "clam", "stamp", "patho-bench"], option("Also write files as this tool reads them.")] = "trident",
     tile_features: Annotated[bool, option("Also write each slide's tile features, in that layout.", "--tile-features")] = False,
@@ -332,71 +332,58 @@ def embed(
     pretrained: Annotated[
         str | None, option("Without --model: OpenCLIP's tag of that encoder's weights, or a weights file.", panel=_INPUTS)
     ] = None,
-    tile_batch: Annotated[int, option("Tiles in one pass of the encoder.", panel=_RUNNING, min=1)] = TrainConfig.tile_batch,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16"], option("Arithmetic of the tile encoder; auto: bf16 on a GPU that has it.", panel=_RUNNING)
-    ] = "auto",
-    workers: Workers = 0,
-    from_bank: Annotated[
-        bool, option("Encode nothing: use the rows of RUN/bank, as training last saw the tiles.", "--from-bank", panel=_RUNNING)
-    ] = False,
-    heatmaps: Annotated[
-        bool,
-        option(
-            "Also draw OUT/heatmaps: the codeword of each tile; PNG and QuPath GeoJSON. Writes tile features too.",
-            "--heatmaps",
-            panel=_MAPS,
-        ),
-    ] = False,
-    heatmap_text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.", panel=_MAPS)] = None,
-    heatmap_labels: Annotated[
-        Path | None,
-        option("Or its contribution to the slide's class: table slide_id or patient_id, and label.", panel=_MAPS, exists=True),
-    ] = None,
-    heatmap_column: Annotated[str, option("Column of that table.", panel=_MAPS)] = "subtype",
     force: Annotated[bool, option("Embed slides again that are done.", "--force", panel=_RUNNING)] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
     from .embedding import embed as run
 
-    if heatmaps and (model is None or work is None):
-        raise ConfigError("--heatmaps needs --model RUN/model, and the folder that `dreslcl tile` wrote: maps are drawn over the scans")
-    if (heatmap_text or heatmap_labels) and not heatmaps:
-        raise ConfigError("--heatmap-text and --heatmap-labels need --heatmaps")
     cohort = _cohort(work, features, patients, skip=True)
     result = run(
         cohort,
         out,
         model=model,
         encoder=None if model else EncoderConfig(encoder, pretrained),
-        batch=tile_batch,
-        precision=precision,
-        workers=workers or min(8, os.cpu_count() or 1),
+        settings=TrainConfig(**knobs[TrainConfig]),
         by=by,
         layout=layout,
-        tile_features=tile_features or (heatmaps and not from_bank),
-        from_bank=from_bank,
+        tile_features=tile_features,
         force=force,
     )
     say(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
-    failed = dict(result.failed)
-    if heatmaps and model:
-        from .heatmaps import draw_heatmaps
+    _raise_failed(result.failed, len(cohort) + len(cohort.unreadable))
 
-        failed |= draw_heatmaps(
-            *(cohort, out, model, result),
-            text=heatmap_text,
-            labels=heatmap_labels,
-            column=heatmap_column,
-            layout=layout,
-            from_bank=from_bank,
-            force=force,
-        )
-        say(f"maps: {out / 'heatmaps'}")
-    if failed:
-        slide, why = next(iter(failed.items()))
-        total = len(cohort) + len(cohort.unreadable)
+
+def _raise_failed(failed: Any, total: int) -> None:
+    for slide, why in failed.items():
         raise DreslclError(f"{len(failed)} of {total} slides failed, the others are done; {slide}: {why}")
+
+
+@command(TrainConfig, panel="Steps", only="tile_batch precision workers")
+def heatmap(
+    work: Annotated[Path, typer.Argument(help="Folder that `dreslcl tile` wrote.", exists=True, file_okay=False)],
+    *,
+    embeddings: Annotated[Path, option("Folder that `dreslcl embed` wrote with a model: EMB.", exists=True)],
+    out: Annotated[
+        Path | None, option("Folder for the maps; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)
+    ] = None,
+    knobs: dict[type, dict[str, Any]],
+    text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.")] = None,
+    labels: Annotated[
+        Path | None, option("Or its contribution to the slide's class: table slide_id or patient_id, and label.", exists=True)
+    ] = None,
+    column: Annotated[str, option("Column of that table.")] = "subtype",
+    force: Annotated[bool, option("Draw maps again that are there.", "--force", panel=_RUNNING)] = False,
+) -> None:
+    """Draw over each slide which codeword its tiles are, and what each adds to a score; PNG and QuPath GeoJSON."""
+    from .formats import Embeddings
+    from .heatmaps import draw_heatmaps
+
+    embedded, cohort = Embeddings.load(embeddings), _cohort(work, None, None)
+    out = out or (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
+    settings = TrainConfig(**knobs[TrainConfig])
+    failed = draw_heatmaps(cohort, embedded, out, text=text, labels=labels, column=column, settings=settings, force=force)
+    say(f"maps: {out}")
+    _raise_failed(failed, len(cohort))
 
 
 @command(EvalConfig, panel="Steps")
@@ -480,20 +467,15 @@ def demo(
 @command(panel="Help")
 def encoders(
     names: Annotated[list[str] | None, typer.Argument(help="Names to describe; none: all are listed, without their parameters.")] = None,
-    measure: Annotated[
-        bool, option("Measure tiles/s here, with random weights (of dreslcl-tiny where no name is given).", "--measure")
-    ] = False,
 ) -> None:
-    """List the encoders that --encoder takes: feature width, input edge (px), context (tokens), parameters, speed."""
-    from .encoder import TINY, describe_encoder, list_encoders
+    """List the encoders that --encoder takes: feature width, input edge (px), context (tokens), parameters."""
+    from .encoder import describe_encoder, list_encoders
 
-    chosen = names or ([TINY] if measure else list_encoders())
-    rows = [describe_encoder(name, build=bool(names or measure), measure=measure) for name in chosen]
+    rows = [describe_encoder(name, build=bool(names)) for name in names or list_encoders()]
     units = {"width": "width", "image_px": "input px", "tokens": "context tokens"}
-    units |= {"image_millions": "image 10⁶ parameters", "text_millions": "text 10⁶ parameters", "tiles_per_s": "tiles/s"}
+    units |= {"image_millions": "image 10⁶ parameters", "text_millions": "text 10⁶ parameters"}
     shown = {key: unit for key, unit in units.items() if key in rows[0]}
-    cells = [[_number(row[key]) for key in shown] for row in rows]
-    print_table(["encoder", *shown.values()], [[row["name"], *line] for row, line in zip(rows, cells)])
+    print_table(["encoder", *shown.values()], [[row["name"], *(_number(row[key]) for key in shown)] for row in rows])
     if not names:
         print("and hf-hub:ORG/NAME or local-dir:FOLDER", file=sys.stderr)
 

@@ -1,6 +1,7 @@
 """Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
 
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Member:
+class SlideRecord:
     """One slide of a cohort."""
 
     slide_id: str
@@ -49,7 +50,7 @@ class Cohort:
         unreadable: slide id -> reason for files of features that cannot be read.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[SlideRecord, ...]
     reports: tuple[str | np.ndarray, ...] = ()
     notes: tuple[str, ...] = ()
     work: Path | None = None
@@ -74,7 +75,7 @@ class Cohort:
         for row in rows:
             if row["status"] == "ok":
                 slide = row["slide_id"]
-                members.append(Member(slide, known.get(_key(slide)) or patient_of(slide), int(row["tiles"]), Path(row["path"])))
+                members.append(SlideRecord(slide, known.get(_key(slide)) or patient_of(slide), int(row["tiles"]), Path(row["path"])))
         if not members:
             raise TableError(f"{work}: none of its {len(rows)} slides has tiles; see status and error in slides.csv")
         without = len(rows) - len(members)
@@ -91,7 +92,7 @@ class Cohort:
             TableError: no file holds a tile.
         """
         known = _patients(patients) if patients else {}
-        members = [Member(s, known.get(_key(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
+        members = [SlideRecord(s, known.get(_key(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
         if not members:
             raise TableError(f"none of the {len(files)} files of features holds a tile")
         without = len(files) - len(members)
@@ -167,7 +168,7 @@ class Cohort:
             TableError: the column is absent, or the rule names nothing in the cohort.
         """
         if rule is None:
-            return self, replace(self, members=())
+            return self, self.subset([])
         if Path(rule).is_file():
             named = {line.strip() for line in Path(rule).read_text(encoding="utf-8").splitlines() if line.strip()}
         elif "=" in rule and table is not None:
@@ -179,10 +180,17 @@ class Cohort:
         out = {m.patient_id for m in self.members if _key(m.slide_id) in keys or m.patient_id in named}
         if not out:
             raise TableError(f"{rule!r} names none of the {len(self)} slides, which are like {self.members[0].slide_id}")
-        kept = tuple(m for m in self.members if m.patient_id not in out)
-        gone = tuple(m for m in self.members if m.patient_id in out)
+        kept = self.subset([m for m in self.members if m.patient_id not in out])
+        gone = self.subset([m for m in self.members if m.patient_id in out])
         notes = (*self.notes, f"{rule}: {len(gone)} slides of {len(out)} patients kept out, {len(kept)} slides stay")
-        return replace(self, members=kept, notes=notes), replace(self, members=gone)
+        return replace(kept, notes=notes), gone
+
+    def subset(self, members: Sequence[SlideRecord]) -> "Cohort":
+        """Some of the slides, with their reports and no others."""
+        numbers = sorted({m.report for m in members} - {-1})
+        place = {-1: -1} | {old: new for new, old in enumerate(numbers)}
+        chosen = tuple(replace(m, report=place[m.report]) for m in members)
+        return replace(self, members=chosen, reports=tuple(self.reports[i] for i in numbers))
 
 
 def _patients(table: Path) -> dict[str, str]:
@@ -209,18 +217,23 @@ def _index(keys: Sequence[tuple[str, int]], rows: Sequence[tuple[str, str, str |
 # batches
 
 
-def deal_patients(members: Sequence[Member], shards: int) -> list[int]:
-    """A shard for each slide: all slides of a patient in one, shards of about equal size."""
-    slides = Counter(m.patient_id for m in members)
-    sizes = [0] * shards
+def deal_patients(members: Sequence[SlideRecord], ranks: int) -> list[int]:
+    """A rank for each slide: all slides of a patient on one; ranks with slides, and then tiles, of about equal number."""
+    slides, tiles = Counter(m.patient_id for m in members), Counter[str]()
+    for m in members:
+        tiles[m.patient_id] += m.tiles
+    loads = [(0, 0)] * ranks
     home = {}
-    for patient in sorted(slides, key=lambda p: (-slides[p], p)):
-        home[patient] = sizes.index(min(sizes))
-        sizes[home[patient]] += slides[patient]
+    for patient in sorted(slides, key=lambda p: (-slides[p], -tiles[p], p)):
+        home[patient] = loads.index(min(loads))
+        count, total = loads[home[patient]]
+        loads[home[patient]] = count + slides[patient], total + tiles[patient]
     return [home[m.patient_id] for m in members]
 
 
-def plan_epoch(members: Sequence[Member], which: Sequence[int], batches: int, rng: np.random.Generator) -> list[Int64[np.ndarray, "_"]]:
+def plan_epoch(
+    members: Sequence[SlideRecord], which: Sequence[int], batches: int, rng: np.random.Generator
+) -> list[Int64[np.ndarray, "_"]]:
     """Deal the slides `which` into batches of sizes equal within one; a batch never holds two slides of one patient.
 
     A patient with more slides than there are batches sits out with the surplus, drawn anew each epoch.
@@ -253,17 +266,16 @@ def window_tiles(order: Int64[np.ndarray, "M"], count: int, visit: int) -> Int64
 
 
 class TileReader:
-    """Reads tiles of a cohort's slides on threads, in the order asked for, ahead of the caller.
+    """Reads tiles of a cohort's slides; many threads may read at once.
 
-    Keeps a bounded number of scans open, and decoded tiles in memory while they fit in `cache_bytes`.
+    Keeps a bounded number of scans open, and decoded tiles in memory while all of the cohort's fit in `cache_bytes`.
     """
 
-    def __init__(self, cohort: Cohort, *, workers: int = 2, cache_bytes: int = 0):
-        self.cohort, self.workers = cohort, max(1, workers)
+    def __init__(self, cohort: Cohort, *, workers: int = 0, cache_bytes: int = 0):
+        self.cohort, self.workers = cohort, workers or os.cpu_count() or 1
         self._open = lru_cache(maxsize=128)(self._open_tiles)
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
-        tiles = sum(m.tiles for m in cohort.members)
-        fits = cache_bytes and tiles * self.grid(0).size ** 2 * 3 <= cache_bytes
+        fits = sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
 
     def _open_tiles(self, member: int) -> tuple[Slide, Int64[np.ndarray, "M 2"]]:
@@ -276,9 +288,9 @@ class TileReader:
 
     def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the member's tiles `index`."""
-        grid = self.grid(member)
         if self._cache is None:
             return self._read(member, index)
+        grid = self.grid(member)
         if member not in self._cache:  # setdefault: two threads may both get here, one pair of arrays wins
             self._cache.setdefault(member, (np.empty((len(grid), grid.size, grid.size, 3), np.uint8), np.zeros(len(grid), bool)))
         store, have = self._cache[member]
@@ -287,10 +299,6 @@ class TileReader:
             store[missing] = self._read(member, missing)
             have[missing] = True
         return store[index]
-
-    def stream(self, jobs: Iterable[tuple[int, Int64[np.ndarray, "n"]]], ahead: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        """Pixels of each job (member, tile indices) in turn; up to `ahead` jobs are read before they are asked for."""
-        return prefetch(lambda job: self.read(*job), jobs, self.workers, ahead)
 
 
 def prefetch(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ahead: int) -> Iterator[Result]:

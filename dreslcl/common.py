@@ -1,7 +1,7 @@
-"""The few errors a user can act on.
+"""What every module shares: errors that a user can mend, files that are whole or absent, tables, locks, progress.
 
-A message says where, what was asked, what is there and what to do, in one line; the command line prints it and exits.
-Anything else that is raised is a bug and stays a traceback.
+The message of an error says where, what was asked, what is there and what to do, in one line; the command line prints it and
+exits. Anything else that is raised is a bug and stays a traceback.
 """
 
 import csv
@@ -10,24 +10,30 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import socket
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import h5py
-import logging
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+EVERY_S = 30  # seconds between two lines of the log that tell how far a long loop is
+csv.field_size_limit(1 << 24)
 
 
 class DreslclError(Exception):
@@ -64,15 +70,8 @@ class BusyError(DreslclError):
 
 def reason(error: Exception) -> str:
     """Why a slide failed, in one line."""
-    if isinstance(error, OSError):
-        return f"cannot be read ({error.strerror or error})"
-    return " ".join(str(error).split()) or "not enough memory"
-
-
-csv.field_size_limit(1 << 24)
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
-
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    text = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error) or "not enough memory"
+    return " ".join(text.split())
 
 
 @contextmanager
@@ -84,10 +83,9 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         DiskError: it cannot be written; the message says why.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     with _writing(part):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
             part.replace(path)
@@ -110,7 +108,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hdf5_file(path: Path) -> "Iterator[h5py.File]":
+def hdf5_file(path: Path) -> Iterator[Any]:
     """An HDF5 file to fill in memory; written atomically at the end."""
     import h5py
 
@@ -122,12 +120,10 @@ def hdf5_file(path: Path) -> "Iterator[h5py.File]":
 
 @contextmanager
 def hold(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes. The system lets go when the process ends, however it ends.
+    """Hold a folder against other processes; the system lets go when the process ends, however it ends.
 
-    Args:
-        name: the lock file; it stays behind and means nothing by itself.
-        shared: other shared holders may come in, an exclusive one may not.
-        wait: wait for the other holder instead of raising.
+    The lock file `name` stays behind and means nothing by itself. A shared holder lets other shared ones in. `wait` waits for the
+    other holder instead of raising.
 
     Raises:
         BusyError: another process holds the folder; the message says which, on which host.
@@ -176,8 +172,7 @@ def fingerprint(*parts: Any) -> str:
 
 def file_stamp(path: Path) -> tuple[int, int]:
     """Size in bytes and modification time in ns: what tells a re-run that a scan changed."""
-    stat = Path(path).stat()
-    return stat.st_size, stat.st_mtime_ns
+    return (stat := Path(path).stat()).st_size, stat.st_mtime_ns
 
 
 def slide_id(path: Path, root: Path) -> str:
@@ -198,27 +193,32 @@ def check_id(value: str, where: str) -> str:
     return value
 
 
+def read_text(path: Path) -> str:
+    """A text file, UTF-8 with or without a byte-order mark, or UTF-16 with one.
+
+    Raises:
+        TableError: no such file, or not text.
+    """
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path}: not UTF-8 text (byte {error.start}); save it as CSV, UTF-8") from error
+    if "\x00" in text:
+        raise TableError(f"{path}: holds NUL characters, so it is no text; save it as CSV, UTF-8")
+    return text
+
+
 def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]:
     """Rows of a CSV or TSV file as dictionaries of strings ("007" stays "007").
 
-    UTF-8 with or without a byte-order mark, and UTF-16 with one, are read.
-
     Raises:
-        TableError: no such file, not text, no header, a column twice, or a required one absent (those there are listed).
+        TableError: as `read_text`; no header, a column twice, or a required one absent (those there are listed).
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TableError(f"{path}: cannot be read ({error.strerror})") from error
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not a UTF-8 text table (byte {error.start}); save it as CSV, UTF-8") from error
-    if "\x00" in text:
-        raise TableError(f"{path}: holds NUL characters, so it is no text table; save it as CSV, UTF-8")
-    lines = text.splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     if not lines:
         raise TableError(f"{path}: empty; a header line is needed")
     delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in lines[0] else ";" if ";" in lines[0] and "," not in lines[0] else ","
@@ -230,23 +230,20 @@ def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]
     columns = [c.strip() for c in reader.fieldnames or []]
     if twice := [c for c, times in Counter(columns).items() if c and times > 1]:
         raise TableError(f"{path}: column {twice[0]!r} comes twice; keep one")
-    missing = [c for c in required if c not in columns]
-    if missing:
+    if missing := [c for c in required if c not in columns]:
         raise TableError(f"{path}: no column {', '.join(map(repr, missing))}; there are {', '.join(columns)}")
     return rows
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file atomically. A text cell that a spreadsheet would run as a formula gets a leading apostrophe."""
+
+    def inert(cell: Any) -> Any:
+        formula = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not _NUMBER.fullmatch(cell)
+        return "'" + cell if formula else cell
+
     with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([_inert(cell) for cell in row] for row in rows)
-
-
-def _inert(cell: Any) -> Any:
-    formula = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not _NUMBER.fullmatch(cell)
-    return "'" + cell if formula else cell
+        csv.writer(file).writerows([columns, *([inert(cell) for cell in row] for row in rows)])
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -254,42 +251,41 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-log = logging.getLogger(__name__)
+@contextmanager
+def counting(title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """A bar over `total` units on stderr, or a line of the log every half minute where there is no terminal.
 
-EVERY_S = 30
-"""Seconds between two lines of the log."""
+    Yields a function to call with the number of units done, 1 by default.
+    """
+    began = logged = time.monotonic()
+    count, hidden = 0, logging.getLogger("dreslcl").level > logging.INFO or not sys.stderr.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task(title, total=total, rate="")
+
+        def done(units: int = 1) -> None:
+            nonlocal count, logged
+            count, now = count + units, time.monotonic()
+            speed = max(count, 1) / max(now - began, 1e-9)
+            rate = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s"
+            bar.update(task, advance=units, rate=rate)
+            if hidden and now - logged >= EVERY_S:
+                logged = now
+                log.info("%s %d/%d %s %s %s left", title, count, total, unit, rate, timedelta(seconds=round((total - count) / speed)))
+
+        yield done
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
-
-
-class _Progress(Progress):
-    logged = time.monotonic()
-
-    def advance(self, task_id: Any, advance: int | float = 1) -> None:
-        super().advance(task_id, advance)
-        if self.disable and time.monotonic() - self.logged >= EVERY_S:
-            self.logged = time.monotonic()
-            task = self.tasks[0]
-            cells = (column.render(task) for column in self.columns if isinstance(column, ProgressColumn) and type(column) is not BarColumn)
-            log.info("%s left", " ".join(map(str, cells)))
+def track(items: Iterable[Item], title: str, unit: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with a bar that counts them; `total` where they have no length."""
+    with counting(title, len(items) if total is None else total, unit) as done:
+        for item in items:
+            yield item
+            done()
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
-    """A bar over `total` units; move it on with `bar.advance(bar.task_ids[0], n)`.
-
-    Args:
-        title: what is being done.
-        total: units of work.
-        unit: what is counted, in the plural.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), _Rate(), TimeRemainingColumn())
-    quiet = logging.getLogger("dreslcl").level > logging.INFO
-    with _Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        bar.logged = time.monotonic()
-        bar.add_task(title, total=total)
-        yield bar
+def progress(title: str, total: int, unit: str) -> Iterator[Any]:
+    """`counting` under its old face, for modules that still call `bar.advance(bar.task_ids[0], n)`."""
+    with counting(title, total, unit) as done:
+        yield SimpleNamespace(task_ids=[0], advance=lambda _, units=1: done(units))

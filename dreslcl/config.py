@@ -36,12 +36,8 @@ class TileConfig:
     """Smallest fraction of a tile that must be tissue."""
     max_tiles: int = 0
     """Keep at most this many tiles of a slide, drawn evenly over it; 0 keeps all."""
-    align: bool = False
-    """Snap the grid to the scan's stored tiles where the tile size allows it: faster random reads."""
     default_mpp: float | None = None
     """Resolution of level 0 for scans that do not say it, µm per pixel."""
-    mask_mpp: float = 8.0
-    """Resolution of the tissue mask, µm per pixel."""
     threshold: float | None = None
     """Saturation above which a mask pixel is tissue (0-1); none: Otsu's method."""
     drop_pen: bool = False
@@ -56,7 +52,6 @@ class TileConfig:
         _require(0 <= self.min_tissue <= 1, f"min_tissue is a fraction from 0 to 1, got {self.min_tissue}")
         _require(self.default_mpp is None or self.default_mpp > 0, f"default_mpp must be positive, got {self.default_mpp}")
         _require(self.max_tiles >= 0, f"max_tiles must be 0 (all) or more, got {self.max_tiles}")
-        _require(self.mask_mpp > 0, f"mask_mpp must be positive, got {self.mask_mpp}")
         _require(self.threshold is None or 0 < self.threshold < 1, f"threshold is a saturation from 0 to 1, got {self.threshold}")
         _require(self.min_sharpness >= 0, f"min_sharpness must be 0 (off) or more, got {self.min_sharpness}")
 
@@ -70,46 +65,39 @@ class EncoderConfig:
     pretrained: str | None = None
     """OpenCLIP's tag of pretrained weights, or a weights file; none: random weights, or those of the hub or folder."""
     tune: str = "all"
-    """Which part of the tile encoder learns: all, head (its last projection), last:N (its last N blocks) or none."""
+    """Which part of the tile encoder learns: all, last:N (its last N blocks and what follows them) or none."""
     text: Literal["auto", "frozen", "tune"] = "auto"
     """Whether the text tower learns; auto: frozen when it has pretrained weights."""
 
     def __post_init__(self) -> None:
-        good = self.tune in ("all", "head", "none") or (self.tune.startswith("last:") and self.tune[5:].isdigit())
-        _require(good, f"tune must be all, head, none or last:N, got {self.tune!r}")
+        good = self.tune in ("all", "none") or (self.tune.startswith("last:") and self.tune[5:].isdigit())
+        _require(good, f"tune must be all, none or last:N, got {self.tune!r}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The residual encoder: tile features of a slide -> one vector."""
+    """The aggregator: tile features of a slide -> one vector."""
 
+    aggregator: str = "residual"
+    """How a slide's tiles become one vector: residual, attention, mean-mlp, or a name of your own in model.AGGREGATORS."""
     codewords: int = 16
     """K, entries of the codebook."""
     width: int = 128
-    """Width of the aggregator's Transformer."""
+    """Width of the aggregator's layers."""
     depth: int = 2
     """Layers of the aggregator's Transformer."""
-    heads: int = 4
-    """Attention heads of the aggregator's Transformer."""
     dropout: float = 0.3
     """Dropout in the aggregator."""
     mean_path: bool = True
     """Add a linear path from the slide's mean feature."""
-    count_term: bool = True
-    """Tell each codeword token what share of the tiles it holds."""
-    intra_norm: bool = True
-    """Scale each codeword's residual sum to unit length (else to the square root of its count)."""
-    soft_assignment: float = 0.0
-    """Share each tile out over the codewords by a softmax of this times minus the squared distance (ablation; reads all rows); 0: hard."""
     joint_dim: int = 512
-    """E, width of the joint space, where the text tower does not fix it (precomputed report vectors)."""
+    """E, width of the joint space, where a text tower that learns does not fix it."""
 
     def __post_init__(self) -> None:
-        _require(self.codewords >= 2, f"codewords must be at least 2, got {self.codewords}")
-        _require(self.codewords <= 65535, f"codewords must be at most 65,535, got {self.codewords}")
-        _require(self.width % self.heads == 0, f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        _require(2 <= self.codewords <= 65535, f"codewords must be from 2 to 65,535, got {self.codewords}")
+        _require(self.width % 4 == 0, f"width must be a multiple of 4 (the attention heads), got {self.width}")
+        _require(self.depth >= 1, f"depth must be at least 1, got {self.depth}")
         _require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1, got {self.dropout}")
-        _require(self.soft_assignment >= 0, f"soft_assignment must be at least 0, got {self.soft_assignment}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +112,12 @@ class TrainConfig:
     """T, tiles encoded with gradient per slide and step."""
     tile_batch: int = 128
     """Tiles in one pass of the encoder: bounds memory, changes no result."""
+    bank_share: float = 0.5
+    """Share of a slide's other tiles that a step takes from the bank, others each time; 1: all, 0: no bank. From random weights use 1."""
+    view_weight: float = 1.0
+    """Weight of the report-free objective, a slide's drawn tiles and its other tiles as a positive pair; 0: off."""
+    report_part: float = 0.5
+    """Share of a report's pieces used at a step, drawn anew each time; 1: all."""
     lr: float = 3e-4
     """Peak learning rate of the aggregator and the heads."""
     encoder_lr: float = 1e-4
@@ -132,72 +126,32 @@ class TrainConfig:
     """Peak learning rate of the text tower where it learns."""
     weight_decay: float = 0.05
     """AdamW's weight decay."""
-    warmup: float = 0.1
-    """Share of the steps over which learning rates rise."""
-    clip_grad: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
-    freeze_epochs: int = 0
-    """Epochs at the start in which the tile encoder does not learn."""
-    bank: bool = True
-    """Use the memory bank; without it a slide is its T fresh tiles."""
-    bank_tiles: int = 0
-    """Draw this many bank rows per slide instead of using all of them; 0: all."""
-    stale_dropout: float = 0.5
-    """Leave out each bank row with this probability (at most 256 a slide), others at each step; from random weights use 0."""
-    sampling: Literal["random", "window"] = "random"
-    """How T tiles are drawn: uniformly, or consecutive along a Hilbert curve (bounded staleness)."""
-    gradient_scale: Literal["1", "full"] = "1"
-    """Factor on the fresh features' gradient: 1, or full = M/T (estimates the gradient of all tiles)."""
-    refresh: int = 0
-    """R, extra tiles per slide and step encoded without gradient to refresh the bank."""
-    refresh_every: int = 0
-    """Encode every tile anew each so many epochs; 0: never."""
-    codebook_refit: int = 0
-    """Fit the codebook anew each so many epochs; 0: fixed."""
-    loss: Literal["infonce", "siglip"] = "infonce"
-    """Contrastive loss."""
-    label_smoothing: float = 0.0
-    """Label smoothing of InfoNCE."""
     temperature: float = 0.07
     """Temperature at the start; it is learnt."""
-    view_weight: float = 1.0
-    """Weight of the report-free objective, a slide's drawn tiles and its other tiles as a positive pair; 0: off."""
-    report_part: float = 0.5
-    """Share of a report's sentences or windows used at a step, drawn anew each time; 1: all."""
-    report_windows: int = 8
-    """At most so many of them where the text tower learns: bounds the time and memory of long reports; 0: no bound."""
-    augment: bool = True
-    """Flip, turn and stain-jitter fresh tiles."""
+    sampling: Literal["random", "window"] = "random"
+    """How T tiles are drawn: uniformly, or consecutive along a Hilbert curve (every tile within M/T visits)."""
     stain_jitter: float = 0.15
-    """Each colour's optical density varies by up to this share from tile to tile (with augment)."""
+    """Each colour's optical density varies by up to this share from tile to tile, which are flipped and turned too; 0: none of it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; auto: bf16 on a GPU that has it."""
-    checkpointing: bool = False
-    """Keep only each block's input of the towers and compute the rest again on the way back: less memory, about a third more time."""
-    compile: bool = False
-    """Compile the image tower (torch.compile): minutes at the start, faster steps."""
-    workers: int = 2
-    """Threads that read tiles ahead."""
+    workers: int = 0
+    """Threads that read tiles ahead; 0: one per CPU."""
     cache_gb: float = 2.0
     """Keep decoded tiles in memory while all of the cohort's fit in so much, GB."""
-    patience: int = 0
-    """Stop after so many epochs without a better held-out retrieval; 0: never."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
         _require(self.batch >= 2, f"batch must be at least 2 slides (a contrast needs two), got {self.batch}")
-        _require(self.tiles >= 1, f"tiles must be at least 1, got {self.tiles}")
-        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
-        views = self.bank or self.tiles >= 2 or not self.view_weight
+        for name in ("epochs", "tiles", "tile_batch"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        views = self.bank_share > 0 or self.tiles >= 2 or not self.view_weight
         _require(views, f"without a bank the two views of view_weight need tiles 2 or more, got {self.tiles}")
-        _require(0 <= self.stale_dropout < 1, f"stale_dropout must be from 0 to below 1, got {self.stale_dropout}")
-        _require(self.tile_batch >= 1, f"tile_batch must be at least 1, got {self.tile_batch}")
-        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
-        for name in ("lr", "encoder_lr", "text_lr", "weight_decay", "clip_grad", "view_weight", "cache_gb"):
-            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
-        _require(self.report_windows >= 0, f"report_windows must be 0 (no bound) or more, got {self.report_windows}")
+        _require(0 <= self.bank_share <= 1, f"bank_share is a share from 0 to 1, got {self.bank_share}")
         _require(0 < self.report_part <= 1, f"report_part must be above 0 and at most 1, got {self.report_part}")
+        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        for name in ("lr", "encoder_lr", "text_lr", "weight_decay", "view_weight", "stain_jitter", "workers", "cache_gb"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -312,15 +266,13 @@ PRESETS = {
     "tiny": RunConfig(
         EncoderConfig(),
         ModelConfig(codewords=8, width=64, depth=1),
-        TrainConfig(
-            epochs=110, encoder_lr=1e-3, gradient_scale="full", stale_dropout=0.0, report_part=0.6, stain_jitter=0.4, tile_batch=512
-        ),
+        TrainConfig(epochs=110, encoder_lr=1e-3, bank_share=1.0, report_part=0.6, stain_jitter=0.4, tile_batch=512),
     ),
     "clip-b32": RunConfig(EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(width=256), TrainConfig(encoder_lr=1e-5)),
 }
 """Known settings.
 
 `paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults) with frozen text. `tiny`: the embedded encoder, learnt from
-random weights on a small cohort as in `dreslcl demo`: a text tower that learns slowly, sentences left out and stain jitter keep it
-from learning slides by heart; with bank rows left out it would not begin to learn. `clip-b32`: OpenAI's CLIP.
+random weights on a small cohort as in `dreslcl demo`: sentences left out and stain jitter keep it from learning slides by heart; with
+tiles left out (bank_share below 1) it would not begin to learn. `clip-b32`: OpenAI's CLIP.
 """

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .common import rank_and_world
+
+TIMEOUT = timedelta(hours=12)  # a rank may wait for another one that has more tiles to fill the bank with
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,11 @@ class Ranks:
         """Add up gradients over ranks, in place."""
         if self.world == 1:
             return
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters])  # type: ignore[union-attr]
+        learning = [p for p in parameters if p.grad is not None]  # the same on all ranks; a zero would let AdamW decay what is frozen
+        flat = torch.cat([p.grad.reshape(-1) for p in learning])
         dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
+        for p, part in zip(learning, flat.split([p.numel() for p in learning])):
+            p.grad.copy_(part.view_as(p))
 
     def mean(self, value: float, weight: int, device: torch.device) -> float:
         """Weighted mean of a value over ranks."""
@@ -86,7 +87,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(rank, world)
     finally:

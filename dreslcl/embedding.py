@@ -1,47 +1,116 @@
-"""Slides -> Embeddings, and the files that other tools read.
-
-torch loads inside the functions that need it: `evaluation.py` reads `Embeddings` on machines that have no torch.
-"""
+"""Slides -> Embeddings: every tile of every slide through the tile encoder, one vector per slide, and the files other tools read."""
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import h5py
 import numpy as np
-from jaxtyping import Float32
+import torch
+from jaxtyping import Float, Float32
 
-from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, fingerprint, hdf5_file, hold, reason
-from .formats import Embeddings, unit
-
-if TYPE_CHECKING:
-    from .bank import MemoryBank
-    from .cohort import Cohort
-    from .config import EncoderConfig
-    from .formats import Layout
-    from .model import DRESLCL
+from .cohort import Cohort, TileReader, draw_tiles, prefetch
+from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, counting, fingerprint, hdf5_file, hold, reason, track
+from .config import EncoderConfig, TrainConfig
+from .distributed import ranks
+from .encoder import Encoder, autocast, inference, pick_device
+from .formats import (
+    Embeddings,
+    Layout,
+    read_features,
+    tile_files,
+    unit,
+    write_tiles,
+    write_vectors,
+)
+from .model import DRESLCL
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+CHUNK = 512  # tiles read and encoded at a time
+
+
+def encode_slides(
+    encoder: Encoder | None,
+    cohort: Cohort,
+    members: Sequence[int],
+    settings: TrainConfig,
+    title: str,
+    reader: TileReader | None = None,
+    *,
+    tiles: int | None = None,
+) -> Iterator[tuple[int, Iterator[Float[np.ndarray, "n D"]]]]:
+    """Features of the tiles of some slides in turn: (slide, its parts in row order). Take each slide's parts before the next.
+
+    Tiles are read ahead of the encoder, across slides; a cohort of features is read from its files. A slide that cannot be read
+    raises its error where its parts are taken; the slides after it come all the same.
+
+    Args:
+        settings: its tile_batch, precision and workers count.
+        tiles: of each slide only so many, always the same ones.
+    """
+
+    def chosen(member: int) -> np.ndarray:
+        M = cohort.members[member].tiles
+        return np.arange(M) if tiles is None else draw_tiles(M, tiles, np.random.default_rng(member))
+
+    if cohort.work is None:
+        for m in track(members, title, "slides"):
+            yield m, (read_features(cohort.members[i].source)[chosen(i)] for i in [m])
+        return
+    if not len(members):
+        return
+    assert encoder is not None, "pixels need a tile encoder"
+    device, reader = encoder.mean.device, reader or TileReader(cohort, workers=settings.workers)
+    jobs = [
+        (m, part) for m in members for part in np.split(chosen(m), range(CHUNK, cohort.members[m].tiles if tiles is None else tiles, CHUNK))
+    ]
+    bad: dict[int, Exception] = {}
+
+    def read(job: tuple[int, np.ndarray]) -> np.ndarray | None:
+        try:
+            return None if job[0] in bad else reader.read(*job)
+        except (DreslclError, OSError, MemoryError) as error:
+            bad[job[0]] = error
+            return None
+
+    def parts() -> Iterator[tuple[int, np.ndarray | None]]:
+        with counting(title, sum(len(index) for _, index in jobs), "tiles") as count:
+            for (member, index), pixels in zip(jobs, prefetch(read, jobs, reader.workers, ahead=2 * reader.workers)):
+                count(len(index))
+                if pixels is None:
+                    yield member, None
+                    continue
+                with inference(encoder), autocast(device, settings.precision):
+                    batches = [pixels[i : i + settings.tile_batch] for i in range(0, len(pixels), settings.tile_batch)]
+                    done = [encoder.encode_tiles(torch.from_numpy(batch).to(device)) for batch in batches]
+                yield member, torch.cat(done).cpu().numpy()
+
+    def checked(member: int, group: Iterable[tuple[int, np.ndarray | None]]) -> Iterator[np.ndarray]:
+        for _, features in group:
+            if features is None:
+                raise bad[member]
+            yield features
+
+    for member, group in groupby(parts(), key=itemgetter(0)):
+        yield member, checked(member, group)
 
 
 def embed(
-    cohort: "Cohort",
+    cohort: Cohort,
     out: Path,
     *,
     model: Path | None = None,
-    encoder: "EncoderConfig | None" = None,
-    batch: int = 128,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    workers: int = 2,
+    encoder: EncoderConfig | None = None,
+    settings: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
     by: Literal["slide", "patient"] = "slide",
-    layout: "Layout" = "trident",
+    layout: Layout = "trident",
     tile_features: bool = False,
-    from_bank: bool = False,
     force: bool = False,
 ) -> Embeddings:
     """Embed every slide of a cohort from all its tiles; memory does not depend on how many there are.
@@ -54,110 +123,101 @@ def embed(
         out: gets embeddings.h5 and slide_features/<slide_id>.h5 (TRIDENT's slide-feature layout).
         model: folder of a trained model; without one, a slide's vector is the mean of its tile features.
         encoder: which encoder makes those tile features, where there is no model.
-        batch: tiles in one pass of the encoder.
+        settings: its tile_batch, precision and workers count.
         by: slide, or patient: the normalised mean of a patient's slide vectors.
-        layout: whose files to write besides, see layouts.py.
+        layout: whose files to write besides, see formats.py.
         tile_features: write each slide's tile features too, in that layout; holds those of one slide in memory.
-        from_bank: encode nothing; take the rows of the run's memory bank, which lies beside the model. Rows are as old as the step at
-            which training last drew the tile, so vectors differ a little from those of the final encoder.
         force: embed slides again that are done.
 
     Raises:
-        ConfigError: tile features asked for where there are no pixels, or of a tool that reads none; a bank without a model.
-        ModelError: no model there, or features of a width it does not know.
-        StoreError: no bank there.
-        BusyError: a training run holds the bank.
+        ConfigError: tile features asked for where there are no pixels, or of a tool that reads none.
+        ModelError: no model there, or one that does not fit the cohort's tiles.
         DreslclError: no slide at all could be embedded.
     """
-    from .bank import MemoryBank
-    from .distributed import ranks
-    from .encoder import Encoder
-    from .formats import tile_files, write_tiles, write_vectors
-    from .model import DRESLCL, encode_members, pick_device
-
-    device = pick_device()
-    trained = DRESLCL.load(model).to(device) if model else None
+    device, out = pick_device(), Path(out)
+    trained = load(model) if model else None
     towers = trained.encoder if trained else Encoder.create(encoder).to(device) if encoder and cohort.work else None
-    name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
-    if trained and (cohort.work is None) != (trained.about["tiles"] == "features"):
-        raise ModelError(f"{model}: was trained on {trained.about['tiles']}, so it cannot embed {'pixels' if cohort.work else 'features'}")
+    if trained:
+        check_tiles(trained, cohort)
     if layout == "clam" and not tile_features:
         raise ConfigError("CLAM reads tile features, not slide vectors: add --tile-features")
     if tile_features and cohort.work is None:
         raise ConfigError("--tile-features needs the folder that `dreslcl tile` wrote: the features are already in files")
-    if from_bank and not model:
-        raise ConfigError("--from-bank needs --model RUN/model: the bank lies beside it")
-    out = Path(out)
-    files = [out / "slide_features" / f"{m.slide_id}.h5" for m in cohort.members]
-    besides = [tile_files(out, layout, m.slide_id) if tile_features else [] for m in cohort.members]
-    failed, marks = dict(cohort.unreadable), {}
-    with ranks(device) as group, ExitStack() as held:
-        if group.first:
-            held.enter_context(hold(out))
-        if from_bank:
-            held.enter_context(hold(model.parent, shared=True))
-        bank = MemoryBank.open(model.parent / "bank") if from_bank else None
-        for i, member in enumerate(cohort.members):
-            try:
-                marks[i] = fingerprint(name, cohort.mark(i), *(["bank"] if bank else []))
-            except (StoreError, OSError) as error:
-                failed[member.slide_id] = reason(error)
-        todo = [i for i in marks if force or _mark(files[i]) != marks[i] or not all(f.exists() for f in besides[i])]
-        if len(todo) < len(marks):
-            log.info("%d of %d slides are to do", len(todo), len(marks))
+    name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
+    with ranks(device) as group, hold(out) if group.first else nullcontext():
+        todo, marks, failed = _plan(cohort, out, name, layout if tile_features else None, force)
         group.wait()  # all ranks have seen the same files before the first is written
-        todo = todo[group.rank :: group.world]
-        if bank:
-            stream = ((i, bank_rows(bank, cohort.members[i].slide_id, cohort.members[i].tiles)) for i in todo)
-        else:
-            stream = encode_members(towers, cohort, todo, batch=batch, precision=precision, workers=workers, title="embedding")
-        for i, parts in stream:
-            slide = cohort.members[i].slide_id
+        for member, parts in encode_slides(towers, cohort, todo[group.rank :: group.world], settings, "embedding"):
+            slide = cohort.members[member].slide_id
             try:
                 kept = list(parts) if tile_features else parts
                 vector, mean = _slide_vector(trained, kept)
-                coords = cohort.coordinates(i)
+                coords = cohort.coordinates(member)
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)
                 log.warning("%s failed: %s", slide, failed[slide])
                 continue
             if tile_features:
-                write_tiles(out, layout, np.concatenate(kept), cohort.grid(i), towers.name if towers else name)
-            _write_slide(files[i], vector, mean, coords, marks[i])
+                write_tiles(out, layout, np.concatenate(kept), cohort.grid(member), towers.name if towers else name)
+            _write_slide(slide_file(out, slide), vector, mean, coords, marks[member])
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
-        done = [(member, *read_slide(out, member.slide_id)) for member in cohort.members if member.slide_id not in failed]
-        if not done:
-            slide, why = next(iter(failed.items()))
-            raise DreslclError(f"none of the {len(failed)} slides could be embedded; {slide}: {why}")
-        members, vectors, means = zip(*done)
-        ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
-        seen = frozenset(trained.about["seen"]) if trained else frozenset()
-        result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, str(model or ""))
+        result = _collect(cohort, out, failed, trained, name, str(model or ""))
         if by == "patient":
             result = result.by_patient()
         if group.first:
-            write_vectors(out, layout, result.ids, result.patients, result.vectors, name)
+            write_vectors(out, layout, result)
             result.save(out / "embeddings.h5")
     return result
 
 
-def bank_rows(bank: "MemoryBank", slide: str, tiles: int) -> Iterator[Float32[np.ndarray, "n D"]]:
-    """The bank's rows of a slide, in parts.
+def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
+    """Refuse tiles of another kind, size or resolution than the model was trained on.
 
     Raises:
-        StoreError: the slide is not in the bank, not filled, or was tiled anew since.
+        ModelError: it says both.
     """
-    if slide not in bank.slides or not bank.is_filled(slide):
-        there = f"{len(bank.slides)} slides like {bank.slides[0]!r} are"
-        raise StoreError(f"not in the bank {bank.folder} ({there}); embed it without --from-bank")
-    if bank.tiles(slide) != tiles:
-        there = f"{bank.tiles(slide)} rows for it, but it has {tiles} tiles now"
-        raise StoreError(f"the bank {bank.folder} has {there}; embed it without --from-bank")
-    for start in range(0, tiles, 8192):
-        yield bank.gather(slide, np.arange(start, min(start + 8192, tiles))).astype(np.float32)
+    kind = "pixels" if cohort.work else "features"
+    if trained.about["tiles"] != kind:
+        raise ModelError(f"the model was trained on {trained.about['tiles']}, so it cannot embed {kind}")
+    if kind == "pixels":
+        grid, size, mpp = cohort.grid(0), trained.about["size"], trained.about["mpp"]
+        if grid.size != size or abs(grid.mpp / mpp - 1) > 0.02:
+            there = f"tiles of {grid.size} px at {grid.mpp:g} µm/px"
+            raise ModelError(
+                f"{cohort.work}: has {there}, the model was trained on {size} px at {mpp:g}: tile with --size {size} --mpp {mpp:g}"
+            )
 
 
-def _slide_vector(trained: "DRESLCL | None", parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:
+def _plan(cohort: Cohort, out: Path, name: str, layout: Layout | None, force: bool) -> tuple[list[int], dict[int, str], dict[str, str]]:
+    """The slides to do, what each one's file is made of, and the slides that cannot be done."""
+    failed, marks, todo = dict(cohort.unreadable), {}, []
+    for i, member in enumerate(cohort.members):
+        try:
+            marks[i] = fingerprint(name, cohort.mark(i))
+        except (StoreError, OSError) as error:
+            failed[member.slide_id] = reason(error)
+            continue
+        besides = tile_files(out, layout, member.slide_id) if layout else []
+        if force or _mark(slide_file(out, member.slide_id)) != marks[i] or not all(f.exists() for f in besides):
+            todo.append(i)
+    if len(todo) < len(marks):
+        log.info("%d of %d slides are to do", len(todo), len(marks))
+    return todo, marks, failed
+
+
+def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL | None, name: str, folder: str) -> Embeddings:
+    """The vectors of all slides that are done."""
+    done = [(member, *read_slide(out, member.slide_id)) for member in cohort.members if member.slide_id not in failed]
+    if not done:
+        slide, why = next(iter(failed.items()))
+        raise DreslclError(f"none of the {len(failed)} slides could be embedded; {slide}: {why}")
+    members, vectors, means = zip(*done)
+    ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
+    seen = frozenset(trained.about["seen"]) if trained else frozenset()
+    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder)
+
+
+def _slide_vector(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:
     """A slide's vector and the mean of its tile features; without a model the vector is that mean at unit length."""
     total, tiles = np.zeros(1), 0
 
@@ -174,6 +234,11 @@ def _slide_vector(trained: "DRESLCL | None", parts: Iterable[np.ndarray]) -> tup
     return unit(mean) if vector is None else vector, mean
 
 
+def slide_file(out: Path, slide: str) -> Path:
+    """Where the vector of a slide is kept."""
+    return out / "slide_features" / f"{slide}.h5"
+
+
 def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.ndarray | None, mark: str) -> None:
     with hdf5_file(path) as file:
         file["features"] = vector
@@ -185,7 +250,7 @@ def _write_slide(path: Path, vector: np.ndarray, mean: np.ndarray, coords: np.nd
 
 def read_slide(out: Path, slide: str) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:
     """Vector and mean feature of a slide that `embed` did."""
-    with h5py.File(out / "slide_features" / f"{slide}.h5", "r") as file:
+    with h5py.File(slide_file(out, slide), "r") as file:
         return file["features"][()], file["mean_features"][()]
 
 
@@ -198,12 +263,10 @@ def _mark(path: Path) -> str:
         return ""
 
 
-def load(folder: Path) -> "DRESLCL":
+def load(folder: Path) -> DRESLCL:
     """The model in a folder `RUN/model`, on the GPU where there is one: `.embed_slide(scan)`, `.embed_tiles(array)`, `.embed_text(str)`.
 
     Raises:
         ModelError: no model there, or a damaged one.
     """
-    from .model import DRESLCL, pick_device
-
     return DRESLCL.load(folder).to(pick_device())

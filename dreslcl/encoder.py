@@ -1,26 +1,26 @@
-"""OpenCLIP's towers as dreslcl uses them: tiles -> unit-norm features, reports -> unit-norm text vectors.
+"""The tile encoder: OpenCLIP's towers as dreslcl uses them, and how they compute: views, autocast, gradient caching.
 
 Tiles arrive as uint8 batches; resizing and normalisation follow the model's own preprocessing configuration and run on
-the device, in batch. A report longer than the text tower's context is read in overlapping windows.
+the device, in batch. What a report becomes is text.py's.
 """
 
 import difflib
 import hashlib
 import json
 import logging
+import os
 import re
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -40,33 +40,34 @@ _AFTER_BLOCKS = re.compile(r"(trunk\.)?(proj|ln_post|norm|fc_norm|head|attn_?poo
 class Augmentation:
     """One random view of each of N tiles: quarter turns and flips, and a factor on each colour's optical density."""
 
-    turns: Tensor
-    """(N,) int64, 0-7: quarter turns, plus a flip from 4 on."""
-    stain: Tensor
-    """(N, 3) float32, factor on the optical density of red, green and blue."""
+    turns: Bool[Tensor, "N 3"]
+    """Whether to swap x and y, to flip x, to flip y: together all eight ways to lay a square."""
+    stain: Float[Tensor, "N 3"]
+    """Factor on the optical density of red, green and blue."""
 
     @classmethod
     def draw(cls, tiles: int, generator: torch.Generator, jitter: float) -> "Augmentation":
         """Draw views for `tiles` tiles; densities vary by ±`jitter`."""
-        turns = torch.randint(0, 8, (tiles,), generator=generator)
-        stain = 1 + jitter * (2 * torch.rand((tiles, 3), generator=generator) - 1)
-        return cls(turns, stain)
+        turns = torch.randint(0, 2, (tiles, 3), generator=generator).bool()
+        return cls(turns, 1 + jitter * (2 * torch.rand((tiles, 3), generator=generator) - 1))
+
+    @classmethod
+    def join(cls, views: "Sequence[Augmentation]", device: torch.device) -> "Augmentation":
+        """The views of several slides' tiles one after the other, on a device."""
+        return cls(*(torch.cat([getattr(v, name) for v in views]).to(device, non_blocking=True) for name in ("turns", "stain")))
 
     def part(self, start: int, stop: int) -> "Augmentation":
         """The views of tiles start to stop - 1."""
         return Augmentation(self.turns[start:stop], self.stain[start:stop])
 
     def __call__(self, images: Float[Tensor, "N 3 h w"]) -> Float[Tensor, "N 3 h w"]:
-        """Apply to images with values from 0 to 1."""
+        """Apply to square images with values from 0 to 1, on their device; the host waits for nothing."""
         # Beer-Lambert: scaling the optical density -log(I) by s is I ** s
-        images = images.clamp_min(1 / 256) ** self.stain.to(images.device)[:, :, None, None]
-        out = torch.empty_like(images)
-        for turn in range(8):
-            which = (self.turns == turn).nonzero()[:, 0].to(images.device)
-            if len(which):
-                view = torch.rot90(images[which], turn % 4, (2, 3))
-                out[which] = view.flip(3) if turn >= 4 else view
-        return out
+        images = images.clamp_min(1 / 256) ** self.stain[:, :, None, None]
+        swap, flip_x, flip_y = self.turns.T[:, :, None, None, None]
+        images = torch.where(swap, images.transpose(2, 3), images)
+        images = torch.where(flip_x, images.flip(3), images)
+        return torch.where(flip_y, images.flip(2), images)
 
 
 class Encoder(nn.Module):
@@ -160,52 +161,8 @@ class Encoder(nn.Module):
             if views is not None:
                 images = views.part(i, i + step)(images)
             images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-            parts.append(F.normalize(self.clip.encode_image(images).float(), dim=-1))
+            parts.append(F.normalize(self.clip.encode_image(images).to(self.mean.dtype), dim=-1))
         return torch.cat(parts)
-
-    # reports
-
-    def split_report(self, report: str, *, sentences: bool = False) -> list[str]:
-        """The pieces of a cleaned report that the text tower reads one by one.
-
-        Windows of at most the tower's context, each sharing a quarter with the one before; with `sentences`, one piece
-        per sentence (a sentence longer than the context in windows). Never empty.
-        """
-        report = clean_report(report)
-        parts = [p for p in re.split(r"(?<=[.!?;])\s+", report) if p] if sentences else [report]
-        return [window for part in parts for window in self._windows(part)] or [""]
-
-    def _windows(self, text: str) -> list[str]:
-        words = text.split()
-        counts = [max(1, len(self._tokens(word))) for word in words]
-        room = self.context - 2  # the start and end tokens
-        windows, start = [], 0
-        while start < len(words):
-            stop, used = start, 0
-            while stop < len(words) and (used + counts[stop] <= room or stop == start):
-                used += counts[stop]
-                stop += 1
-            windows.append(" ".join(words[start:stop]))
-            if stop == len(words):
-                break
-            start = max(start + 1, stop - (stop - start) // 4)
-        return windows
-
-    def _tokens(self, text: str) -> list[int]:
-        inner = getattr(self.tokenizer, "tokenizer", None)  # an HF tokenizer keeps its own inside
-        return self.tokenizer.encode(text) if inner is None else inner.encode(text, add_special_tokens=False)
-
-    def encode_texts(self, texts: Sequence[str], *, batch: int = 64) -> Float[Tensor, "N E"]:
-        """Unit-norm vectors of short texts (each at most one window), float32."""
-        device = self.mean.device
-        parts = [self.clip.encode_text(self.tokenizer(list(texts[i : i + batch])).to(device)) for i in range(0, len(texts), batch)]
-        return F.normalize(torch.cat(parts).float(), dim=-1)
-
-    def encode_reports(self, reports: Sequence[str]) -> Float[Tensor, "N E"]:
-        """Vector of each whole report: the mean of its windows' unit-norm vectors, as in training."""
-        pieces = [self.split_report(report) for report in reports]
-        vectors = self.encode_texts([p for report in pieces for p in report])
-        return torch.stack([part.mean(0) for part in vectors.split([len(report) for report in pieces])])
 
     # weights
 
@@ -222,7 +179,7 @@ class Encoder(nn.Module):
         """Choose what learns: `tune` is EncoderConfig.tune, `text` the text tower.
 
         Raises:
-            ModelError: the tower has no blocks to count for last:N, or no projection for head.
+            ModelError: the tower has no blocks to count for last:N.
         """
         for p in self.clip.parameters():
             p.requires_grad_(False)
@@ -234,33 +191,11 @@ class Encoder(nn.Module):
         if tune.startswith("last:"):
             towers = [m for n, m in visual.named_modules() if _BLOCKS.match(n)]
             if not towers:
-                raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use --tune all, head or none")
+                raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use --tune all or none")
             last = int(tune[5:])
             chosen += [p for block in list(towers[0].children())[-last:] * (last > 0) for p in block.parameters()]
-        if not chosen and tune != "none":
-            raise ModelError(f"{self.name}: cannot tell the tower's last projection; use --tune all or none")
         for p in chosen:
             p.requires_grad_(True)
-
-    def set_execution(self, *, checkpointing: bool = False, compile: bool = False) -> None:
-        """Choose how the towers compute; results stay, up to rounding. For the meaning see TrainConfig.
-
-        Raises:
-            ModelError: the image tower offers no activation checkpointing, or cannot be compiled here.
-        """
-        visual = self.clip.visual
-        if checkpointing:
-            with _quiet_open_clip():
-                self.clip.set_grad_checkpointing(True)
-            if not any(getattr(m, "grad_checkpointing", False) for m in visual.modules()):  # OpenCLIP passes over a tower that has none
-                raise ModelError(f"{self.name}: the image tower offers no activation checkpointing; lower --tile-batch instead")
-        if compile:
-            visual.compile()
-            try:
-                self.encode_tiles(torch.zeros((2, *self.image_size, 3), dtype=torch.uint8, device=self.mean.device))
-            except Exception as error:  # many types: no C++ compiler, an operation that the compiler does not know
-                reason = str(error).strip().splitlines()[0][:200]
-                raise ModelError(f"{self.name}: cannot be compiled here ({reason}); leave --compile out") from error
 
     def train(self, mode: bool = True) -> "Encoder":
         """As nn.Module.train, but batch norm keeps its statistics: bank rows and fresh features must agree."""
@@ -291,14 +226,6 @@ class Encoder(nn.Module):
         write_json(folder / "open_clip_config.json", {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess})
 
 
-def clean_report(text: str) -> str:
-    """Mend what optical character recognition leaves: split words, control characters, rows of dots and dashes."""
-    text = re.sub(r"(\w)-\s*\n\s*(\w)", r"\1\2", text)
-    text = re.sub(r"[^\w\s.,;:()/%<>=+\-'\"°µ&#?!]", " ", text)
-    text = re.sub(r"([._\-=*])\1{2,}", " ", text)
-    return re.sub(r"\s+", " ", text).strip()
-
-
 def _register_tiny() -> None:
     if TINY not in open_clip.list_models():
         open_clip.add_model_config(Path(__file__).with_name(f"{TINY}.json"))
@@ -310,13 +237,13 @@ def list_encoders() -> list[str]:
     return [TINY, *(n for n in open_clip.list_models() if n != TINY)]
 
 
-def describe_encoder(name: str, *, build: bool = True, measure: bool = False) -> dict[str, Any]:
-    """Width D, input edge (px), context (tokens), with `build` parameters (millions) of both towers, with `measure` tiles/s here.
+def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
+    """Width D, input edge (px), context (tokens), with `build` parameters (millions) of both towers. Nothing is downloaded.
 
-    Nothing is downloaded. The parameters of an architecture that needs a package which is not installed are None.
+    The parameters of an architecture that needs a package which is not installed are None.
 
     Raises:
-        ModelError: unknown name, or an architecture to measure that cannot be built.
+        ModelError: unknown name.
     """
     config = EncoderConfig(name)
     _register_tiny()
@@ -333,17 +260,6 @@ def describe_encoder(name: str, *, build: bool = True, measure: bool = False) ->
             row |= {"image_millions": image, "text_millions": both - image}
         except Exception as error:  # as in Encoder.create; here it only leaves two numbers out
             log.debug("%s: %s", name, error)
-    if measure:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = Encoder.create(config).to(device).eval()
-        tiles = torch.zeros((64, *encoder.image_size, 3), dtype=torch.uint8, device=device)
-        with torch.inference_mode():
-            encoder.encode_tiles(tiles).cpu()  # the first pass warms up
-            start, done = time.perf_counter(), 0
-            while (spent := time.perf_counter() - start) < 1:
-                encoder.encode_tiles(tiles).cpu()
-                done += len(tiles)
-        row["tiles_per_s"] = done / spent
     return row
 
 
@@ -389,3 +305,67 @@ def _quiet_open_clip() -> Iterator[None]:
         yield
     finally:
         logging.root.setLevel(level)
+
+
+# how towers compute
+
+
+def pick_device() -> torch.device:
+    """The GPU of this rank where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> AbstractContextManager[Any]:
+    """bf16 arithmetic for the towers where asked for, or by `auto` on a GPU that computes it itself (older ones emulate it, slowly)."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = precision == "bf16" or (precision == "auto" and able)
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient, and back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def cached_features(
+    encode: Callable[[int, int], Float[Tensor, "n D"]], tiles: int, tile_batch: int
+) -> tuple[Float[Tensor, "N D"], Callable[[], None]]:
+    """Features of N tiles with gradient, whose memory does not grow with N (gradient caching; Gao et al. 2021, arXiv 2101.06983).
+
+    All but the last micro-batch are encoded without graph; the returned function, to be called once after the loss was back-propagated,
+    encodes them again with graph and passes their gradient on. Same gradients as one big batch.
+
+    Args:
+        encode: features of tiles start to stop - 1.
+        tile_batch: tiles in one pass. The last pass keeps its graph at once: no other one is in memory meanwhile.
+    """
+    *starts, last = range(0, tiles, tile_batch)
+    states, parts = [], []
+    cuda = torch.cuda.is_available()
+    get, put = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if cuda else (torch.get_rng_state, torch.set_rng_state)
+    with torch.no_grad():
+        for i in starts:
+            states.append(get())  # a tower with dropout must drop the same in both passes
+            parts.append(encode(i, i + tile_batch))
+    if not starts:
+        return encode(last, tiles), lambda: None
+    cached = torch.cat(parts).requires_grad_()
+
+    def encode_again() -> None:
+        assert cached.grad is not None, "call it after backward"
+        after = get()
+        for i, state in zip(starts, states):
+            put(state)
+            encode(i, i + tile_batch).backward(cached.grad[i : i + tile_batch])
+        put(after)
+
+    return torch.cat([cached, encode(last, tiles)]), encode_again

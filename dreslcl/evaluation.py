@@ -479,14 +479,15 @@ def protocol(task: Task, split: str | Path | None, include_seen: bool, config: E
 
 def load_model(embeddings: Embeddings) -> "DRESLCL":
     """The model that made the embeddings; a ModelError where none did, where it is gone, or where another is in its place by now."""
-    from .embedding import load
+    from .encoder import pick_device
+    from .model import DRESLCL
 
     folder = embeddings.model_folder
     if not folder:
         raise ModelError("these embeddings were made without a model, so they have no text side; embed with --model RUN/model")
     if not Path(folder).is_dir():
         raise ModelError(f"{folder}: the model that made the embeddings is not there any more; put it back, or embed again")
-    model = load(Path(folder))
+    model = DRESLCL.load(Path(folder)).to(pick_device())
     if model.fingerprint() != embeddings.model:
         raise ModelError(f"{folder}: holds model {model.fingerprint()}, the embeddings were made by {embeddings.model}; embed again")
     return model
@@ -512,10 +513,10 @@ def report_vectors(embeddings: Embeddings, reports: Sequence[str], vectors: Mapp
     import torch
 
     means = np.stack([vectors[name] for name in reports])
-    if means.shape[1] != model.text_dim:
-        raise ModelError(f"report vectors have width {means.shape[1]}, the model was trained on width {model.text_dim}")
+    if means.shape[1] != model.text.dim:
+        raise ModelError(f"report vectors have width {means.shape[1]}, the model was trained on width {model.text.dim}")
     with torch.inference_mode():
-        return model.project_text(torch.from_numpy(means).to(next(model.parameters()).device)).cpu().numpy()
+        return model.project_text(torch.from_numpy(means).to(model.device)).cpu().numpy()
 
 
 def prompt_vectors(prompts: Path | None, embeddings: Embeddings) -> dict[str, Float[np.ndarray, "P E"]]:

@@ -3,15 +3,14 @@
 import io
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm
@@ -20,72 +19,38 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .bank import MemoryBank
 from .cohort import Cohort
-from .common import (
-    ConfigError,
-    SlideError,
-    StoreError,
-    fingerprint,
-    hold,
-    progress,
-    rank_and_world,
-    read_table,
-    reason,
-    write_bytes,
-    write_text,
-)
-from .embedding import bank_rows, read_slide
-from .evaluation import fit_probe
-from .formats import Embeddings, Layout, read_features, tile_files
+from .common import ConfigError, SlideError, StoreError, fingerprint, hold, read_table, reason, write_bytes, write_text
+from .config import TrainConfig
+from .embedding import check_tiles, encode_slides
+from .evaluation import fit_probe, load_model
+from .formats import Embeddings
 from .labels import join_labels, labelled
-from .model import DRESLCL
-from .residual import ResidualAggregator, assignment_shares, encode_residuals
+from .model import Aggregator, nearest_codeword
 from .slide import Slide
 from .tiles import TileGrid
 from .tissue import draw_overlay
 
 log = logging.getLogger(__name__)
 
-CHUNK = 8192  # tiles in memory at a time beside their features
 TOP = 12  # tiles on a contact sheet
 OPACITY = 140  # of a map over its thumbnail, 0-255
 
 
 def contributions(
-    aggregator: ResidualAggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
+    aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
 ) -> tuple[Int64[np.ndarray, "M"], Float32[np.ndarray, "M"]]:
     """The codeword of each tile of a slide, and each tile's first-order contribution to the score s = direction · z of the slide.
 
-    Let tile i weigh w_i in all sums: R_k = Σ w_i (x_i − c_k) and n_k = Σ w_i. Its contribution is the derivative ∂s/∂w_i at
-    w = 1, that is ⟨x_i − c_k, ∂s/∂R_k⟩ + ∂s/∂n_k: tokens, count term and mean path are all in it, nothing is approximated. What the score
-    would lose without the tile (w_i = 0) it gives to first order only. When a tile's feature moves by δ and keeps its codeword, the score
-    moves by ⟨δ, ∂s/∂R_k⟩, and so does the sum of the contributions at that gradient. Where scaling all weights leaves z as it is
-    (`intra_norm`, the default), contributions sum to zero: a tile counts against the average tile of its slide.
+    Tile i weighs w_i in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂w_i at w = 1: tokens, shares and mean path are
+    all in it, nothing is approximated. What the score would lose without the tile (w_i = 0) it gives to first order only. Where scaling all
+    weights leaves z as it is, as for our aggregators, contributions sum to zero: a tile counts against the average tile of its slide.
     """
-    slopes = score_slopes(aggregator, features, direction)
-    codes, values = zip(*(tile_values(aggregator, part, *slopes) for part in features.split(CHUNK)))
-    return torch.cat(codes).cpu().numpy(), torch.cat(values).cpu().numpy()
-
-
-def score_slopes(
-    aggregator: ResidualAggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
-) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-    """∂s/∂R_k and ∂s/∂n_k of the score s = direction · z of a slide."""
-    parts = [encode_residuals(part, aggregator.codewords, aggregator.config.soft_assignment) for part in features.split(CHUNK)]
-    sums, counts = (torch.stack(side).sum(0).requires_grad_() for side in zip(*parts))
+    weights = features.new_ones(len(features)).requires_grad_()
     with torch.enable_grad():
-        by_sum, by_count = torch.autograd.grad(aggregator(sums[None], counts[None])[0] @ direction, (sums, counts))
-    return by_sum, by_count
-
-
-def tile_values(
-    aggregator: ResidualAggregator, features: Float[Tensor, "n D"], by_sum: Float[Tensor, "K D"], by_count: Float[Tensor, "K"]
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-    """Codewords and contributions of some tiles at given slopes; a softly assigned tile counts at each codeword by its share."""
-    words = aggregator.codewords
-    shares = assignment_shares(features, words, aggregator.config.soft_assignment)
-    return shares.argmax(1), (shares * (features @ by_sum.T + by_count - (words * by_sum).sum(1))).sum(1)
+        score = aggregator(aggregator.bag(features, weights))[0] @ direction
+        (values,) = torch.autograd.grad(score, weights)
+    return nearest_codeword(features, aggregator.codewords).cpu().numpy(), values.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -98,18 +63,16 @@ class Target:
 
 def draw_heatmaps(
     cohort: Cohort,
-    out: Path,
-    model: Path,
     embedded: Embeddings,
+    out: Path,
     *,
     text: str | None = None,
     labels: Path | None = None,
     column: str = "subtype",
-    layout: Layout = "trident",
-    from_bank: bool = False,
+    settings: TrainConfig = TrainConfig(),  # noqa: B008 (frozen)
     force: bool = False,
 ) -> dict[str, str]:
-    """Draw maps of every slide that `embed` did, into `out/heatmaps`; returns slide id -> reason of those that failed.
+    """Draw maps of every slide that is in the embeddings; returns slide id -> reason of those that failed.
 
     `codewords/<slide_id>.png` is over the thumbnail which morphology word each tile is; `geojson/<slide_id>.geojson` holds the same tiles,
     with their measurements, for QuPath. With a text or labels, `contributions/<slide_id>.png` shows what each tile adds to the slide's
@@ -117,74 +80,71 @@ def draw_heatmaps(
     the score per share of the slide. Does only what is missing or was drawn from something else; holds one slide's features in memory.
 
     Args:
-        out, model, embedded, layout, from_bank: as `embed` was given and returned them; tile features are read from `out`, or the bank.
+        embedded: of `embed` with a model; it knows the model's folder.
         text: the score is the cosine of slide and text.
         labels: a table with slide_id or patient_id and `column`. The score is the logit of a linear probe, fitted on these labels
             and all slide vectors, for the slide's own class; a slide without a label is mapped for the class that the probe predicts.
+        settings: its tile_batch, precision and workers count.
 
     Raises:
-        ConfigError: no pixels there, or both a text and labels.
-        ModelError: the model's text tower cannot read a text.
+        ConfigError: no pixels there, both a text and labels, or no slide in common.
+        ModelError: the embeddings' model is gone, or fits neither the tiles nor a text.
         TableError: labels do not fit the slides.
     """
     if cohort.work is None:
-        raise ConfigError("--heatmaps needs the folder that `dreslcl tile` wrote: maps are drawn over the scans")
+        raise ConfigError("heatmaps need the folder that `dreslcl tile` wrote: maps are drawn over the scans")
     if text and labels:
-        raise ConfigError("give --heatmap-text or --heatmap-labels: a map shows one score")
-    out, trained = Path(out), DRESLCL.load(model)
-    device = trained.text_centre.device
-    members = [i for i, member in enumerate(cohort.members) if member.slide_id not in embedded.failed]
-    targets: list[Target | None] = [None] * len(members)
+        raise ConfigError("give --text or --labels: a map shows one score")
+    trained = load_model(embedded)
+    check_tiles(trained, cohort)
+    targets = class_targets(embedded, labels, column) if labels else {}
     if text:
-        targets = [Target(f"Contribution to the similarity with “{text}”", trained.embed_text(text))] * len(members)
-    elif labels:
-        targets = list(class_targets(cohort, members, out, labels, column))
-    rank, world = rank_and_world()
-    failed, name = {}, trained.fingerprint()
-    with hold(model.parent, shared=True) if from_bank else nullcontext(), progress("heatmaps", len(members[rank::world]), "slides") as bar:
-        bank = MemoryBank.open(model.parent / "bank") if from_bank else None
-        for i, target in list(zip(members, targets))[rank::world]:
+        targets = dict.fromkeys(embedded.ids, Target(f"Contribution to the similarity with “{text}”", trained.embed_text(text)))
+    chosen = [i for i, member in enumerate(cohort.members) if member.slide_id in set(embedded.ids)]
+    if not chosen:
+        raise ConfigError(f"none of the {len(cohort)} tiled slides is in the embeddings, which are like {embedded.ids[0]!r}")
+    failed: dict[str, str] = {}
+    with hold(out):
+        marks = {}
+        for i in chosen:
+            target = targets.get(cohort.members[i].slide_id)
+            score = target and [target.title, *(f"{x:.4g}" for x in target.direction)]
+            marks[i] = fingerprint(embedded.model, cohort.mark(i), score)
+        todo = [i for i in chosen if force or _drawn(out, cohort.members[i].slide_id) != marks[i]]
+        for i, parts in encode_slides(trained.encoder, cohort, todo, settings, "heatmaps"):
             slide = cohort.members[i].slide_id
             try:
-                score = target and [target.title, *(f"{x:.4g}" for x in target.direction)]
-                mark = fingerprint(name, cohort.mark(i), from_bank, score)
-                if force or _drawn(out, slide) != mark:
-                    grid = cohort.grid(i)
-                    rows = [*bank_rows(bank, slide, len(grid))] if bank else [read_features(tile_files(out, layout, slide)[-1])]
-                    features = torch.from_numpy(np.concatenate(rows).astype(np.float16)).to(device).float()  # as embed rounds them
-                    direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(device)
-                    codes, values = contributions(trained.aggregator, features, direction)
-                    with Slide.open(cohort.members[i].source, mpp=grid.mpp_level0) as scan:
-                        _draw(out / "heatmaps", scan, grid, codes, len(grid) * values, trained.config.codewords, target, mark)
+                rows = np.concatenate(list(parts)).astype(np.float16)  # as embed rounds them
+                target = targets.get(slide)
+                direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(trained.device)
+                codes, values = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
+                grid = cohort.grid(i)
+                with Slide.open(cohort.members[i].source, mpp=grid.mpp_level0) as scan:
+                    _draw(out, scan, grid, codes, len(grid) * values, trained.config.codewords, target, marks[i])
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)
                 log.warning("%s: no heatmap: %s", slide, failed[slide])
-            bar.advance(bar.task_ids[0])
     return failed
 
 
-def class_targets(cohort: Cohort, members: Sequence[int], out: Path, labels: Path, column: str) -> list[Target]:
-    """For each member the direction of its class in a linear probe that is fitted on all that have a label.
+def class_targets(embedded: Embeddings, labels: Path, column: str) -> Mapping[str, Target]:
+    """For each slide the direction of its class in a linear probe that is fitted on all that have a label.
 
     Raises:
         TableError: no such column, ids that do not match, or fewer than two classes.
     """
-    chosen = [cohort.members[i] for i in members]
-    ids = tuple(m.slide_id for m in chosen)
-    vectors = np.stack([read_slide(out, slide)[0] for slide in ids])
-    embeddings = Embeddings(ids, tuple(m.patient_id for m in chosen), vectors)
-    slides = labelled(join_labels({"embedding": embeddings}, read_table(labels), [column], labels.name), column)
-    probe, names = fit_probe(slides.features["embedding"], slides.y, slides.patients), slides.classes
+    slides = labelled(join_labels({"embedding": embedded}, read_table(labels), [column], labels.name), column)
+    probe = fit_probe(slides.features["embedding"], slides.y, slides.patients)
     slopes = probe[-1].coef_ / probe[0].scale_
-    slopes = np.concatenate([-slopes, slopes]) if len(names) == 2 else slopes
-    classes = dict(zip(ids, probe.predict(vectors).tolist())) | dict(zip(slides.ids.tolist(), slides.y.tolist()))
-    return [Target(f"Contribution to {column} {names[classes[slide]]}", slopes[classes[slide]]) for slide in ids]
+    slopes = np.concatenate([-slopes, slopes]) if len(slides.classes) == 2 else slopes
+    classes = dict(zip(embedded.ids, probe.predict(embedded.vectors).tolist())) | dict(zip(slides.ids.tolist(), slides.y.tolist()))
+    return {slide: Target(f"Contribution to {column} {slides.classes[y]}", slopes[y]) for slide, y in classes.items()}
 
 
 def _drawn(out: Path, slide: str) -> str:
     """What the slide's maps were drawn from; "" where there are none. The codeword map is written last."""
     try:
-        with Image.open(out / "heatmaps" / "codewords" / f"{slide}.png") as image:
+        with Image.open(out / "codewords" / f"{slide}.png") as image:
             return str(image.info.get("fingerprint", ""))
     except OSError:
         return ""

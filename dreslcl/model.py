@@ -1,16 +1,19 @@
-"""DRESLCL: tile and text encoder, residual aggregator and heads in one module; its loss; its folder on disk."""
+"""The method on one page: residual sums, the aggregators that read them, the loss, and DRESLCL with its folder.
+
+A slide has M tiles with features x. Each goes to its nearest codeword q(x); R_k = Σ_{q(x)=k} a(x) (x − c_k) and n_k = Σ_{q(x)=k} a(x)
+(VLAD; Jégou et al. 2010), the weight a of a tile being 1. Both are sums over tiles, so a slide is **drawn + rest**: the tiles of this
+step, through which the gradient flows, and all others as the memory bank has them (bank.py), at a cost that does not depend on M. An
+aggregator turns the sums into the slide's vector z; the loss pulls z to the vector u of the slide's report. All maths here is float32,
+also under autocast.
+"""
 
 import json
 import logging
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,104 +23,304 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .cohort import Cohort, TileReader, prefetch
-from .common import ConfigError, DreslclError, ModelError, SlideError, fingerprint, progress, write_bytes, write_json
+from .common import ConfigError, ModelError, SlideError, fingerprint, write_bytes, write_json
 from .config import EncoderConfig, ModelConfig, TileConfig
-from .encoder import Encoder
-from .formats import read_features
-from .residual import ResidualAggregator, encode_residuals
+from .encoder import Encoder, inference
 from .slide import Slide
+from .text import Text
 from .tiles import find_tiles
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-CHUNK = 512  # tiles read and encoded at a time when a slide is streamed
-Precision = Literal["auto", "fp32", "bf16"]
+VERSION = 2
+HEADS = 4  # attention heads of the Transformer
+FLAT = 1e-3  # mean residual below which a codeword's sum fades to zero, so that tiles on their codeword leave no noise at unit length
+
+
+# residual sums
+
+
+def nearest_codeword(features: Float[Tensor, "N D"], codewords: Float[Tensor, "K D"]) -> Int[Tensor, "N"]:
+    """The nearest codeword of each feature as the bank stores it (float16): argmin of |c|² − 2 x·c. No gradient."""
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        return torch.addmm((codewords**2).sum(1), features.half().to(codewords.dtype), codewords.T, alpha=-2).argmin(1)
+
+
+def residual_sums(
+    features: Float[Tensor, "N D"],
+    codes: Int[Tensor, "N"],
+    codewords: Float[Tensor, "K D"],
+    *,
+    weights: Float[Tensor, "N"] | None = None,
+    part_of: Int[Tensor, "N"] | None = None,
+    parts: int = 1,
+) -> tuple[Float[Tensor, "P K D"], Float[Tensor, "P K"]]:
+    """Sum the residual of every tile to its codeword, and its weight (VLAD; Jégou et al. 2010), apart for each of P parts.
+
+    Args:
+        weights: a(x) of each tile; 1 without.
+        part_of: the part of each tile: a slide of the batch, or a block of a slide. All in part 0 without.
+
+    A codeword without tiles has a sum of exactly zero.
+    """
+    (K, D), cells = codewords.shape, codes if part_of is None else part_of * len(codewords) + codes
+    residuals = features.to(codewords.dtype) - codewords[codes]  # before summing: Σx − n·c would leave rounding noise
+    weights = residuals.new_ones(len(residuals)) if weights is None else weights
+    sums = residuals.new_zeros(parts * K, D).index_add(0, cells, residuals * weights[:, None])
+    return sums.view(parts, K, D), residuals.new_zeros(parts * K).index_add(0, cells, weights).view(parts, K)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """What an aggregator reads of B slides, or of parts of them: parts of the same slides add up."""
+
+    sums: Float[Tensor, "B K D"]
+    counts: Float[Tensor, "B K"]
+    rows: tuple[Tensor, ...] = ()
+    """Features (n, D) of each slide's tiles, where the aggregator needs them."""
+    weights: tuple[Tensor, ...] = ()
+    """(n,) beside them."""
+
+    def __add__(self, other: "Bag") -> "Bag":
+        both = [tuple(torch.cat(pair) for pair in zip(a, b)) for a, b in ((self.rows, other.rows), (self.weights, other.weights))]
+        return Bag(self.sums + other.sums, self.counts + other.counts, *both)
+
+    def or_else(self, other: "Bag") -> "Bag":
+        """The same, with `other`'s tiles for a slide that has none here."""
+        empty = self.counts.sum(1) == 0
+        sums = torch.where(empty[:, None, None], other.sums, self.sums)
+        counts = torch.where(empty[:, None], other.counts, self.counts)
+        both = [tuple(a if len(a) else b for a, b in zip(*pair)) for pair in ((self.rows, other.rows), (self.weights, other.weights))]
+        return Bag(sums, counts, *both)
+
+    def times(self, factor: Float[Tensor, "B"]) -> "Bag":
+        """The same with each slide's tiles weighing `factor` times as much."""
+        weights = tuple(w * f for w, f in zip(self.weights, factor))
+        return Bag(self.sums * factor[:, None, None], self.counts * factor[:, None], self.rows, weights)
+
+
+# aggregators
+
+
+class Aggregator(nn.Module):
+    """A bag of B slides → their vectors z (B, E), unit norm. Subclass it, give `forward`, and put the class into `AGGREGATORS`.
+
+    Attributes:
+        codewords: (K, D), fitted by K-means on bank rows.
+        centre, spread: mean and deviation of the training slides' mean features: what `standardised` uses.
+        needs_rows: whether `forward` reads `bag.rows`. Sums cost nothing that grows with M; rows are read anew at each step.
+    """
+
+    needs_rows = False
+    codewords: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("codewords", torch.zeros(config.codewords, dim))
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("spread", torch.ones(dim))
+
+    def bag(self, features: Float[Tensor, "M D"], weights: Float[Tensor, "M"] | None = None) -> Bag:
+        """The bag of one slide (B = 1) from its tile features."""
+        sums = residual_sums(features, nearest_codeword(features, self.codewords), self.codewords, weights=weights)
+        if not self.needs_rows:
+            return Bag(*sums)
+        return Bag(*sums, (features,), (features.new_ones(len(features)) if weights is None else weights,))
+
+    def mean(self, bag: Bag) -> Float[Tensor, "B D"]:
+        """Each slide's mean feature less the centre: Σ n_k (c_k − centre) + Σ R_k, over Σ n_k: small differences keep their digits."""
+        total = bag.counts.sum(1, keepdim=True).clamp(min=1e-12)
+        return (bag.sums.sum(1) + bag.counts @ (self.codewords - self.centre)) / total
+
+    def standardised(self, features: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+        """Features less the centre, over the deviation: slides differ in few, small directions, and raw they drown."""
+        return (features - self.centre) / self.spread
+
+    @torch.no_grad()
+    def set_statistics(self, slide_means: Float[Tensor, "S D"], momentum: float = 1.0) -> None:
+        """Take centre and spread from slides' mean features; with `momentum` below 1 move towards them.
+
+        While a tile encoder learns they follow the batch (0.9): held still, they blow up the drift of a young encoder until nothing is
+        learnt. The spread is a tenth of the typical one at least: a feature that is the same in all slides would become noise, then NaN.
+        """
+        self.centre.lerp_(slide_means.mean(0), momentum)
+        spread = self.spread.square().lerp((slide_means - self.centre).square().mean(0), momentum).sqrt()
+        typical = spread.square().mean().sqrt()
+        self.spread.copy_(spread.clamp_min(0.1 * typical) if typical > 1e-6 else torch.ones_like(spread))
+
+    def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
+        """Encode B slides."""
+        raise NotImplementedError
+
+
+class ResidualAggregator(Aggregator):
+    """One token per codeword: its residual sum at unit length, an embedding of the codeword, its share of the tiles. A small pre-norm
+    Transformer with a CLS token reads them. A linear path from the slide's standardised mean feature is added (`mean_path`).
+    """
+
+    def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
+        super().__init__(dim, joint_dim, config)
+        K, width = config.codewords, config.width
+        self.project = nn.Linear(dim, width)
+        self.codeword = nn.Parameter(torch.randn(K, width) * 0.5)
+        self.count = nn.Linear(1, width)
+        self.cls = nn.Parameter(torch.randn(width) * 0.5)
+        layer = nn.TransformerEncoderLayer(width, HEADS, 2 * width, config.dropout, activation="gelu", batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, joint_dim)
+        self.mean_head = nn.Linear(dim, joint_dim, bias=False) if config.mean_path else None
+
+    def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
+        """Encode B slides. A codeword without tiles has a residual of exactly zero."""
+        with torch.autocast(bag.sums.device.type, enabled=False):
+            (_, K, D), n = bag.sums.shape, bag.counts[..., None]
+            length = (bag.sums.square().sum(2, keepdim=True) + (FLAT * n).square()).masked_fill(n == 0, 1).sqrt()
+            tokens = self.project((bag.sums / length).masked_fill(n == 0, 0) * D**0.5) + self.codeword
+            share = n / n.sum(1, keepdim=True).clamp(min=1e-12)
+            tokens = tokens + self.count(torch.log1p(share * K))
+            z = self.head(self.transformer(torch.cat([self.cls.expand(len(tokens), 1, -1), tokens], 1))[:, 0])
+            if self.mean_head is not None:
+                z = z + self.mean_head(self.mean(bag) / self.spread)
+            return F.normalize(z, dim=1)
+
+
+class MeanMLP(Aggregator):
+    """The slide's standardised mean feature through two layers."""
+
+    def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
+        super().__init__(dim, joint_dim, config)
+        hidden = nn.Sequential(nn.Linear(dim, 2 * config.width), nn.GELU(), nn.Dropout(config.dropout))
+        self.layers = nn.Sequential(hidden, nn.Linear(2 * config.width, joint_dim))
+
+    def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
+        """Encode B slides."""
+        return F.normalize(self.layers(self.mean(bag) / self.spread), dim=1)
+
+
+class AttentionPooling(MeanMLP):
+    """Gated attention over the tiles (Ilse et al. 2018, arXiv 1802.04712), then the same two layers. Reads a slide's rows: O(M) a step."""
+
+    needs_rows = True
+
+    def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
+        super().__init__(dim, joint_dim, config)
+        self.value, self.gate, self.score = nn.Linear(dim, config.width), nn.Linear(dim, config.width), nn.Linear(config.width, 1)
+
+    def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
+        """Encode B slides."""
+        pooled = []
+        for rows, weights in zip(bag.rows, bag.weights):
+            x = self.standardised(rows.to(self.centre.dtype))
+            scores = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))[:, 0] + weights.log()
+            pooled.append(scores.softmax(0) @ x)
+        return F.normalize(self.layers(torch.stack(pooled)), dim=1)
+
+
+AGGREGATORS: dict[str, type[Aggregator]] = {"residual": ResidualAggregator, "attention": AttentionPooling, "mean-mlp": MeanMLP}
+"""Name of `--aggregator` -> class. Add your own before training and before loading."""
+
+
+# loss
+
+
+def contrastive_loss(z: Float[Tensor, "B E"], u: Float[Tensor, "B E"], reports: Int[Tensor, "B"], scale: Tensor) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE (Radford et al. 2021); `scale` is the inverse temperature.
+
+    Slides with the same report number are positives of each other; without such pairs the value equals OpenCLIP's ClipLoss.
+    """
+    logits = scale * z @ u.T
+    same = (reports[:, None] == reports).to(logits.dtype)
+    target = same / same.sum(1, keepdim=True)  # symmetric
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# the whole model
 
 
 class DRESLCL(nn.Module):
-    """The whole model.
+    """Tile encoder, text encoder, aggregator and heads.
 
     Attributes:
-        encoder: tile and text towers; None where tile features and report vectors came from elsewhere.
-        aggregator: residual sums (B, K, D), counts (B, K) -> z (B, E), unit norm.
-        text_head: frozen report vectors -> joint space; None where the text tower learns, its vectors being u themselves.
+        encoder: image tower (and its text tower); None where tile features came from elsewhere and no tower reads the reports.
+        text: how a report becomes a vector.
+        aggregator: bag of B slides -> z (B, E), unit norm.
+        text_head: report vectors -> joint space; None where the text tower learns, its vectors being u themselves.
         logit_scale: log of the inverse temperature, learnt.
         about: what else the model's folder tells: tile size and resolution, slides seen in pretraining.
     """
 
-    text_centre: torch.Tensor
+    text_centre: Tensor
 
     def __init__(
         self,
         encoder: Encoder | None,
+        text: Text,
         config: ModelConfig,
         *,
         dim: int,
-        text_dim: int,
-        frozen_text: bool,
         temperature: float = 0.07,
         about: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.config, self.dim, self.text_dim, self.frozen_text = config, dim, text_dim, frozen_text
-        self.about = about or {}
-        self.encoder = encoder
-        self.aggregator = ResidualAggregator(dim, self.joint_dim, config)
-        self.text_head = nn.Linear(text_dim, self.joint_dim, bias=False) if frozen_text else None
-        self.register_buffer("text_centre", torch.zeros(text_dim))
+        if config.aggregator not in AGGREGATORS:
+            raise ConfigError(
+                f"no aggregator {config.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into model.AGGREGATORS"
+            )
+        self.config, self.dim, self.about = config, dim, about or {}
+        self.encoder, self.text = encoder, text
+        self.joint_dim = text.dim if text.learns else config.joint_dim
+        self.aggregator = AGGREGATORS[config.aggregator](dim, self.joint_dim, config)
+        self.text_head = None if text.learns else nn.Linear(text.dim, self.joint_dim, bias=False)
+        self.register_buffer("text_centre", torch.zeros(text.dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP only (Zhai et al. 2023, start value)
-
-    @property
-    def joint_dim(self) -> int:
-        """E."""
-        return self.config.joint_dim if self.frozen_text else self.text_dim
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything that learns except the two towers."""
-        return [p for n, p in self.named_parameters() if not n.startswith("encoder.")]
+        return [p for n, p in self.named_parameters() if not n.startswith(("encoder.", "text."))]
 
     def project_text(self, vectors: Float[Tensor, "B X"]) -> Float[Tensor, "B E"]:
-        """Report vectors -> u, unit norm. Frozen vectors crowd in a narrow cone: centred on the training reports' mean first."""
+        """Report vectors -> u, unit norm. Vectors that do not learn crowd in a narrow cone: centred on the training reports' mean first."""
         if self.text_head is None:
             return F.normalize(vectors, dim=-1)
         return F.normalize(self.text_head(vectors - self.text_centre), dim=-1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.text_centre.device
+
     # use after training
 
-    @torch.no_grad()
     def embed_tiles(self, tiles: np.ndarray) -> Float32[np.ndarray, "N D"]:
         """Unit-norm features of tiles, uint8 (N, H, W, 3).
 
         Raises:
             ModelError: the model has no tile encoder (it was trained on features).
         """
-        return self._towers().encode_tiles(torch.from_numpy(tiles).to(self.text_centre.device)).cpu().numpy()
+        encoder = self._tile_encoder()
+        with inference(self):
+            return encoder.encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
 
-    @torch.no_grad()
     def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
         """The slide vector of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
 
         Raises:
             ModelError: features of another width than the model's D.
         """
-        was_training = self.training
-        self.eval()
         total = None
-        for part in parts:
-            if part.shape[1] != self.dim:
-                raise ModelError(
-                    f"features have width {part.shape[1]}, the model was trained on width {self.dim}; use the same tile encoder"
-                )
-            rows = torch.from_numpy(part.astype(np.float16)).to(self.text_centre.device).float()
-            new = encode_residuals(rows, self.aggregator.codewords, self.config.soft_assignment)
-            total = new if total is None else (total[0] + new[0], total[1] + new[1])
-        assert total is not None, "a slide without tiles has no vector"
-        vector = self.aggregator(total[0][None], total[1][None])[0].cpu().numpy()
-        self.train(was_training)
-        return vector
+        with inference(self):
+            for part in parts:
+                if part.shape[1] != self.dim:
+                    raise ModelError(
+                        f"features have width {part.shape[1]}, the model was trained on width {self.dim}; use the same tile encoder"
+                    )
+                bag = self.aggregator.bag(torch.from_numpy(part.astype(np.float16)).to(self.device).float())
+                total = bag if total is None else total + bag
+            assert total is not None, "a slide without tiles has no vector"
+            return self.aggregator(total)[0].cpu().numpy()
 
     def embed_slide(self, scan: str | Path, *, batch: int = 128) -> Float32[np.ndarray, "E"]:
         """The slide vector of a scan: its tissue tiles, all encoded. Nothing is written, memory does not grow with the scan.
@@ -126,42 +329,42 @@ class DRESLCL(nn.Module):
             ModelError: the model has no tile encoder (it was trained on features).
             SlideError: the scan cannot be read, or holds no tissue.
         """
-        self._towers()
+        self._tile_encoder()
         with Slide.open(Path(scan)) as slide:
             grid = find_tiles(slide, TileConfig(size=self.about["size"], mpp=self.about["mpp"]))
             if not len(grid):
                 raise SlideError(f"{scan}: no tissue found, so there is nothing to embed")
-            with inference(self):
-                corners = (grid.xy[i : i + batch] for i in range(0, len(grid), batch))
-                return self.embed_features(self.embed_tiles(slide.read_tiles(xy, grid.size, grid.mpp)) for xy in corners)
+            corners = (grid.xy[i : i + batch] for i in range(0, len(grid), batch))
+            return self.embed_features(self.embed_tiles(slide.read_tiles(xy, grid.size, grid.mpp)) for xy in corners)
 
-    @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Float32[np.ndarray, "*N E"]:
         """Joint-space vector of a text, or of each of several.
 
         Raises:
-            ModelError: the model has no text tower that its joint space knows.
+            ModelError: the model was trained on report vectors made elsewhere.
         """
-        if self.about.get("text") == "vectors":
-            raise ModelError("this model was trained on report vectors made elsewhere: encode texts with that tool, then `project_text`")
         many = [texts] if isinstance(texts, str) else list(texts)
-        vectors = self.project_text(self._towers().encode_reports(many)).cpu().numpy()
+        with inference(self):
+            vectors = self.project_text(torch.stack([self.text.vector(text) for text in many]).to(self.device)).cpu().numpy()
         return vectors[0] if isinstance(texts, str) else vectors
 
-    def _towers(self) -> Encoder:
-        if self.encoder is None:
-            raise ModelError("this model has no encoder of its own: it was trained on features made elsewhere")
+    def _tile_encoder(self) -> Encoder:
+        if self.encoder is None or self.about.get("tiles") == "features":
+            raise ModelError("this model has no tile encoder of its own: it was trained on features made elsewhere")
         return self.encoder
 
     # the folder
 
+    def _own_state(self) -> dict[str, Tensor]:
+        return {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if not k.startswith(("encoder.", "text."))}
+
     def fingerprint(self) -> str:
         """Hash of all that an embedding depends on (16 hex digits)."""
-        own = {k: v.detach().cpu().double().sum().item() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
+        own = {k: v.double().sum().item() for k, v in self._own_state().items()}
         return fingerprint(own, self.encoder.fingerprint() if self.encoder else None)
 
     def save(self, folder: Path) -> None:
-        """Write config.json, weights.safetensors and, with an encoder, the OpenCLIP folder open_clip/.
+        """Write config.json, weights.safetensors, the text encoder and, with an encoder, the OpenCLIP folder open_clip/.
 
         The configuration goes first and comes last: between the two the folder is no model, never a mix of an older and this one.
         """
@@ -170,18 +373,10 @@ class DRESLCL(nn.Module):
         (folder / "config.json").unlink(missing_ok=True)
         if self.encoder is not None:
             self.encoder.save(folder / "open_clip")
-        weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        write_bytes(folder / "weights.safetensors", save(weights))
-        header = {
-            "version": VERSION,
-            "model": asdict(self.config),
-            "dim": self.dim,
-            "text_dim": self.text_dim,
-            "frozen_text": self.frozen_text,
-            "encoder": self.encoder is not None,
-            "about": self.about,
-        }
-        write_json(folder / "config.json", header)
+        self.text.save(folder)
+        write_bytes(folder / "weights.safetensors", save(self._own_state()))
+        header = {"version": VERSION, "model": asdict(self.config), "dim": self.dim, "text": self.text.describe(), "about": self.about}
+        write_json(folder / "config.json", header | {"encoder": self.encoder is not None})
 
     @classmethod
     def load(cls, folder: Path) -> "DRESLCL":
@@ -193,126 +388,15 @@ class DRESLCL(nn.Module):
         folder = Path(folder)
         try:
             header = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if header["version"] > VERSION:
-                raise ModelError(f"{folder}: version {header['version']} is newer than this dreslcl reads ({VERSION})")
+            if header["version"] != VERSION:
+                raise ModelError(f"{folder}: version {header['version']}, this dreslcl reads version {VERSION}")
             encoder = Encoder.create(EncoderConfig(name=f"local-dir:{folder / 'open_clip'}")) if header["encoder"] else None
-            model = cls(
-                encoder,
-                ModelConfig(**header["model"]),
-                dim=header["dim"],
-                text_dim=header["text_dim"],
-                frozen_text=header["frozen_text"],
-                about=header["about"],
-            )
+            text = Text.load(folder, header["text"], encoder)
+            model = cls(encoder, text, ModelConfig(**header["model"]), dim=header["dim"], about=header["about"])
             missing, extra = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{folder}: not a whole dreslcl model folder ({reason}); give RUN/model of a finished pretrain") from error
-        if extra or any(not k.startswith("encoder.") for k in missing):
+        if extra or any(not k.startswith(("encoder.", "text.")) for k in missing):
             raise ModelError(f"{folder}: weights.safetensors does not fit config.json; was one of them replaced?")
         return model.eval()
-
-
-def contrastive_loss(
-    z: Float[Tensor, "B E"],
-    u: Float[Tensor, "B E"],
-    reports: Int[Tensor, "B"],
-    scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE (Radford et al. 2021), or with `bias` the pairwise sigmoid loss SigLIP (Zhai et al. 2023).
-
-    Slides with the same report number are positives of each other; without such pairs the value equals OpenCLIP's
-    ClipLoss and SigLipLoss. `scale` is the inverse temperature.
-    """
-    logits = scale * z @ u.T
-    same = (reports[:, None] == reports).to(logits.dtype)
-    if bias is not None:
-        return -F.logsigmoid((2 * same - 1) * (logits + bias)).sum() / len(z)
-    target = same / same.sum(1, keepdim=True)
-    target = (1 - label_smoothing) * target + label_smoothing / len(z)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # target is symmetric
-
-
-def pick_device() -> torch.device:
-    """The GPU of this rank where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 arithmetic for the towers where asked for, or by `auto` on a GPU that has it."""
-    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient, and back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
-def encode_members(
-    encoder: Encoder | None,
-    cohort: Cohort,
-    members: Sequence[int],
-    *,
-    batch: int,
-    precision: Precision,
-    workers: int,
-    title: str,
-    reader: TileReader | None = None,
-) -> Iterator[tuple[int, Iterator[Float[np.ndarray, "n D"]]]]:
-    """Features of all tiles of the members in turn: (member, its parts in row order). Take each member's parts before the next.
-
-    Tiles are read ahead of the encoder, across members; a cohort of features is read from its files. A member that cannot be read
-    raises its error where its parts are taken; the members after it come all the same.
-    """
-    if cohort.work is None:
-        with progress(title, len(members), "slides") as bar:
-            for m in members:
-                yield m, map(read_features, [cohort.members[m].source])
-                bar.advance(bar.task_ids[0])
-        return
-    assert encoder is not None, "pixels need a tile encoder"
-    device, reader = encoder.mean.device, reader or TileReader(cohort, workers=workers)
-    jobs = [(m, np.arange(i, min(i + CHUNK, cohort.members[m].tiles))) for m in members for i in range(0, cohort.members[m].tiles, CHUNK)]
-    bad: dict[int, Exception] = {}
-
-    def read(job: tuple[int, np.ndarray]) -> np.ndarray | None:
-        try:
-            return None if job[0] in bad else reader.read(*job)
-        except (DreslclError, OSError, MemoryError) as error:
-            bad[job[0]] = error
-            return None
-
-    def parts() -> Iterator[tuple[int, np.ndarray | None]]:
-        with progress(title, sum(len(index) for _, index in jobs), "tiles") as bar:
-            for (member, index), tiles in zip(jobs, prefetch(read, jobs, reader.workers, ahead=2 * reader.workers)):
-                bar.advance(bar.task_ids[0], len(index))
-                if tiles is None:
-                    yield member, None
-                    continue
-                with inference(encoder), autocast(device, precision):
-                    done = [
-                        encoder.encode_tiles(torch.from_numpy(tiles[i : i + batch]).to(device)).cpu() for i in range(0, len(tiles), batch)
-                    ]
-                yield member, torch.cat(done).numpy()
-
-    def checked(member: int, group: Iterable[tuple[int, np.ndarray | None]]) -> Iterator[np.ndarray]:
-        for _, features in group:
-            if features is None:
-                raise bad[member]
-            yield features
-
-    for member, group in groupby(parts(), key=itemgetter(0)):
-        yield member, checked(member, group)

@@ -358,7 +358,7 @@ def _make_grid(job: _Job, slide: Slide, mask: Bool[np.ndarray, "h w"], mpp_sourc
         tissue = box_fractions(mask, xy, extent, slide.size)
     else:
         extent, mpp = slide.extent(size, config.mpp), config.mpp
-        if config.align and (aligned := aligned_extent(slide, config)) != extent:
+        if False and (aligned := aligned_extent(slide, config)) != extent:
             extent, mpp = aligned, aligned * slide.mpp / size
         step = max(1, round(extent * (size - config.overlap) / size))
         xy = grid_corners(slide.size, extent, step)
@@ -429,7 +429,7 @@ def _examine(job: _Job, slide: Slide, mpp_source: str) -> tuple[TileGrid, np.nda
     """Grid, mask, polygons and thumbnail of a slide. The mask gets finer where tiles are small, coarser where it would be huge."""
     config = job.config
     slide.extent(config.size, config.mpp)  # raises where the scan says no resolution
-    mask_mpp = min(config.mask_mpp, config.size * config.mpp / 8)
+    mask_mpp = min(8.0, config.size * config.mpp / 8)
     mask_mpp = max(mask_mpp, slide.mpp, max(slide.size) * slide.mpp / 8192)
     thumbnail = slide.thumbnail(mask_mpp)
     if job.annotation is not None:

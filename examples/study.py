@@ -1,14 +1,14 @@
 """A study: variants x seeds on one cohort, each held against the same baselines with the same probe.
 
-    study.py tcga FOLDER --out OUT [--report-embeddings FILE] [--variants default no-mean-path ...] [--seeds 0 1 2]
+    study.py tcga FOLDER --out OUT [--report-embeddings FILE] [--variants default no-bank aggregator=attention ...] [--seeds 0 1 2]
 
-FOLDER holds for `tcga` features/, reports.csv and labels.csv; for `crc` and `demo` slides/, reports.csv and labels.csv with a column
-split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets one row for
-each finished run, which is not done again; a run cut short goes on from its last epoch. Settings are the knobs of dreslcl/config.py:
-those of the cohort's line in DATA, then `--set`, then the variant's. To choose settings without looking at the held-out patients:
-`--fold 0/3` takes these out altogether and holds out a third of the training patients instead. `--salt TEXT` holds out another 35 % of
-the tcga patients. OUT/held_out.txt lists the patients held out (OUT/held_outTEXT.txt with a salt); `--variants` without a name writes it
-and stops.
+FOLDER holds reports.csv, labels.csv and, for `tcga` and `bags`, features/ (tile features), else slides/; labels.csv of all but `tcga`
+has a column split. Held out are the patients with split=test; for tcga 35 % of the patients by a hash of their id. OUT/study.csv gets
+one row for each finished run, which is not done again; a run cut short goes on from its last epoch. Settings are those of
+dreslcl/config.py: of the cohort's line in DATA, then `--set`, then the variant's. To choose settings without looking at the held-out
+patients: `--fold 0/3` takes these out altogether and holds out a third of the training patients instead. `--salt TEXT` holds out
+another 35 % of the tcga patients. OUT/held_out.txt lists the patients held out (OUT/held_outTEXT.txt with a salt); `--variants` without
+a name writes it and stops.
 """
 
 import argparse
@@ -18,79 +18,48 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dreslcl import Codebook, Cohort, Embeddings, embed, evaluate, pretrain, tile_slides
+from dreslcl import Cohort, Embeddings, embed, evaluate, pretrain, tile_slides
+from dreslcl.bank import fit_codebook
 from dreslcl.common import fingerprint, read_table, write_table
 from dreslcl.config import EvalConfig, RunConfig, TileConfig, updated
 from dreslcl.demo import SETTINGS, TILES
 from dreslcl.formats import find_features, read_features
-from dreslcl.model import DRESLCL
-from dreslcl.residual import ResidualAggregator, residual_sums
-from dreslcl.trainer import Trainer, Visit
+from dreslcl.model import nearest_codeword, residual_sums
 
 log = logging.getLogger("dreslcl.study")
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    # baselines, trained alike (same loss, text head, batches, budget): `pooling` stands in the residual encoder's place
-    "mean-mlp": {"pooling": "mean-mlp"},
-    "attention": {"pooling": "attention"},
-    # the method, and one knob changed at a time
     "default": {},
-    "no-bank": {"bank": False},
-    "bank-tiles-16": {"bank_tiles": 16},
+    # baselines, trained alike (same loss, text, batches, budget)
+    "mean-mlp": {"aggregator": "mean-mlp"},
+    "attention": {"aggregator": "attention"},
+    "no-bank": {"bank_share": 0.0},
+    "whole-bank": {"bank_share": 1.0},
     "frozen": {"tune": "none"},
-    "freeze-2": {"freeze_epochs": 2},
-    "encoder-lr-low": {"encoder_lr": 3e-5},
-    "encoder-lr-high": {"encoder_lr": 3e-4},
-    "gradient-1": {"gradient_scale": "1"},
-    "gradient-full": {"gradient_scale": "full"},
-    "refresh-16": {"refresh": 16},
-    "refresh-every-2": {"refresh_every": 2},
-    "codewords-4": {"codewords": 4},
-    "codewords-8": {"codewords": 8},
-    "codewords-32": {"codewords": 32},
-    "refit-5": {"codebook_refit": 5},
-    "soft": {"soft_assignment": 10.0},
-    "no-stale-dropout": {"stale_dropout": 0.0},
-    "stale-dropout": {"stale_dropout": 0.3},
-    "window": {"sampling": "window"},
-    "no-intra-norm": {"intra_norm": False},
-    "no-count-term": {"count_term": False},
     "no-mean-path": {"mean_path": False},
-    "depth-1": {"depth": 1},
-    "depth-4": {"depth": 4},
-    "no-dropout": {"dropout": 0.0},
-    "dropout-0.5": {"dropout": 0.5},
-    "weight-decay-0": {"weight_decay": 0.0},
-    "weight-decay-0.5": {"weight_decay": 0.5},
-    "text-frozen": {"text": "frozen"},
-    "text-tune": {"text": "tune"},
-    "whole-report": {"report_part": 1.0},
-    "report-part-0.5": {"report_part": 0.5},
-    "siglip": {"loss": "siglip"},
-    "label-smoothing": {"label_smoothing": 0.1},
-    "temperature-0.2": {"temperature": 0.2},
     "no-view": {"view_weight": 0.0},
-    "batch-16": {"batch": 16},
 }
-
+FEATURES = ("tcga", "bags")
+TASKS = {"tcga": {"subtype": ["subtype"], "mutation": ["TP53"]}, "demo": {t: [t] for t in ("subtype", "recognition", "mutation")}}
 DATA = {
-    "tcga": {"tiles": None, "settings": RunConfig(), "tasks": {"subtype": ["subtype"], "mutation": ["TP53"]}},
-    "crc": {"tiles": TileConfig(), "settings": RunConfig(), "tasks": {"subtype": ["subtype"], "recognition": ["recognition"]}},
-    "demo": {"tiles": TILES, "settings": SETTINGS, "tasks": {t: [t] for t in ("subtype", "recognition", "mutation")}},
+    name: {
+        "tiles": None if name in FEATURES else TILES if name == "demo" else TileConfig(),
+        "settings": SETTINGS if name == "demo" else RunConfig(),
+        "tasks": TASKS.get(name, {"subtype": ["subtype"], "recognition": ["recognition"]}),
+    }
+    for name in ("tcga", "bags", "crc", "demo")
 }
-PROBE = EvalConfig(shots=())
+SHOTS = 25
+PROBE = EvalConfig(shots=(SHOTS,))
 PARTS = {f.name: part for part in ("encoder", "model", "train") for f in fields(type(getattr(RunConfig(), part)))}
 
 
@@ -122,7 +91,7 @@ def load_study(
     labels, reports = read_table(folder / "labels.csv", ["slide_id", "patient_id"]), folder / "reports.csv"
     if tiles is None:
         everything = Cohort.of_features(find_features(folder / "features"), patients=folder / "labels.csv")
-        for row in labels:
+        for row in labels if name == "tcga" else ():
             row["split"] = "test" if share(row["patient_id"], salt) < 35 else "train"
     else:
         tile_slides(folder / "slides", out / "work", tiles)
@@ -130,7 +99,7 @@ def load_study(
     if fold:
         number, count = map(int, fold.split("/"))
         left = {row["patient_id"] for row in labels if row["split"] != "test"}
-        everything = replace(everything, members=tuple(m for m in everything.members if m.patient_id in left))
+        everything = everything.subset([m for m in everything.members if m.patient_id in left])
         labels = [row for row in labels if row["patient_id"] in left]
         for row in labels:
             row["split"] = "test" if share(row["patient_id"], "fold") % count == number else "train"
@@ -151,88 +120,13 @@ def untrained(study: Study, config: RunConfig) -> tuple[Embeddings, Embeddings]:
     seen, rng = frozenset(m.slide_id for m in study.train.members), np.random.default_rng(config.train.seed)
     each = max(1, 20_000 // len(seen))
     sample = np.concatenate([rng.permutation(rows[slide])[:each] for slide in sorted(seen)])
-    words = torch.from_numpy(Codebook.fit(sample, config.model.codewords, seed=config.train.seed, encoder="untrained").codewords)
+    words = torch.from_numpy(fit_codebook(sample, config.model.codewords, seed=config.train.seed))
     vectors = []
     for slide in means.ids:
         features = torch.from_numpy(rows[slide])
-        sums, _ = residual_sums(features, torch.cdist(features, words).argmin(1), words)
-        vectors.append(nn.functional.normalize(nn.functional.normalize(sums, dim=1).flatten(), dim=0).numpy())
+        sums, _ = residual_sums(features, nearest_codeword(features, words), words)
+        vectors.append(nn.functional.normalize(nn.functional.normalize(sums[0], dim=1).flatten(), dim=0).numpy())
     return replace(means, seen=seen), Embeddings(means.ids, means.patients, np.stack(vectors), None, seen)
-
-
-# baselines in the residual encoder's place
-
-
-class MeanMLP(ResidualAggregator):
-    """The slide's standardised mean feature through two layers."""
-
-    def __init__(self, dim: int, joint_dim: int, config: Any):
-        super().__init__(dim, joint_dim, replace(config, mean_path=False))
-        hidden = nn.Sequential(nn.Linear(dim, 2 * config.width), nn.GELU(), nn.Dropout(config.dropout))
-        self.layers = nn.Sequential(hidden, nn.Linear(2 * config.width, joint_dim))
-
-    def forward(self, sums: Tensor, counts: Tensor) -> Tensor:
-        return nn.functional.normalize(self.layers(self.mean(sums, counts) / self.spread), dim=1)
-
-
-class AttentionPooling(MeanMLP):
-    """Gated attention over the tiles (Ilse et al. 2018, arXiv 1802.04712), then the same two layers."""
-
-    def __init__(self, dim: int, joint_dim: int, config: Any):
-        super().__init__(dim, joint_dim, config)
-        self.value, self.gate, self.score = nn.Linear(dim, config.width), nn.Linear(dim, config.width), nn.Linear(config.width, 1)
-
-    def pool(self, features: Tensor, lengths: list[int]) -> Tensor:
-        x = (features - self.centre) / self.spread
-        scores = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))
-        shares = torch.cat([part.softmax(0) for part in scores.split(lengths)])
-        slide = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        pooled = torch.zeros(len(lengths), x.shape[1]).index_add(0, slide, shares * x)
-        return nn.functional.normalize(self.layers(pooled), dim=1)
-
-
-class AttentionModel(DRESLCL):
-    @torch.no_grad()
-    def embed_features(self, parts: Any) -> np.ndarray:
-        was_training = self.training
-        self.eval()
-        rows = torch.from_numpy(np.concatenate([part.astype(np.float16) for part in parts])).float()
-        vector = self.aggregator.pool(rows, [len(rows)])[0].numpy()
-        self.train(was_training)
-        return vector
-
-
-class AttentionTrainer(Trainer):
-    def _slide_vectors(self, visits: list[Visit], index: list[np.ndarray], fresh: Tensor, sizes: list[int]) -> Tensor:
-        if self._whole_slides:
-            slides = [self._id(v.member) for v in visits]
-            index = [np.arange(self.bank.tiles(slide)) for slide in slides]
-            fresh = torch.from_numpy(np.concatenate([self.bank.gather(slide, i) for slide, i in zip(slides, index)])).float()
-        return self.model.aggregator.pool(fresh, [len(i) for i in index])
-
-    def _two_views(self, slides: list[str], index: list[np.ndarray], fresh: Tensor) -> tuple[Tensor, Tensor]:
-        one = list(fresh.split([len(i) for i in index]))
-        if self._whole_slides:
-            rest = [np.delete(np.arange(self.bank.tiles(slide)), i) for slide, i in zip(slides, index)]
-            other = [torch.from_numpy(self.bank.gather(slide, i)).float() for slide, i in zip(slides, rest)]
-        else:
-            one, other = [part[::2] for part in one], [part[1::2] for part in one]
-        pool = self.model.aggregator.pool
-        return pool(torch.cat(one), [len(x) for x in one]), pool(torch.cat(other), [len(x) for x in other])
-
-
-@contextmanager
-def pooled(kind: str | None) -> Iterator[None]:
-    """Let pretrain and embed build a baseline in place of the residual encoder. Attention is for tile features on the CPU."""
-    with ExitStack() as stack:
-        if kind:
-            aggregator = {"mean-mlp": MeanMLP, "attention": AttentionPooling}[kind]
-            stack.enter_context(patch("dreslcl.model.ResidualAggregator", aggregator))
-        if kind == "attention":
-            stack.enter_context(patch("dreslcl.trainer.DRESLCL", AttentionModel))
-            stack.enter_context(patch("dreslcl.model.DRESLCL", AttentionModel))
-            stack.enter_context(patch("dreslcl.trainer.Trainer", AttentionTrainer))
-        yield
 
 
 # one run
@@ -245,25 +139,24 @@ def settings(base: RunConfig, knobs: dict[str, Any]) -> RunConfig:
     return updated(base, **parts)
 
 
-def run(study: Study, config: RunConfig, pooling: str | None, key: str) -> dict[str, Any]:
+def run(study: Study, config: RunConfig, key: str) -> dict[str, Any]:
     """Train, embed, measure. Returns columns of the CSV."""
     folder, start = study.out / "runs" / key, time.monotonic()
-    with pooled(pooling):
-        model = pretrain(study.train, folder, config, resume=True)
-        trained = embed(study.everything, folder / "embeddings", model=model)
+    model = pretrain(study.train, folder, config)
+    trained = embed(study.everything, folder / "embeddings", model=model)
     row: dict[str, Any] = {"seconds": round(time.monotonic() - start)}
     row |= {f"last.{name}": value for name, value in read_table(folder / "metrics.csv")[-1].items()}
     means, residuals = untrained(study, config)
     if study.everything.work is None:  # then the mean of the trained tile features is that of the untrained ones
         means, trained = None, replace(trained, mean=means.vectors)
-    split = {"split": "split"} if study.everything.work is not None else {}
+    split = {} if study.name == "tcga" else {"split": "split"}
     for task, columns in DATA[study.name]["tasks"].items():
         ours = evaluate((trained, means) if means else trained, study.labels, task, columns=columns, config=PROBE, **split)
         row |= scores(ours, task)
         row |= scores(baseline(study, residuals, task, columns, split), task, "residuals")
     row |= scores(evaluate(trained, study.vectors or study.reports, "retrieval", config=PROBE), "retrieval")
-    for name in ("bank", "embeddings"):
-        shutil.rmtree(folder / name)
+    for name in ("bank", "embeddings", "text"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "checkpoint.pt").unlink()
     return row
 
@@ -274,7 +167,7 @@ _measured: dict[tuple[Any, ...], Any] = {}
 def baseline(study: Study, residuals: Embeddings, task: str, columns: list[str], split: dict[str, str]) -> Any:
     key = (fingerprint(residuals.vectors.tobytes().hex()), task)
     if key not in _measured:
-        _measured[key] = evaluate(residuals, study.labels, task, columns=columns, config=PROBE, **split)
+        _measured[key] = evaluate(residuals, study.labels, task=task, columns=columns, config=PROBE, **split)
     return _measured[key]
 
 
@@ -301,7 +194,7 @@ def scores(result: Any, task: str, alias: str = "embedding") -> dict[str, float]
 def knob(text: str) -> tuple[str, Any]:
     """KEY=VALUE as on the command line, the value as JSON or else as text."""
     key, _, value = text.partition("=")
-    if key not in PARTS and key != "pooling":
+    if key not in PARTS:
         raise SystemExit(f"{key!r} is no knob of config.py; there are {', '.join(PARTS)}")
     try:
         return key, json.loads(value)
@@ -365,20 +258,20 @@ def main() -> None:
         for seed in options.seeds:
             for name, knobs in map(variant, options.variants):
                 knobs = dict(map(knob, options.set)) | knobs
-                pooling = knobs.pop("pooling", None)
                 config = settings(data["settings"], knobs | {"seed": seed})
-                key = fingerprint(options.data, asdict(config), str(tiles), pooling, fold, options.salt, str(options.report_embeddings))
+                key = fingerprint(options.data, asdict(config), str(tiles), fold, options.salt, str(options.report_embeddings))
                 if key in done:
                     continue
                 head = {"key": key, "data": options.data, "variant": name, "set": " ".join(options.set)}
                 head |= {"fold": fold or "", "salt": options.salt, "seed": seed}
-                rows.append(head | run(study, config, pooling, key))
+                rows.append(head | run(study, config, key))
                 columns = list(dict.fromkeys(column for row in rows for column in row))
                 write_table(table, columns, [[row.get(c, "") for c in columns] for row in rows])
                 done.add(key)
                 log.info("%s, seed %d, fold %s: %s s", name, seed, fold, rows[-1]["seconds"])
     recall = "retrieval.embedding.report_→_slide.recall@10"
     tasks = [f"{task}.{f}.linear.auroc" for task in data["tasks"] for f in ("embedding", "mean-pool", "untrained-mean", "residuals")]
+    tasks += [f"{task}.embedding.{probe}.auroc" for task in data["tasks"] for probe in ("5-NN", f"{SHOTS}-shot")]
     summary([{k: str(v) for k, v in row.items()} for row in rows], options.show or [recall, *tasks])
 
 

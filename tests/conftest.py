@@ -37,7 +37,7 @@ def work(tmp_path_factory) -> Path:
         image = np.full((640, 768, 3), 244, np.uint8)
         image[64:576, 64:704] = rng.integers(60, 160, (512, 640, 3)) // (1, 2, 1) + np.array([i * 8, 0, 90 - i * 9])
         write_scan(folder / "slides" / f"s{i}.svs", image, mpp=1.0)
-    tile_slides(folder / "slides", folder / "work", TileConfig(size=64, mpp=2.0, mask_mpp=8.0))
+    tile_slides(folder / "slides", folder / "work", TileConfig(size=64, mpp=2.0))
     patients = ["p0", "p0", *(f"p{i}" for i in range(2, 8))]
     rows = [
         (f"s{i}", p, f"Report of {p}. Finding number {i}. Margins are free.", "val" if i > 5 else "train") for i, p in enumerate(patients)
@@ -55,13 +55,17 @@ def model(tmp_path_factory) -> Path:
     from dreslcl.config import EncoderConfig, ModelConfig
     from dreslcl.encoder import Encoder
     from dreslcl.model import DRESLCL
+    from dreslcl.text import make_text
 
-    encoder, config = Encoder.create(EncoderConfig()), ModelConfig(codewords=4, width=16, heads=2)
-    about = {"tiles": "pixels", "text": "tower", "seen": ["s0"], "size": 64, "mpp": 2.0}
+    config = EncoderConfig(text="tune")
+    encoder = Encoder.create(config)
     torch.manual_seed(0)
-    made = DRESLCL(encoder, config, dim=encoder.dim, text_dim=encoder.dim, frozen_text=False, about=about)
-    words = np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32)
-    made.aggregator.set_codebook(words, words)
+    text = make_text(config, encoder, ["a report", "another one"])
+    about = {"tiles": "pixels", "seen": ["s0"], "size": 64, "mpp": 2.0}
+    made = DRESLCL(encoder, text, ModelConfig(codewords=4, width=16), dim=encoder.dim, about=about)
+    words = torch.from_numpy(np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32))
+    made.aggregator.codewords.copy_(words)
+    made.aggregator.set_statistics(words)
     folder = tmp_path_factory.mktemp("run") / "model"
     made.save(folder)
     return folder

@@ -1,42 +1,37 @@
+import logging
 import multiprocessing
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dreslcl import common
 from dreslcl.common import (
     BusyError,
     TableError,
     atomic,
     check_id,
+    counting,
     file_stamp,
     fingerprint,
     hold,
     read_table,
     slide_id,
+    track,
     write_json,
     write_table,
-)
+)  # fmt: skip
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), atomic(tmp_path / "deep" / "a.txt") as part:
-        part.write_text("half")
-        raise RuntimeError
-    assert list((tmp_path / "deep").iterdir()) == []
-    with atomic(tmp_path / "a.txt") as part:
-        part.write_text("old")
-    with pytest.raises(RuntimeError), atomic(tmp_path / "a.txt") as part:
-        part.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "a.txt").read_text() == "old"
-
-
-def test_values_that_no_json_can_hold_leave_the_old_file(tmp_path):
-    write_json(tmp_path / "a.json", {"ü": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", object())
-    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "ü": 1\n}\n'
+    for old in (None, '{\n "ü": 1\n}\n'):
+        with pytest.raises(RuntimeError), atomic(tmp_path / "deep" / "a.json") as part:
+            part.write_text("half")
+            raise RuntimeError
+        with pytest.raises(TypeError):
+            write_json(tmp_path / "deep" / "a.json", object())
+        assert [p.read_text(encoding="utf-8") for p in (tmp_path / "deep").iterdir()] == ([old] if old else [])
+        write_json(tmp_path / "deep" / "a.json", {"ü": 1})
 
 
 letters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp", "Zs"])
@@ -68,35 +63,26 @@ def test_formula_in_a_cell_is_made_inert(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty; a header line is needed"),
-        (b"a,b\n1,2\n", "no column 'report'; there are a, b"),
-        (b"report\n\xff\xe9\n", "not a UTF-8 text table"),
-        (b"report\n\x00\n", "holds NUL characters"),
+        (b"", "empty; a header line is needed"), (b"a,b\n1,2\n", "no column 'report'; there are a, b"),
+        (b"report\n\xff\xe9\n", "not UTF-8 text"), (b"report\n\x00\n", "holds NUL characters"), (None, r"cannot be read \(No such file"),
         (b"report,report\n1,2\n", "column 'report' comes twice"),
     ],
-)
+)  # fmt: skip
 def test_unreadable_table_says_why_in_one_line(tmp_path, content, message):
-    (tmp_path / "t.csv").write_bytes(content)
+    if content is not None:
+        (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(TableError, match=message) as caught:
         read_table(tmp_path / "t.csv", ["report"])
     assert "\n" not in str(caught.value)
 
 
-def test_missing_table_is_named(tmp_path):
-    with pytest.raises(TableError, match=r"cannot be read \(No such file"):
-        read_table(tmp_path / "nothing.csv")
-
-
-@pytest.mark.parametrize("bad", ["", ".hidden", "..", "a/b", "a\\b", "a\nb", "a\x00"])
-def test_id_that_could_leave_the_folder_is_refused(bad):
-    with pytest.raises(TableError, match="cannot be an id"):
-        check_id(bad, "t.csv")
-
-
-def test_id_of_a_scan_is_its_place_without_suffix(tmp_path):
+def test_ids_name_a_scan_by_its_place_and_never_leave_the_folder(tmp_path):
     assert slide_id(tmp_path / "a" / "b c.x.svs", tmp_path) == "a__b c.x"
     assert slide_id(tmp_path / "only.svs", tmp_path / "only.svs") == "only"
     assert check_id("007", "t.csv") == "007"
+    for bad in ("", ".hidden", "..", "a/b", "a\\b", "a\nb", "a\x00"):
+        with pytest.raises(TableError, match="cannot be an id"):
+            check_id(bad, "t.csv")
 
 
 def test_fingerprint_knows_values_not_order(tmp_path):
@@ -124,8 +110,27 @@ def test_folder_is_held_against_other_processes(tmp_path, mine, theirs, works):
         other.start()
         said = answer.get(timeout=30)
         other.join()
-    assert (said == "held") == works
-    if not works:
-        assert "is in use by process" in said and "wait until it ends" in said
+    assert said == "held" if works else "is in use by process" in said and "wait until it ends" in said
     with hold(tmp_path):
         pass
+
+
+def test_a_log_gets_a_line_with_rate_and_time_left_now_and_then(monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    caplog.set_level(logging.INFO, "dreslcl")
+    with counting("embedding", 100, "tiles") as done:
+        for _ in range(9):
+            clock[0] += 8
+            done(10)
+    for _ in track(iter(range(45)), "reading", "reports", 90):
+        clock[0] += 1
+    said = [record.message.split(" ", 1) for record in caplog.records]
+    assert said[:2] == [["embedding", "40/100 tiles 1.25/s 0:00:48 left"], ["embedding", "80/100 tiles 1.25/s 0:00:16 left"]]
+    assert said[2:] == [["reading", "30/90 reports 1.00/s 0:01:00 left"]]
+
+
+def test_quiet_logs_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(common, "EVERY_S", 0)
+    monkeypatch.setattr(logging.getLogger("dreslcl"), "level", logging.WARNING)
+    assert list(track([1, 2], "embedding", "tiles")) == [1, 2] and not caplog.records

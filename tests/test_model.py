@@ -1,56 +1,187 @@
-"""The loss against OpenCLIP's own; the model folder round trip."""
+"""The method on one page: residual sums, aggregators, the loss against OpenCLIP's own, the model's folder."""
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
-from dreslcl.common import ModelError
+from dreslcl import model as model_module
+from dreslcl.common import ConfigError, ModelError
 from dreslcl.config import EncoderConfig, ModelConfig
 from dreslcl.encoder import Encoder
-from dreslcl.model import DRESLCL, autocast, contrastive_loss
+from dreslcl.model import AGGREGATORS, DRESLCL, Aggregator, Bag, ResidualAggregator, contrastive_loss, nearest_codeword, residual_sums
+from dreslcl.text import make_text
 
-CONFIG = ModelConfig(codewords=4, width=16, heads=2, depth=1, dropout=0.0, joint_dim=8)
-
-
-def unit(rows, width, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=-1).requires_grad_()
+CONFIG = ModelConfig(codewords=4, width=16, depth=1, dropout=0.0, joint_dim=8)
+D, K = 6, 4
 
 
-def small_model(encoder=None, **about):
+def features(n, seed=0, d=D):
+    return nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def vectors_text(width=5):
+    return make_text(EncoderConfig(), None, [np.zeros((1, width), np.float32)])
+
+
+def make_aggregator(name="residual", **changes):
     torch.manual_seed(0)
-    model = DRESLCL(encoder, CONFIG, dim=6, text_dim=5, frozen_text=True, about={"tiles": "features", "text": "vectors", **about})
-    rng = np.random.default_rng(0)
-    model.aggregator.set_codebook(rng.normal(size=(4, 6)).astype(np.float32), rng.normal(size=(9, 6)).astype(np.float32))
+    made = AGGREGATORS[name](D, 8, ModelConfig(**{**vars(CONFIG), **changes})).eval()
+    made.codewords.copy_(features(K, 5))
+    made.set_statistics(features(9, 6))
+    return made
+
+
+def small_model(aggregator="residual", **about):
+    torch.manual_seed(0)
+    model = DRESLCL(
+        None, vectors_text(), ModelConfig(**{**vars(CONFIG), "aggregator": aggregator}), dim=D, about={"tiles": "features", **about}
+    )
+    model.aggregator.codewords.copy_(features(K, 5))
+    model.aggregator.set_statistics(features(9, 6))
     return model
 
 
+# residual sums
+
+
+def test_the_nearest_codeword_is_that_of_least_distance_as_the_bank_rounds_it():
+    x, words = features(300, 1), features(K, 2)
+    assert (nearest_codeword(x, words) == torch.cdist(x.half().double(), words.double()).argmin(1)).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(0, 40), parts=st.integers(1, 3), seed=st.integers(0, 99))
+def test_residual_sums_equal_a_loop_over_tiles_forward_and_gradient(n, parts, seed):
+    x, words = features(n, seed).double().requires_grad_(), features(K, 7).double()
+    weights = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    codes = nearest_codeword(x, words)
+    part_of = torch.arange(n) % parts
+    sums, counts = residual_sums(x, codes, words, weights=weights, part_of=part_of, parts=parts)
+    expected, expected_counts = torch.zeros(parts, K, D, dtype=torch.float64), torch.zeros(parts, K, dtype=torch.float64)
+    for i in range(n):
+        expected[part_of[i], codes[i]] += weights[i] * (x[i] - words[codes[i]])
+        expected_counts[part_of[i], codes[i]] += weights[i]
+    torch.testing.assert_close(sums, expected)
+    torch.testing.assert_close(counts, expected_counts)
+    assert not sums[counts == 0].any()
+    direction = torch.randn(parts, K, D, dtype=torch.float64)
+    if n:
+        ours, theirs = (torch.autograd.grad((s * direction).sum(), x, retain_graph=True)[0] for s in (sums, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", list(AGGREGATORS))
+def test_bags_of_parts_add_up_to_the_bag_of_the_slide_in_any_order(name):
+    made, x = make_aggregator(name).double(), features(50, 3).double()
+    whole = made(made.bag(x))
+    torch.testing.assert_close(made(made.bag(x[:13]) + made.bag(x[13:])), whole)
+    torch.testing.assert_close(made(made.bag(x[torch.randperm(50)])), whole)
+    twice = made.bag(x[:13]).times(torch.tensor([2.0]).double()) + made.bag(x[13:])
+    torch.testing.assert_close(made(twice), made(made.bag(torch.cat([x[:13], x]))), msg="a tile of weight 2 counts as two")
+
+
+# aggregators
+
+
+@pytest.mark.parametrize("name, changes", [(name, {}) for name in AGGREGATORS] + [("residual", {"mean_path": False})])
+def test_every_aggregator_gives_unit_vectors_and_learns_in_all_its_weights(name, changes):
+    made = make_aggregator(name, **changes).train()
+    bags = [made.bag(features(30, seed)) for seed in range(5)]
+    rows = tuple(row for bag in bags for row in bag.rows)
+    bag = Bag(torch.cat([b.sums for b in bags]), torch.cat([b.counts for b in bags]), rows, tuple(torch.ones(30) for _ in rows))
+    z = made(bag)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
+    (z * features(5, 9, 8)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
+
+
+def test_an_empty_codeword_has_a_finite_gradient_and_an_empty_slide_encodes():
+    made = make_aggregator()
+    x = made.codewords[0].repeat(5, 1).requires_grad_()  # all on one codeword: residuals of zero
+    z = made(made.bag(x))
+    assert torch.isfinite(torch.autograd.grad(z.sum(), x)[0]).all()
+    assert torch.isfinite(made(Bag(torch.zeros(1, K, D), torch.zeros(1, K)))).all()
+
+
+def test_the_mean_is_that_of_the_slide_less_the_centre_and_statistics_follow():
+    made, x = make_aggregator().double(), features(40, 1).double()
+    torch.testing.assert_close(made.mean(made.bag(x))[0], x.mean(0) - made.centre)
+    means = features(7, 2).double()
+    made.set_statistics(means)
+    torch.testing.assert_close(made.standardised(means).mean(0), torch.zeros(D).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(made.standardised(means).var(0, correction=0), torch.ones(D).double())
+    before = made.centre.clone()
+    made.set_statistics(means + 1, momentum=0.5)
+    torch.testing.assert_close(made.centre, before + 0.5)
+
+
+def test_a_feature_that_is_the_same_in_all_slides_does_not_blow_up_the_mean_path():
+    made, means = make_aggregator(), features(20, 1)
+    means[:, 0] = 0.25
+    made.set_statistics(means)
+    moved = made.standardised(torch.cat([means[:, :1] + 1e-3, means[:, 1:]], 1))
+    assert moved[:, 0].abs().max() < 0.1
+    made.set_statistics(torch.ones(3, D))
+    assert (made.spread == 1).all()
+
+
+def test_an_aggregator_of_ones_own_is_used_by_its_name_and_an_unknown_one_is_refused(monkeypatch, tmp_path):
+    class MaxPooling(Aggregator):
+        needs_rows = True
+
+        def __init__(self, dim, joint_dim, config):
+            super().__init__(dim, joint_dim, config)
+            self.head = nn.Linear(dim, joint_dim)
+
+        def forward(self, bag):
+            return nn.functional.normalize(self.head(torch.stack([rows.amax(0) for rows in bag.rows])), dim=1)
+
+    monkeypatch.setitem(model_module.AGGREGATORS, "max", MaxPooling)
+    model, x = small_model("max").eval(), features(20).numpy()
+    model.save(tmp_path)
+    np.testing.assert_allclose(DRESLCL.load(tmp_path).embed_features([x[:9], x[9:]]), model.embed_features([x]), atol=1e-6)
+    monkeypatch.delitem(model_module.AGGREGATORS, "max")
+    with pytest.raises(ModelError, match="no aggregator 'max'; there are residual, attention, mean-mlp"):
+        DRESLCL.load(tmp_path)
+    with pytest.raises(ConfigError, match="put your own into"):
+        small_model("max")
+
+
+def test_both_paths_of_the_residual_encoder_start_at_comparable_scale_even_where_slides_hardly_differ():
+    rng, base = np.random.default_rng(0), features(1, 8)[0]
+    slides = [nn.functional.normalize(base + 0.02 * torch.from_numpy(rng.normal(size=(60, D))).float(), dim=1) for _ in range(12)]
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        made = ResidualAggregator(D, 8, CONFIG).eval()
+        made.codewords.copy_(torch.cat(slides)[torch.randperm(720)[:K]])
+        made.set_statistics(torch.stack([x.mean(0) for x in slides]))
+        bags = [made.bag(x) for x in slides]
+        bag = Bag(torch.cat([b.sums for b in bags]), torch.cat([b.counts for b in bags]))
+        z = made(bag)
+        mean = made.mean_head(made.mean(bag) / made.spread)
+        ratios.append(float(mean.std(0).norm() / z.std(0).norm()))
+    assert 0.1 < np.median(ratios) < 10
+
+
+# loss
+
+
 def test_info_nce_equals_open_clips_loss_and_gradient_when_all_reports_differ():
-    z, u, scale = unit(7, 12, 0), unit(7, 12, 1), torch.tensor(9.0, requires_grad=True)
-    ours = torch.autograd.grad(contrastive_loss(z, u, torch.arange(7), scale), (z, u, scale))
-    theirs = torch.autograd.grad(open_clip.loss.ClipLoss()(z, u, scale), (z, u, scale))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(contrastive_loss(z, u, torch.arange(7), scale), open_clip.loss.ClipLoss()(z, u, scale))
-
-
-def test_siglip_equals_open_clips_when_all_reports_differ():
-    z, u, scale, bias = unit(7, 12, 0), unit(7, 12, 1), torch.tensor(9.0), torch.tensor(-4.0)
-    ours = contrastive_loss(z, u, torch.arange(7), scale, bias=bias)
-    torch.testing.assert_close(ours, open_clip.loss.SigLipLoss()(z, u, scale, bias))
-
-
-def test_a_cpu_computes_in_float32_unless_bf16_is_asked_for():
-    for precision, kind in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        with autocast(torch.device("cpu"), precision):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
+    z, u = (features(7, seed, 12).double().requires_grad_() for seed in (0, 1))
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    losses = contrastive_loss(z, u, torch.arange(7), scale), open_clip.loss.ClipLoss()(z, u, scale)
+    torch.testing.assert_close(*losses)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (z, u, scale)) for loss in losses)):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_slides_with_one_report_are_positives_of_each_other():
-    z, scale = unit(4, 12, 0), torch.tensor(20.0)
-    u = unit(4, 12, 1)
-    apart = contrastive_loss(z, u, torch.tensor([0, 1, 2, 3]), scale)
+    z, u, scale = features(4, 0, 12).double(), features(4, 1, 12).double(), torch.tensor(20.0).double()
     together = contrastive_loss(z, u, torch.tensor([0, 0, 2, 3]), scale)
     by_hand = 0.0
     for logits in (scale * z @ u.T, scale * u @ z.T):
@@ -58,23 +189,26 @@ def test_slides_with_one_report_are_positives_of_each_other():
         rows = [(log_p[0, 0] + log_p[0, 1]) / 2, (log_p[1, 0] + log_p[1, 1]) / 2, log_p[2, 2], log_p[3, 3]]
         by_hand = by_hand - torch.stack(rows).mean() / 2
     torch.testing.assert_close(together, by_hand)
-    assert not torch.isclose(apart, together)
+    assert not torch.isclose(contrastive_loss(z, u, torch.arange(4), scale), together)
 
 
-def test_a_saved_model_embeds_as_before(tmp_path):
-    model = small_model(seen=["a"]).eval()
-    features = np.random.default_rng(1).normal(size=(40, 6)).astype(np.float32)
+# the folder
+
+
+@pytest.mark.parametrize("name", list(AGGREGATORS))
+def test_a_saved_model_embeds_as_before(tmp_path, name):
+    model, x = small_model(name, seen=["a"]).eval(), features(40, 1).numpy()
     model.save(tmp_path)
     loaded = DRESLCL.load(tmp_path)
     assert loaded.about["seen"] == ["a"] and loaded.fingerprint() == model.fingerprint()
-    np.testing.assert_allclose(loaded.embed_features([features]), model.embed_features([features[:9], features[9:]]), atol=1e-6)
-    assert abs(np.linalg.norm(loaded.embed_features([features])) - 1) < 1e-5
+    np.testing.assert_allclose(loaded.embed_features([x]), model.embed_features([x[:9], x[9:]]), atol=1e-6)
+    assert abs(np.linalg.norm(loaded.embed_features([x])) - 1) < 1e-5
 
 
-def test_a_saved_model_keeps_its_tile_encoder(tmp_path):
+def test_a_saved_model_keeps_its_towers(tmp_path):
     encoder = Encoder.create(EncoderConfig(), seed=3)
     model = DRESLCL(
-        encoder, CONFIG, dim=encoder.dim, text_dim=encoder.text_dim, frozen_text=False, about={"tiles": "pixels", "text": "tower"}
+        encoder, make_text(EncoderConfig(text="tune"), encoder, ["a report"]), CONFIG, dim=encoder.dim, about={"tiles": "pixels"}
     )
     model.save(tmp_path)
     loaded = DRESLCL.load(tmp_path)
@@ -87,8 +221,10 @@ def test_what_a_model_cannot_do_is_said(tmp_path):
     model = small_model()
     with pytest.raises(ModelError, match=r"width 7.*width 6"):
         model.embed_features([np.zeros((3, 7), np.float32)])
-    with pytest.raises(ModelError, match="report vectors made elsewhere"):
+    with pytest.raises(ModelError, match="made elsewhere"):
         model.embed_text("carcinoma")
+    with pytest.raises(ModelError, match="no tile encoder"):
+        model.embed_tiles(np.zeros((1, 64, 64, 3), np.uint8))
     with pytest.raises(ModelError, match="not a whole dreslcl model folder"):
         DRESLCL.load(tmp_path)
 

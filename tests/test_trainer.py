@@ -1,4 +1,4 @@
-"""The training loop on a cohort of tiny scans: gradients, ranks, resume, sampling, telemetry."""
+"""The training loop on a cohort of tiny scans: one path in all modes, gradients, ranks, going on, faults, what is measured."""
 
 import csv
 import os
@@ -11,220 +11,456 @@ import numpy as np
 import pytest
 import torch
 
-from dreslcl import trainer as trainer_module
-from dreslcl.cohort import Cohort, deal_patients, draw_tiles, plan_epoch, window_tiles
-from dreslcl.common import ConfigError, DreslclError, StoreError
+from dreslcl import trainer
+from dreslcl.bank import SlideFile
+from dreslcl.cohort import Cohort, window_tiles
+from dreslcl.common import ConfigError, DreslclError, SlideError, StoreError
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TrainConfig
 from dreslcl.distributed import Ranks
-from dreslcl.residual import refreshed_residuals
-from dreslcl.trainer import Trainer, effective_rank, pretrain
+from dreslcl.embedding import embed
+from dreslcl.formats import find_features, unit
+from dreslcl.model import DRESLCL, Bag
+from dreslcl.trainer import Run, effective_rank, pretrain
 
 SMALL = RunConfig(
-    EncoderConfig(),
-    ModelConfig(codewords=4, width=16, heads=2, depth=1, dropout=0.0),
-    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, warmup=0.0, encoder_lr=1e-3, report_part=0.5),
+    EncoderConfig(text="tune"),
+    ModelConfig(codewords=4, width=16, depth=1, dropout=0.0),
+    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, encoder_lr=1e-3, bank_share=1.0, workers=1),
 )
+FROZEN = replace(SMALL, encoder=replace(SMALL.encoder, tune="none"))
 
 
-def train(cohort, out, settings=SMALL, **changes):
-    pretrain(cohort, out, replace(settings, train=replace(settings.train, **changes)))
+def changed(settings=SMALL, **changes):
+    return replace(settings, train=replace(settings.train, **changes))
+
+
+def rows_of(out):
     with (out / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def trainer(cohort, out, settings=SMALL, **changes) -> Trainer:
-    made = Trainer(cohort, Cohort(()), replace(settings, train=replace(settings.train, **changes)), out, Ranks())
-    made.encode_reports()
-    made.make_optimizer()
-    made.make_bank()
-    return made
+def open_run(cohort, out, settings=SMALL, held_out=None) -> Run:
+    """A run that is ready for its first step."""
+    run = trainer.open_run(cohort, held_out or Cohort(()), settings, out, Ranks())
+    run.bank.create()
+    trainer.fill_bank(run)
+    trainer.read_reports(run)
+    trainer.set_codebook(run)
+    return run
 
 
-def test_a_random_tile_encoder_that_learns_while_rows_are_left_out_is_warned_of(cohort, tmp_path, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("dreslcl.trainer.log.warning", lambda text, *_: said.append(text))
-    for changes, warned in (({"stale_dropout": 0.5}, 1), ({"stale_dropout": 0.0}, 0), ({"bank": False}, 0), ({"freeze_epochs": 1}, 0)):
-        said.clear()
-        Trainer(cohort, Cohort(()), replace(SMALL, train=replace(SMALL.train, **changes)), tmp_path, Ranks())
-        assert sum("does not begin to learn" in text for text in said) == warned, changes
+def first_step(run: Run, members=None):
+    """Samples and plan of the first step, or of some slides."""
+    plan = [np.array(members)] if members is not None else trainer.plan_steps(run)[0]
+    return [trainer.draw_sample(run, int(m)) for m in plan[0]], plan
 
 
-def gradients(made: Trainer) -> dict[str, torch.Tensor]:
-    """Gradients of the first step's loss, by parameter name (the optimiser is kept from moving)."""
-    made.optimizer.step = lambda *_: None
-    plan = made.plan()[0]
-    visits = [made._visit(int(m)) for m in plan[0]]
-    made.model.train()
-    made.train_step(visits, [made.reader.read(v.member, v.tiles) for v in visits], plan)
-    return {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+def gradients(run: Run) -> dict[str, torch.Tensor]:
+    """Gradients of the first step's loss, by parameter name (the optimiser is kept from moving), in float64."""
+    run.model.double().train()
+    run.pieces = [p.double() if isinstance(p, torch.Tensor) else p for p in run.pieces]
+    run.optimizer.step = lambda *_: None
+    trainer.train_step(run, *first_step(run))
+    return {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
-def two_threads():
-    """On one thread torch takes other convolutions for batches of other sizes, which round differently: 4e-5."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def vectors(tmp_path):
+    rng = np.random.default_rng(1)
+    np.savez(tmp_path / "vectors.npz", **{f"s{i}": rng.normal(size=(3, 32)).astype(np.float32) for i in range(8)})
+    return tmp_path / "vectors.npz"
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_gradient_caching_gives_the_gradients_of_one_big_batch(cohort, tmp_path):
-    whole = gradients(trainer(cohort, tmp_path / "a", clip_grad=0.0))
-    parts = gradients(trainer(cohort, tmp_path / "b", clip_grad=0.0, tile_batch=4))  # of odd sizes convolutions round differently: 4e-5
+@pytest.fixture
+def features(cohort, work, tmp_path):
+    """The same slides as files of tile features."""
+    rng, folder = np.random.default_rng(2), tmp_path / "features"
+    folder.mkdir()
+    for m in cohort.members:
+        torch.save(torch.from_numpy(unit(rng.normal(size=(40, 24)).astype(np.float32))), folder / f"{m.slide_id}.pt")
+    return Cohort.of_features(find_features(folder), patients=work / "reports.csv")
+
+
+# the step
+
+
+@pytest.mark.parametrize("views", [0.0, 1.0])
+@pytest.mark.parametrize("text", ["texts", "vectors"])
+@pytest.mark.parametrize("tiles", ["encoder", "bank"])
+def test_all_eight_ways_to_train_run_and_move_what_should_learn(cohort, work, vectors, tmp_path, tiles, text, views):
+    if text == "vectors":
+        cohort = Cohort.load(work).with_reports(None, vectors)
+    settings = changed(SMALL if tiles == "encoder" else FROZEN, view_weight=views)
+    run = open_run(cohort, tmp_path, settings)
+    before, encoder = {n: p.clone() for n, p in run.model.named_parameters()}, run.model.encoder.fingerprint()
+    values = trainer.run_epoch(run)
+    assert all(np.isfinite(v) for v in values.values()) and ("row_cosine" in values) == (tiles == "encoder")
+    assert (run.model.encoder.fingerprint() == encoder) == (tiles == "bank")
+    moved = {n.split(".")[0] for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {"aggregator", "logit_scale"} <= moved and ("encoder" in moved) == (tiles == "encoder" or text == "texts")
+
+
+@pytest.mark.parametrize("settings", [{}, {"bank_share": 0.5}, {"bank_share": 0.0}, {"tile_batch": 5, "bank_share": 0.3}], ids=str)
+def test_gradient_caching_gives_the_gradients_of_one_big_batch(cohort, tmp_path, settings):
+    runs = [open_run(cohort, tmp_path / name, changed(**settings)) for name in "ab"]
+    runs[1].config = changed(**{"tile_batch": 4} | settings)
+    runs[0].config = changed(**settings | {"tile_batch": 64})
+    whole, parts = map(gradients, runs)
     assert any(n.startswith("encoder.clip.visual") for n in whole)
     for name, gradient in whole.items():
-        scale = max(float(gradient.norm()), 1e-3)
-        assert float((gradient - parts[name]).norm()) <= 1e-4 * scale, (
-            name
-        )  # float32 convolutions of other batch sizes round differently from processor to processor
+        assert float((gradient - parts[name]).norm()) <= 1e-9 * max(float(gradient.norm()), 1e-3), name
+
+
+def test_gradient_caching_encodes_all_but_the_last_micro_batch_twice(cohort, tmp_path, monkeypatch):
+    run, sizes = open_run(cohort, tmp_path, changed(tile_batch=6)), []  # 16 tiles: 6, 6 and 4
+    encode = run.model.encoder.encode_tiles
+    monkeypatch.setattr(run.model.encoder, "encode_tiles", lambda tiles, views: sizes.append(len(tiles)) or encode(tiles, views))
+    trainer.train_step(run, *first_step(run))
+    assert sizes == [6, 6, 4, 6, 6]
+
+
+def test_where_all_tiles_are_drawn_z_is_what_embed_gives(cohort, tmp_path):
+    run = open_run(cohort, tmp_path, changed(tiles=1000, stain_jitter=0.0))
+    run.model.eval()
+    samples, _ = first_step(run, [0, 3])
+    with torch.no_grad():
+        fresh, _ = trainer.encode_samples(run, samples)
+        first, second, rest = trainer.make_bags(run, samples, fresh, trainer.nearest_codeword(fresh, run.model.aggregator.codewords))
+        z = run.model.aggregator(first + second + rest)
+    for sample, vector in zip(samples, z.numpy()):
+        tiles = run.reader.read(sample.member, np.arange(cohort.members[sample.member].tiles))
+        np.testing.assert_allclose(run.model.embed_features([run.model.embed_tiles(tiles)]), vector, atol=2e-3)  # float16 rows
+
+
+@pytest.mark.parametrize("aggregator", ["residual", "attention"])
+def test_the_two_views_are_the_drawn_tiles_and_the_rest_or_halves_where_the_rest_is_less(cohort, tmp_path, monkeypatch, aggregator):
+    run = open_run(cohort, tmp_path, replace(changed(view_weight=0.7), model=replace(SMALL.model, aggregator=aggregator)))
+    M, calls, inner = cohort.members[0].tiles, [], trainer.contrastive_loss
+    run.model.eval()
+    monkeypatch.setattr(trainer, "contrastive_loss", lambda z, u, *rest: calls.append((z, u, inner(z, u, *rest))) or calls[-1][2])
+
+    def rows(tiles):
+        return torch.from_numpy(run.bank.read("s0", tiles)[0]).float()
+
+    def vector(*parts):
+        return run.model.aggregator(run.model.aggregator.bag(torch.cat(parts)))
+
+    for drawn, share in ((np.arange(4), 1.0), (np.arange(M - 3), 1.0), (np.arange(6), 0.0), (np.arange(1), 0.0)):
+        calls.clear()
+        fresh = rows(np.arange(M))[drawn]
+        rest = run.bank.rest("s0", drawn, share, np.random.default_rng(0))
+        sample = trainer.SlideSample(0, drawn, None, None, rest)
+        codes = trainer.nearest_codeword(fresh, run.model.aggregator.codewords)
+        loss, _, _ = trainer.compute_loss(run, [sample], fresh, codes, [np.array([0])])
+        (whole, _, a), (one, other, b) = calls
+        others, halved = rows(np.setdiff1d(np.arange(M), drawn)) if share else rows(drawn[:0]), len(drawn) > (M - len(drawn)) * share
+        torch.testing.assert_close(whole, vector(fresh, others), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, vector(fresh[::2] if halved else fresh), rtol=1e-4, atol=1e-5)
+        seconds = fresh[1::2] if halved else fresh[:0]
+        expected = vector(seconds, others) if len(seconds) + len(others) else one
+        torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+        assert loss.item() == pytest.approx(a.item() + 0.7 * b.item(), rel=1e-6)
+
+
+def test_a_drawn_tile_stands_for_those_left_out(cohort, tmp_path, monkeypatch):
+    run, seen = open_run(cohort, tmp_path, changed(bank_share=0.5, view_weight=0.0)), []
+    monkeypatch.setattr(run.model.aggregator, "forward", lambda bag: seen.append(bag) or torch.ones(len(bag.counts), run.model.joint_dim))
+    samples, plan = first_step(run)
+    fresh, _ = trainer.encode_samples(run, samples)
+    trainer.compute_loss(run, samples, fresh, trainer.nearest_codeword(fresh, run.model.aggregator.codewords), plan)
+    assert any(s.rest.left_out for s in samples)
+    sizes = torch.tensor([float(cohort.members[s.member].tiles) for s in samples])
+    torch.testing.assert_close(seen[0].counts.sum(1), sizes)
+
+
+def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, monkeypatch):
+    run, read = open_run(cohort, tmp_path), []
+    for m in range(len(cohort)):
+        run.bank.sums(run.slide(m))  # built
+    gather = SlideFile.gather
+    monkeypatch.setattr(SlideFile, "gather", lambda self, index: read.append(len(index)) or gather(self, index))
+    samples, plan = first_step(run)
+    trainer.train_step(run, samples, plan)
+    assert read == [4] * len(samples)
+    run.step = 7
+    assert all((run.bank.rest(run.slide(s.member), s.tiles, 1.0, run.rng()).age == 0).all() for s in samples)
+    sums = [run.bank.sums(run.slide(s.member)) for s in samples]
+    for s, (before, counts) in zip(samples, sums):
+        run.bank.rebuild(run.slide(s.member))
+        again, again_counts = run.bank.sums(run.slide(s.member))
+        assert (counts == again_counts).all() and np.allclose(before, again, atol=1e-4)
+
+
+def test_a_resting_encoder_reads_no_pixels(cohort, tmp_path, monkeypatch):
+    run = open_run(cohort, tmp_path, FROZEN)
+    monkeypatch.setattr(run.reader, "read", lambda *_: pytest.fail("pixels were read"))
+    trainer.run_epoch(run)
+
+
+def test_the_temperature_is_bounded_and_comes_back(cohort, tmp_path):
+    run = open_run(cohort, tmp_path)
+    with torch.no_grad():
+        run.model.logit_scale.fill_(9.0)
+    trainer.train_step(run, *first_step(run))
+    assert run.model.logit_scale.item() <= np.log(100) + 1e-6 and run.model.logit_scale.grad.item() != 0
+
+
+# texts
+
+
+def test_a_report_has_one_vector_in_training_and_after(cohort, tmp_path):
+    long = replace(cohort, reports=tuple(" ".join(f"Finding {i} is {r}" for i in range(9)) for r in cohort.reports))
+    run = open_run(long, tmp_path, changed(report_part=1.0))
+    run.model.eval()
+    assert len(run.pieces[0]) > 1
+    monkey = trainer.PIECES
+    trainer.PIECES = 100
+    in_training = trainer.report_vectors(run, first_step(run, [0])[0]).detach().numpy()[0]
+    trainer.PIECES = monkey
+    np.testing.assert_allclose(in_training, run.model.embed_text(long.reports[cohort.members[0].report]), atol=1e-5)
+
+
+def test_a_long_report_costs_a_tower_that_learns_no_more_than_its_cap(cohort, tmp_path, monkeypatch):
+    long = replace(cohort, reports=tuple(" ".join(f"Finding {i}." for i in range(40)) + r for r in cohort.reports))
+    run, read = open_run(long, tmp_path), []
+    encode = run.model.text.encode
+    monkeypatch.setattr(run.model.text, "encode", lambda texts: read.append(texts) or encode(texts))
+    samples = first_step(run, [0, 2, 3])[0]
+    for run.epoch in (0, 1):
+        trainer.report_vectors(run, samples)
+    assert [len(texts) for texts in read] == [3 * trainer.PIECES] * 2 and read[0] != read[1], "drawn anew each time"
+
+
+# the loop
+
+
+def test_it_learns(tmp_path):
+    """Twelve slides whose reports say what their tiles show: retrieval far above chance within a minute."""
+    rng, folder = np.random.default_rng(0), tmp_path / "features"
+    folder.mkdir()
+    kinds = rng.normal(size=(3, 16))
+    for i in range(12):
+        tiles = rng.normal(size=(60, 16)) + 1.5 * kinds[i % 3] + 0.5 * rng.normal(size=16)
+        torch.save(torch.from_numpy(tiles).float(), folder / f"s{i}.pt")
+    np.savez(tmp_path / "v.npz", **{f"s{i}": np.eye(12, dtype=np.float32)[i] for i in range(12)})
+    cohort = Cohort.of_features(find_features(folder)).with_reports(None, tmp_path / "v.npz")
+    pretrain(cohort, tmp_path / "run", changed(FROZEN, epochs=60, batch=12, lr=3e-3, report_part=1.0))
+    rows = rows_of(tmp_path / "run")
+    assert float(rows[-1]["batch_recall@1"]) >= 0.75 > float(rows[0]["batch_recall@1"])
+    assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(cohort, tmp_path):
-    first = train(cohort, tmp_path / "a")
-    assert first == train(cohort, tmp_path / "b")
-    assert first != train(cohort, tmp_path / "c", seed=1)
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pretrain(cohort, tmp_path / name, changed(seed=seed))
+        runs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / name)])
+    assert runs[0] == runs[1] != runs[2]
 
 
-def test_training_moves_the_encoder_and_writes_all_files(cohort, tmp_path):
-    rows = train(cohort, tmp_path / "run")
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+def test_training_writes_all_files_and_its_model_holds_no_word_of_a_report(cohort, tmp_path):
+    marked = replace(cohort, reports=tuple(f"Xylophonoma {r} of patient." for r in cohort.reports))
+    pretrain(marked, tmp_path / "run", SMALL)
     for column in ("loss", "row_cosine", "row_age", "grad_encoder", "batch_recall@1", "effective_rank", "temperature"):
-        assert np.isfinite(float(rows[-1][column])), column
-    assert 0 < float(rows[0]["row_cosine"]) < 0.99999
-    for name in (
-        "config.toml",
-        "curves.png",
-        "checkpoint.pt",
-        "bank/bank.json",
-        "model/config.json",
-        "model/open_clip/open_clip_config.json",
-    ):
+        assert np.isfinite(float(rows_of(tmp_path / "run")[-1][column])), column
+    for (
+        name
+    ) in "config.toml curves.png checkpoint.pt bank/bank.json report.html model/config.json model/open_clip/open_clip_config.json".split():
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     assert RunConfig.load(tmp_path / "run" / "config.toml") == SMALL
+    for path in (p for p in (tmp_path / "run" / "model").rglob("*") if p.is_file()):
+        assert b"ylophonoma" not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampling": "window"},
-        {"bank": False},
-        {"bank_tiles": 3, "stale_dropout": 0.3},
-        {"gradient_scale": "full", "refresh": 3, "refresh_every": 1},
-        {"loss": "siglip", "codebook_refit": 1},
-        {"view_weight": 0.5, "label_smoothing": 0.1, "report_part": 1.0},
-        {"freeze_epochs": 1, "stale_dropout": 0.2},
-        {"precision": "bf16", "augment": False},
-    ],
-    ids=str,
-)
-def test_every_way_to_train_runs(cohort, tmp_path, changes):
-    rows = train(cohort, tmp_path, **changes)
-    assert len(rows) == 2 and all(np.isfinite(float(row["loss"])) for row in rows)
-
-
-def test_a_resting_encoder_keeps_its_weights_and_reads_no_pixels(cohort, tmp_path, monkeypatch):
-    settings = replace(SMALL, encoder=EncoderConfig(tune="none"))
-    made = trainer(cohort, tmp_path, settings)
-    before = made.encoder.fingerprint()
-    monkeypatch.setattr(made.reader, "read", lambda *_: pytest.fail("pixels were read"))
-    values = made.run_epoch()
-    assert made.encoder.fingerprint() == before and "grad_encoder" not in values
-
-
-def test_resuming_goes_on_after_the_last_whole_epoch(cohort, tmp_path):
-    made = trainer(cohort, tmp_path, epochs=2)
-    made.save_checkpoint()
-    made.end_epoch(made.run_epoch())  # killed here
-    del made
-    with pytest.raises(StoreError, match="--resume"):
-        pretrain(cohort, tmp_path, SMALL)
-    pretrain(cohort, tmp_path, SMALL, resume=True)
-    with (tmp_path / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
-
-
-def test_another_encoder_is_refused_on_resume(cohort, tmp_path):
-    train(cohort, tmp_path, epochs=1)
-    with pytest.raises(StoreError, match="encoder"):
-        pretrain(cohort, tmp_path, replace(SMALL, train=replace(SMALL.train, seed=5)), resume=True)
-
-
-def test_a_loss_that_is_not_finite_stops_with_step_and_slides(cohort, tmp_path):
-    made = trainer(cohort, tmp_path)
-    with torch.no_grad():
-        made.model.aggregator.head.bias.fill_(float("nan"))
-    with pytest.raises(DreslclError, match=r"step 0 \(slides s\d"):
-        made.run_epoch()
-
-
-def test_window_sampling_leaves_no_row_older_than_a_round(cohort, tmp_path):
-    made = trainer(cohort, tmp_path, sampling="window", tiles=7)
-    tiles = cohort.members[0].tiles
-    rounds = -(-tiles // 7)
-    for _ in range(rounds + 1):
-        made.run_epoch()
-        made.epoch += 1
-    for member in cohort.members:
-        oldest = made.bank.oldest(member.slide_id, 1)
-        shard, _, rows = made.bank._find(member.slide_id)
-        assert made.step - shard.step[rows][oldest[0]] <= rounds * made.steps_per_epoch + made.steps_per_epoch
-    first = np.concatenate([window_tiles(np.arange(tiles), 7, visit) for visit in range(rounds)])
-    assert set(first) == set(range(tiles))
-
-
-def test_a_batch_never_holds_two_slides_of_one_patient(cohort):
-    for seed in range(20):
-        batches = plan_epoch(cohort.members, range(8), 3, np.random.default_rng(seed))
-        assert sorted(np.concatenate(batches)) == list(range(8))
-        for batch in batches:
-            patients = [cohort.members[i].patient_id for i in batch]
-            assert len(set(patients)) == len(patients)
-    surplus = plan_epoch(cohort.members, range(8), 1, np.random.default_rng(0))
-    assert len(surplus[0]) == 7
-
-
-def test_a_patients_slides_lie_in_one_shard(cohort):
-    shards = deal_patients(cohort.members, 3)
-    assert shards[0] == shards[1] and set(shards) == {0, 1, 2}
-
-
-def test_draws_are_distinct_and_within_the_slide():
-    drawn = draw_tiles(10, 4, np.random.default_rng(0))
-    assert len(set(drawn)) == 4 and drawn.max() < 10
-    assert list(draw_tiles(3, 8, np.random.default_rng(0))) == [0, 1, 2]
-
-
-def test_effective_rank_counts_directions():
-    vectors = torch.eye(3).repeat(5, 1)
-    assert effective_rank(vectors) == pytest.approx(2.0, abs=1e-4)  # three points span a plane
-    assert effective_rank(torch.ones(6, 3)) == pytest.approx(1.0, abs=1e-4)
+@pytest.mark.parametrize("aggregator", ["residual", "attention", "mean-mlp"])
+def test_features_made_elsewhere_go_from_pretraining_to_embeddings(features, vectors, tmp_path, aggregator):
+    settings = replace(FROZEN, model=replace(SMALL.model, aggregator=aggregator))
+    model = pretrain(features.with_reports(None, vectors), tmp_path / "run", settings)
+    result = embed(features, tmp_path / "emb", model=model)
+    assert result.vectors.shape == (8, 512) and result.seen == {m.slide_id for m in features.members}
+    with pytest.raises(DreslclError, match="trained on features, so it cannot embed pixels"):
+        embed(replace(features, work=tmp_path), tmp_path / "other", model=model)
 
 
 def test_held_out_retrieval_is_measured_and_the_best_epoch_is_kept(cohort, work, tmp_path):
     kept, held_out = cohort.split("split=val", work / "reports.csv")
-    assert {m.slide_id for m in held_out.members} == {"s6", "s7"}
+    assert {m.slide_id for m in held_out.members} == {"s6", "s7"} and len(held_out.reports) == 2
     pretrain(kept, tmp_path, SMALL, held_out=held_out)
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert float(rows[0]["held_out_recall@5"]) == 1.0  # two slides
+    assert float(rows_of(tmp_path)[0]["held_out_recall@5"]) == 1.0 and 0.5 <= float(rows_of(tmp_path)[0]["held_out_mrr"]) <= 1
     assert (tmp_path / "model" / "config.json").exists()
 
 
-def test_batch_must_be_a_multiple_of_the_shards(cohort, tmp_path):
-    with pytest.raises(ConfigError, match="multiple"):
-        pretrain(cohort, tmp_path, SMALL, shards=3)
+def test_excluded_reports_do_not_move_the_text_centre(work, vectors, tmp_path):
+    arrays = dict(np.load(vectors))
+    np.savez(tmp_path / "shifted.npz", **{k: v + 100 * (k in ("s6", "s7")) for k, v in arrays.items()})
+    centres = []
+    for path in (vectors, tmp_path / "shifted.npz"):
+        kept, _ = Cohort.load(work).with_reports(None, path).split("split=val", work / "reports.csv")
+        centres.append(open_run(kept, tmp_path / path.stem).model.text_centre)
+    torch.testing.assert_close(*centres)
 
 
-TWO_RANKS = """
+def test_window_sampling_leaves_no_row_older_than_a_round(cohort, tmp_path):
+    run, tiles = open_run(cohort, tmp_path, changed(sampling="window", tiles=7)), cohort.members[0].tiles
+    rounds = -(-tiles // 7)
+    for _ in range(rounds + 1):
+        trainer.run_epoch(run)
+        run.epoch += 1
+    for member in cohort.members:
+        rest = run.bank.rest(member.slide_id, np.arange(member.tiles), 1.0, run.rng())
+        assert run.step - rest.age.min() <= (rounds + 1) * run.steps_per_epoch
+    assert set(np.concatenate([window_tiles(np.arange(tiles), 7, visit) for visit in range(rounds)])) == set(range(tiles))
+
+
+def test_the_statistics_of_the_finished_model_are_those_of_all_slides(cohort, tmp_path):
+    run = open_run(cohort, tmp_path)
+    trainer.end_epoch(run, trainer.run_epoch(run))
+    means = np.stack([run.bank.read(run.slide(m), np.arange(cohort.members[m].tiles))[0].astype(np.float64).mean(0) for m in range(8)])
+    np.testing.assert_allclose(run.model.aggregator.centre, means.mean(0), atol=1e-5)
+
+
+# going on
+
+
+def test_a_run_goes_on_after_its_last_whole_epoch_as_if_it_had_not_stopped(cohort, tmp_path):
+    pretrain(cohort, tmp_path / "whole", FROZEN)
+    run = open_run(cohort, tmp_path / "cut", FROZEN)
+    FROZEN.save(tmp_path / "cut" / "config.toml")
+    trainer.save_checkpoint(run)
+    trainer.end_epoch(run, trainer.run_epoch(run))
+    trainer.run_epoch(run)  # killed here
+    pretrain(cohort, tmp_path / "cut", FROZEN)
+    whole, cut = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / name)] for name in ("whole", "cut"))
+    assert whole == cut
+    before = (tmp_path / "cut" / "checkpoint.pt").read_bytes()
+    pretrain(cohort, tmp_path / "cut", FROZEN)  # done already
+    assert (tmp_path / "cut" / "checkpoint.pt").read_bytes() == before
+
+
+def test_what_may_change_is_applied_and_said_and_the_rest_is_refused(cohort, tmp_path, caplog):
+    pretrain(cohort, tmp_path, SMALL)
+    caplog.set_level("INFO")
+    pretrain(cohort, tmp_path, changed(epochs=3, lr=1e-4, weight_decay=0.5))
+    assert "changed: epochs 2 → 3, lr 0.0003 → 0.0001, weight_decay 0.05 → 0.5" in caplog.text
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert state["peak"] == 1e-4 and state["weight_decay"] == 0.5 and float(rows_of(tmp_path)[-1]["lr"]) < 1e-4
+    for settings, why in (
+        (changed(batch=8, epochs=3), r"other settings \(.*batch 4 → 8.*the same train\.batch"),
+        (replace(changed(epochs=3), model=replace(SMALL.model, depth=2)), "depth 1 → 2"),
+        (changed(epochs=1), "3 epochs are done; --epochs 1 would go back"),
+    ):
+        with pytest.raises(StoreError, match=why):
+            pretrain(cohort, tmp_path, settings)
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK")
+    with pytest.raises(StoreError, match="delete the folder to start anew"):
+        pretrain(cohort, tmp_path, changed(epochs=3))
+
+
+def test_the_schedule_goes_by_share_of_the_training(cohort, tmp_path):
+    run, rates = open_run(cohort, tmp_path), []
+    for position in (0.0, 0.05, 0.1, 0.55, 0.99):
+        trainer.set_learning_rates(run, position, 0.01)
+        rates.append(run.optimizer.param_groups[0]["lr"] / run.config.train.lr)
+    assert rates == pytest.approx([0.1, 0.6, 1.0, 0.5, 0.0], abs=1e-3)
+
+
+def test_a_grown_cohort_keeps_its_bank_and_fills_what_is_new(cohort, tmp_path, monkeypatch):
+    settings = changed(epochs=1)
+    pretrain(cohort.subset(cohort.members[:6]), tmp_path, settings)
+    filled, fill = [], trainer.MemoryBank.fill
+    monkeypatch.setattr(trainer.MemoryBank, "fill", lambda self, slide, *rest: filled.append(slide) or fill(self, slide, *rest))
+    pretrain(cohort.subset(cohort.members[1:]), tmp_path, changed(epochs=2))
+    assert filled == ["s6", "s7"]
+
+
+# faults
+
+
+def test_one_damaged_slide_costs_one_slide(cohort, work, tmp_path, monkeypatch):
+    kept, held_out = cohort.split("split=val", work / "reports.csv")
+    read = trainer.TileReader.read
+
+    def damaged(self, member, index):
+        if self.cohort.members[member].slide_id in ("s3", "s7") or (self.cohort.members[member].slide_id == "s4" and len(index) == 4):
+            raise SlideError("stored tile 5 cannot be decoded")
+        return read(self, member, index)
+
+    monkeypatch.setattr(trainer.TileReader, "read", damaged)
+    monkeypatch.setattr(trainer, "FAILED_SHARE", 0.2)
+    pretrain(kept, tmp_path, changed(tiles=4), held_out=held_out)
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"{slide} failed: stored tile 5 cannot be decoded" in page for slide in ("s3", "s4", "s7"))
+    assert not (tmp_path / "bank" / "s3.bank").exists() and (tmp_path / "bank" / "s4.bank").exists()
+    monkeypatch.setattr(trainer, "FAILED_SHARE", 0.1)
+    with pytest.raises(DreslclError, match="1 of 6 slides cannot be read; s3: stored tile 5"):
+        pretrain(kept, tmp_path / "other", SMALL)
+
+
+@pytest.mark.parametrize("members, reports, message", [(2, 8, "at least 2 patients"), (8, 1, "two reports")])
+def test_nothing_to_contrast_is_refused_before_work_is_done(cohort, tmp_path, members, reports, message):
+    few = cohort.subset(cohort.members[:members])  # s0 and s1 are of one patient
+    few = replace(few, members=tuple(replace(m, report=min(m.report, reports - 1)) for m in few.members), reports=few.reports[:reports])
+    with pytest.raises(ConfigError, match=message):
+        pretrain(few, tmp_path / "run", SMALL)
+    assert not (tmp_path / "run" / "bank").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_slides_and_keeps_nothing_of_it(cohort, tmp_path):
+    run = open_run(cohort, tmp_path)
+    rows = [run.bank.read(f"s{i}", np.arange(9))[0].copy() for i in range(8)]
+    with torch.no_grad():
+        run.model.aggregator.head.bias.fill_(float("nan"))
+    with pytest.raises(DreslclError, match=r"the loss is not finite at step 0 \(slides s\d.*lower --lr"):
+        trainer.run_epoch(run)
+    assert all((run.bank.read(f"s{i}", np.arange(9))[0] == rows[i]).all() for i in range(8))
+
+
+def test_a_random_tile_encoder_that_learns_while_tiles_are_left_out_is_warned_of(cohort, tmp_path, caplog):
+    for settings, warned in ((changed(bank_share=0.5), 1), (SMALL, 0), (changed(FROZEN, bank_share=0.5), 0)):
+        caplog.clear()
+        trainer.open_run(cohort, Cohort(()), settings, tmp_path, Ranks())
+        assert caplog.text.count("does not begin to learn") == warned
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(cohort, tmp_path, caplog):
+    caplog.set_level("INFO")
+    pretrain(cohort, tmp_path / "run", SMALL, dry_run=True)
+    assert "steps per epoch; the bank takes" in caplog.text and "an epoch; the limit is" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+# ranks
+
+
+def test_effective_rank_counts_directions():
+    assert effective_rank(torch.eye(3).repeat(5, 1)) == pytest.approx(2.0, abs=1e-4)  # three points span a plane
+    assert effective_rank(torch.ones(6, 3)) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_batch_must_be_a_multiple_of_the_ranks(cohort, tmp_path):
+    with pytest.raises(ConfigError, match="multiple of the 3 ranks"):
+        trainer.open_run(cohort, Cohort(()), SMALL, tmp_path, Ranks(0, 3))
+
+
+def test_gradients_of_any_memory_layout_are_summed_over_ranks_and_none_stays_none(monkeypatch):
+    weights = [torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)), torch.nn.Parameter(torch.randn(5))]
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    idle = torch.nn.Parameter(torch.randn(2))
+    before = [p.grad.clone() for p in weights]
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(2))
+    Ranks(0, 2).sum_gradients([*weights, idle])
+    assert all(torch.equal(p.grad, 2 * b) for p, b in zip(weights, before)) and idle.grad is None
+
+
+RANKS = """
 import sys
 from pathlib import Path
 from dreslcl.cohort import Cohort
 from dreslcl.config import RunConfig
 from dreslcl.trainer import pretrain
 work, out = Path(sys.argv[1]), Path(sys.argv[2])
-cohort = Cohort.load(work).with_reports(work / "reports.csv")
-pretrain(cohort, out, RunConfig.load(out.parent / "settings.toml"), shards=2, resume=len(sys.argv) > 3)
+pretrain(Cohort.load(work).with_reports(work / "reports.csv"), out, RunConfig.load(out.parent / "settings.toml"))
 """
 
 
@@ -235,180 +471,43 @@ def torchrun(script: Path, ranks: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_ranks_train_as_one_process_with_the_same_batch(cohort, work, tmp_path):
-    settings = replace(SMALL, train=replace(SMALL.train, clip_grad=0.5))
+@pytest.mark.parametrize("settings", [SMALL, FROZEN], ids=["encoder", "frozen"])
+def test_two_ranks_train_as_one_process_with_the_same_batch(cohort, work, tmp_path, settings, monkeypatch):
     settings.save(tmp_path / "settings.toml")
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS)
-    torchrun(script, 2, str(work), str(tmp_path / "two"))
-    pretrain(cohort, tmp_path / "one", settings, shards=2)
+    (tmp_path / "two.py").write_text(RANKS)
+    torchrun(tmp_path / "two.py", 2, str(work), str(tmp_path / "two"))
+    # one process, the slides dealt as over two ranks: the batches are the same
+    plan, deal = trainer.plan_epoch, trainer.deal_patients
+    monkeypatch.setattr(trainer, "plan_steps", lambda run: [[np.concatenate([d[step] for d in dealt(run)])] for step in range(count(run))])
+
+    def homes(run):
+        return deal(run.cohort.members, 2)
+
+    def count(run):
+        sizes = np.bincount(homes(run))
+        return int(min(-(-sizes.max() * 2 // run.config.train.batch), sizes.min()))
+
+    def dealt(run):
+        parts = [[i for i, r in enumerate(homes(run)) if r == rank] for rank in range(2)]
+        return [plan(run.cohort.members, part, count(run), run.rng(rank)) for rank, part in enumerate(parts)]
+
+    pretrain(cohort, tmp_path / "one", settings)
     one, two = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two"))
     for a, b in zip(one["rows"], two["rows"]):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     flat = [torch.cat([v.flatten() for v in run["model"].values() if v.is_floating_point()]) for run in (one, two)]
     # as one vector: Adam turns rounding noise of gradients that are exactly zero in theory (key biases) into small steps
-    assert float((flat[0] - flat[1]).norm()) <= 1e-5 * float(flat[0].norm())
-    # and going on with another number of ranks
+    assert float((flat[0] - flat[1]).norm()) <= 1e-4 * float(flat[0].norm())
     replace(settings, train=replace(settings.train, epochs=3)).save(tmp_path / "settings.toml")
-    torchrun(script, 1, str(work), str(tmp_path / "two"), "resume")
+    torchrun(tmp_path / "two.py", 1, str(work), str(tmp_path / "two"))  # going on with another number of ranks
     assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["epoch"] == 3
 
 
-def test_a_long_report_costs_a_tuned_text_tower_no_more_than_its_cap(cohort, tmp_path, monkeypatch):
-    long = replace(cohort, reports=tuple(" ".join(f"Finding {i}." for i in range(40)) + r for r in cohort.reports))
-    made = trainer(long, tmp_path, report_windows=3)
-    read = []
-    encode = made.encoder.encode_texts
-    monkeypatch.setattr(made.encoder, "encode_texts", lambda texts: read.append(texts) or encode(texts))
-    visits = [made._visit(m) for m in range(4)]
-    made._report_vectors(visits)
-    made.epoch = 1
-    made._report_vectors(visits)
-    assert [len(texts) for texts in read] == [4 * 3, 4 * 3] and read[0] != read[1], "drawn anew each time"
-    free = trainer(long, tmp_path / "b", report_windows=0)
-    monkeypatch.setattr(free.encoder, "encode_texts", lambda texts: read.append(texts) or encode(texts))
-    free._report_vectors(visits)
-    assert len(read[-1]) == sum(round(len(free.pieces[cohort.members[v.member].report]) * 0.5) for v in visits) > 60
-
-
-def test_a_frozen_tower_gives_a_report_the_same_vector_in_training_and_after(cohort, tmp_path):
-    long = replace(cohort, reports=tuple(" ".join(f"Finding {i} is {r}" for i in range(9)) for r in cohort.reports))
-    frozen = replace(SMALL, encoder=EncoderConfig(text="frozen"))
-    made = trainer(long, tmp_path, frozen, report_part=1.0)
-    assert len(made.pieces[0]) > 1 and not made.tune_text
-    made.model.eval()
-    in_training = made._report_vectors([made._visit(0)]).detach().numpy()[0]
-    np.testing.assert_allclose(in_training, made.model.embed_text(long.reports[cohort.members[0].report]), atol=1e-5)
-
-
-def test_gradient_caching_encodes_all_but_the_last_micro_batch_twice(cohort, tmp_path, monkeypatch):
-    made = trainer(cohort, tmp_path, tile_batch=6)  # 16 tiles: 6, 6 and 4
-    sizes = []
-    encode = made.encoder.encode_tiles
-    monkeypatch.setattr(made.encoder, "encode_tiles", lambda tiles, views: sizes.append(len(tiles)) or encode(tiles, views))
-    gradients(made)
-    assert sizes == [6, 6, 4, 6, 6]
-
-
-def test_the_two_views_of_a_slide_are_its_drawn_tiles_and_all_its_others(cohort, tmp_path):
-    made = trainer(cohort, tmp_path)
-    made.model.eval()
-    slide, T = made._id(0), SMALL.train.tiles
-    M, rng = made.bank.tiles(slide), np.random.default_rng(0)
-
-    def vector(*parts) -> torch.Tensor:
-        rows = torch.cat([torch.from_numpy(made.bank.gather(slide, p)).float() if isinstance(p, np.ndarray) else p for p in parts])
-        return made.model.aggregator(*refreshed_residuals(None, [slide], [np.arange(len(rows))], rows, made.model.aggregator.codewords))
-
-    def views(index: np.ndarray) -> tuple[torch.Tensor, ...]:
-        fresh = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(len(index), made.model.dim))).float(), dim=1)
-        return fresh, *made._two_views([slide], [index], fresh)
-
-    drawn = rng.permutation(M)[:T]
-    fresh, one, other = views(drawn)
-    assert 2 * T < M
-    torch.testing.assert_close(one, vector(fresh))
-    torch.testing.assert_close(other, vector(np.setdiff1d(np.arange(M), drawn)), rtol=1e-4, atol=1e-5)
-    drawn = rng.permutation(M)[: M - 3]  # too few others: every second drawn tile joins them
-    fresh, one, other = views(drawn)
-    torch.testing.assert_close(one, vector(fresh[::2]))
-    torch.testing.assert_close(other, vector(fresh[1::2], np.setdiff1d(np.arange(M), drawn)), rtol=1e-4, atol=1e-5)
-    made.train = replace(made.train, bank=False)
-    fresh, one, other = views(drawn[:1])  # nothing is left for the other part
-    torch.testing.assert_close(one, other)
-
-
-def test_with_views_the_loss_is_report_to_slide_and_view_to_view(cohort, tmp_path, monkeypatch):
-    made, calls = trainer(cohort, tmp_path, view_weight=0.7), []
-    inner = trainer_module.contrastive_loss
-
-    def recorded(z, u, reports, *rest, **options):
-        calls.append((z.detach(), u.detach(), reports, inner(z, u, reports, *rest, **options).item()))
-        return inner(z, u, reports, *rest, **options)
-
-    monkeypatch.setattr(trainer_module, "contrastive_loss", recorded)
-    plan = made.plan()[0]
-    visits = [made._visit(int(m)) for m in plan[0]]
-    pixels = list(made.reader.stream([(v.member, v.tiles) for v in visits], ahead=2))
-    values, z = made.train_step(visits, pixels, plan)
-    (whole, _, _, a), (one, other, each, b) = calls
-    assert (whole == z).all() and not torch.allclose(one, whole) and not torch.allclose(one, other)
-    assert each.tolist() == list(range(len(z)))
-    assert values["loss"] == pytest.approx(a + 0.7 * b, rel=1e-6)
-
-
-def test_of_a_resting_encoder_one_view_is_half_of_the_bank_rows_and_slides_stay_whole(cohort, tmp_path):
-    frozen = replace(SMALL, encoder=EncoderConfig(tune="none"))
-    plain, views = (trainer(cohort, tmp_path / str(w), frozen, view_weight=w) for w in (0.0, 1.0))
-    slides, visits = [plain._id(0)], [views._visit(0)]
-    (index,), fresh = views._from_bank(slides, visits)
-    assert len(fresh) == len(index) == views.bank.tiles(slides[0]) // 2
-    vectors = [made._slide_vectors(visits, *made._from_bank(slides, visits), [1]) for made in (plain, views)]
-    torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_of_any_memory_layout_are_summed_over_ranks(monkeypatch):
-    weights = [torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)), torch.nn.Parameter(torch.randn(5))]
-    for p in weights:
-        p.grad = torch.randn_like(p)
-    before = [p.grad.clone() for p in weights]
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(2))
-    Ranks(0, 2).sum_gradients(weights)
-    assert all(torch.equal(p.grad, 2 * b) for p, b in zip(weights, before))
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from dreslcl.cohort import Cohort
-from dreslcl.config import RunConfig
-from dreslcl.trainer import Trainer, pretrain
-work, out, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-step = Trainer.train_step
-def train_step(self, *arguments):
-    result = step(self, *arguments)
-    if self.step == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-Trainer.train_step = train_step
-reports = work / "reports.csv"
-kept, held_out = Cohort.load(work / "work", patients=reports).with_reports(reports).split("split=test", reports)
-pretrain(kept, out, RunConfig.load(out.with_suffix(".toml")), held_out=held_out, resume=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_the_middle_of_an_epoch_ends_within_seed_noise(tmp_path):
-    """Three seeds: SIGKILL in epoch 7 of 12, after the bank took in two of its three steps; then resumed to the end."""
-    from dreslcl.demo import SETTINGS, TILES, write_cohort
-    from dreslcl.tiles import tile_slides
-
-    write_cohort(tmp_path, slides=40, seed=0)
-    tile_slides(tmp_path / "slides", tmp_path / "work", TILES)
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-
-    def run(name: str, seed: int, kill_at: int) -> int:
-        changed = replace(SETTINGS.train, epochs=12, batch=8, seed=seed)
-        replace(SETTINGS, train=changed).save(tmp_path / f"{name}.toml")
-        return subprocess.run([sys.executable, str(script), str(tmp_path), str(tmp_path / name), str(kill_at)], timeout=900).returncode
-
-    metric, undisturbed, resumed = "held_out_recall@10", [], []
-    for seed in range(3):
-        assert run(f"whole-{seed}", seed, -1) == 0
-        assert run(f"killed-{seed}", seed, 6 * 3 + 1) == -9
-        assert run(f"killed-{seed}", seed, -1) == 0
-        tables = []
-        for name in ("whole", "killed"):
-            with (tmp_path / f"{name}-{seed}" / "metrics.csv").open() as file:
-                tables.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
-        whole, again = tables
-        assert [row["epoch"] for row in again] == list(range(1, 13)) and [row["step"] for row in again] == [row["step"] for row in whole]
-        assert again[:6] == whole[:6]
-        assert again[6]["loss"] == pytest.approx(whole[6]["loss"], rel=0.05)
-        undisturbed.append(whole[-1][metric])
-        resumed.append(again[-1][metric])
-        print(f"seed {seed}: {metric} {undisturbed[-1]:.3f} undisturbed, {resumed[-1]:.3f} killed and resumed;", end=" ")
-        print(f"loss {whole[-1]['loss']:.3f}, {again[-1]['loss']:.3f}")
-    noise = max(undisturbed) - min(undisturbed) + 1 / 16  # 16 held-out slides
-    assert abs(np.mean(resumed) - np.mean(undisturbed)) <= noise
+def test_the_kept_model_is_loadable_and_bags_are_of_the_batch(cohort, tmp_path):
+    run = open_run(cohort, tmp_path)
+    samples, _ = first_step(run)
+    fresh, _ = trainer.encode_samples(run, samples)
+    bags = trainer.make_bags(run, samples, fresh, trainer.nearest_codeword(fresh, run.model.aggregator.codewords))
+    assert all(isinstance(bag, Bag) and len(bag.counts) == len(samples) for bag in bags)
+    run.model.save(tmp_path / "model")
+    assert DRESLCL.load(tmp_path / "model").fingerprint() == run.model.fingerprint()
