@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -191,6 +192,26 @@ def check_id(value: str, where: str) -> str:
     if not value or value.startswith(".") or re.search(r"[/\\\x00-\x1f]", value):
         raise TableError(f"{where}: {value!r} cannot be an id; ids hold no slash, no control character and no leading dot")
     return value
+
+
+MISSING = frozenset(("", "na", "n/a", "nan", "none", "null", "#n/a", "--", "?", "unknown", "not reported", "not available", "missing"))
+"""What tables write where they have no value, in lower case and without what `is_missing` strips."""
+_SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|mrxs|vsi|czi|dcm|jp2|png|jpe?g|h5|hdf5|pt)$", re.IGNORECASE)
+
+
+def is_missing(value: str) -> bool:
+    """Whether a table's cell stands for no value: a word of MISSING in any case, also as GDC, pandas and TCGA write it ('--, <NA>, [Unknown])."""
+    return value.strip().strip("'<>[]").lower() in MISSING
+
+
+def missing_words(values: Iterable[str]) -> str:
+    """The words among these that stand for no value, counted, the most frequent first: "12 '', 3 'NA'"; "" where none does."""
+    return ", ".join(f"{count} {word!r}" for word, count in Counter(filter(is_missing, values)).most_common())
+
+
+def same_name(name: str) -> str:
+    """The form in which names are compared: two that differ only in Unicode form (NFC, NFD) or in the suffix of a file are the same."""
+    return _SUFFIX.sub("", unicodedata.normalize("NFC", name.strip()))
 
 
 def read_text(path: Path) -> str:

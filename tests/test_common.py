@@ -15,7 +15,10 @@ from dreslcl.common import (
     file_stamp,
     fingerprint,
     hold,
+    is_missing,
+    missing_words,
     read_table,
+    same_name,
     slide_id,
     track,
     write_json,
@@ -134,3 +137,34 @@ def test_quiet_logs_nothing(monkeypatch, caplog):
     monkeypatch.setattr(common, "EVERY_S", 0)
     monkeypatch.setattr(logging.getLogger("dreslcl"), "level", logging.WARNING)
     assert list(track([1, 2], "embedding", "tiles")) == [1, 2] and not caplog.records
+
+
+def test_words_for_no_value_are_known_in_any_case_and_counted():
+    words = [
+        "",
+        " ",
+        "NA",
+        "na",
+        "N/A",
+        "#N/A",
+        "<NA>",
+        "nan",
+        "NaN",
+        "None",
+        "NULL",
+        "'--",
+        "--",
+        "?",
+        "Unknown",
+        "Not Reported",
+        "missing",
+    ]
+    assert all(map(is_missing, [*words, "not available", "[Not Available]"]))
+    assert not any(map(is_missing, ["-", "+", "0", "no", "unknown primary", "NA12878", "none seen", "n", "nano", "-1"]))
+    assert missing_words(["a", "?", "NA", "?", "0"]) == "2 '?', 1 'NA'" and missing_words(["a"]) == ""
+
+
+def test_names_of_one_slide_are_the_same_whatever_the_suffix_and_the_unicode_form():
+    for name in ("Größe", "Größe.svs", "Größe.SVS", "Gro\u0308ße.Tiff", " Gro\u0308ße.h5 "):
+        assert same_name(name) == "Größe"
+    assert len({same_name(name) for name in ("a", "A", "a.1", "a.ome.tif", "TCGA-AB-1234-01Z-00-DX1.0A1B")}) == 5
