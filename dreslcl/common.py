@@ -200,7 +200,7 @@ _SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|mrxs|vsi|czi|dcm|jp2|png
 
 
 def is_missing(value: str) -> bool:
-    """Whether a table's cell stands for no value: a word of MISSING in any case, also as GDC, pandas and TCGA write it ('--, <NA>, [Unknown])."""
+    """Whether a cell stands for no value: a word of MISSING in any case, also as GDC, pandas and TCGA write it ('--, <NA>, [Unknown])."""
     return value.strip().strip("'<>[]").lower() in MISSING
 
 
