@@ -363,9 +363,7 @@ def heatmap(
     work: Annotated[Path, typer.Argument(help="Folder that `dreslcl tile` wrote.", exists=True, file_okay=False)],
     *,
     embeddings: Annotated[Path, option("Folder that `dreslcl embed` wrote with a model: EMB.", exists=True)],
-    out: Annotated[
-        Path | None, option("Folder for the maps; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)
-    ] = None,
+    out: Annotated[Path | None, option("Folder; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)] = None,
     knobs: dict[type, dict[str, Any]],
     text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.")] = None,
     labels: Annotated[

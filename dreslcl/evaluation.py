@@ -8,7 +8,7 @@ baseline) share slides, folds and resamples, so their differences are paired. to
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -148,28 +148,29 @@ Predictions = dict[str, dict[str, list[Matrix]]]  # features -> probe -> held-ou
 
 @dataclass(frozen=True)
 class Outcome:
-    """One label column, or one retrieval. n counts held-out predictions, not slides: fixed splits may test a slide more than once."""
+    """One label column, or one retrieval."""
 
-    column: str
+    slides: Slides
+    """The tested ones, one for each held-out prediction: given splits may test a slide more than once."""
     counts: dict[str, Any]
     scores: Scores
     differences: Scores
     """The embedding minus these features, paired."""
-    ids: tuple[str, ...] = ()
-    patients: tuple[str, ...] = ()
-    fold: Int[np.ndarray, "n"] = field(default_factory=lambda: np.empty(0, int))
-    classes: tuple[str, ...] = ()
-    y: Int[np.ndarray, "n"] = field(default_factory=lambda: np.empty(0, int))
-    vectors: Float[np.ndarray, "n E"] = field(default_factory=lambda: np.empty((0, 0)))
     probabilities: dict[str, Matrix] = field(default_factory=dict)
     """features -> held-out probabilities of the first probe."""
+    fold: Sequence[int] = ()
     rankings: list[list[Any]] = field(default_factory=list)
     """Retrieval: direction, query, its patient, rank of the first hit, what ranked first."""
 
     @property
+    def column(self) -> str:
+        """Of labels, or of reports."""
+        return self.slides.column
+
+    @property
     def confusion(self) -> Int[np.ndarray, "C C"]:
         """Rows are labels, columns predictions."""
-        return confusion(self.y, self.probabilities["embedding"], np.ones((1, len(self.y))))[0].astype(int)
+        return confusion(self.slides.y, self.probabilities["embedding"], np.ones((1, len(self.slides.y))))[0].astype(int)
 
 
 @dataclass(frozen=True)
@@ -199,15 +200,15 @@ class Result:
         results = {}
         for o in self.outcomes:
             results[o.column] = {"counts": o.counts, "scores": _plain(o.scores), "differences": _plain(o.differences)}
-            results[o.column] |= {"classes": list(o.classes), "confusion": o.confusion.tolist()} if o.classes else {}
-        names = list(dict.fromkeys(name for o in self.outcomes for name in o.classes))
+            results[o.column] |= {"classes": list(o.slides.classes), "confusion": o.confusion.tolist()} if o.probabilities else {}
+        names = list(dict.fromkeys(name for o in self.outcomes for name in o.slides.classes))
         columns = ["column", "slide_id", "patient_id", "fold", "label", "prediction", *(f"p_{name}" for name in names)]
         rows: list[list[Any]] = []
-        for o in self.outcomes:
-            for slide, patient, fold, y, p in zip(o.ids, o.patients, o.fold, o.y, o.probabilities.get("embedding", ())):
-                chance = dict(zip(o.classes, p))
-                row = [o.column, slide, patient, int(fold), o.classes[y], o.classes[int(p.argmax())]]
-                rows.append(row + [f"{chance[name]:.6f}" if name in chance else "" for name in names])
+        for s, fold, p in ((o.slides, o.fold, o.probabilities["embedding"]) for o in self.outcomes if o.probabilities):
+            for i, slide in enumerate(s.ids):
+                of = dict(zip(s.classes, p[i]))
+                row = [s.column, slide, s.patients[i], fold[i], s.classes[s.y[i]], s.classes[p[i].argmax()]]
+                rows.append(row + [f"{of[name]:.6f}" if name in of else "" for name in names])
         if self.task == "retrieval":
             columns, rows = ["direction", "query", "patient_id", "rank", "first"], [row for o in self.outcomes for row in o.rankings]
         write_table(Path(out) / "predictions.csv", columns, rows)
@@ -318,7 +319,7 @@ def evaluate(
     fitted, outcomes = task not in ("retrieval", "zeroshot"), []
     for column in columns:
         if task == "retrieval":
-            slides = everyone.subset(np.array([i for i, row in enumerate(everyone.rows) if row[column]], int), column)
+            slides = replace(everyone.subset(np.array([i for i, row in enumerate(everyone.rows) if row[column]], int)), column=column)
         else:
             slides = labelled(everyone, column, positive.get(column), binary=task in ("recognition", "mutation"))
         slides, seen = leave_out_seen(with_folds(slides, split, config.folds * fitted, config.seed), include_seen)
@@ -390,25 +391,24 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
     Raises:
         TableError: fewer than two classes among the slides to test.
     """
-    rows, y, column, classes = slides.tested, slides.y[slides.tested], slides.column, slides.classes
-    absent = [name for c, name in enumerate(classes) if c not in y]
+    tested, column, classes = slides.subset(slides.tested), slides.column, slides.classes
+    absent = [name for c, name in enumerate(classes) if c not in tested.y]
     if len(classes) - len(absent) < 2:
-        raise TableError(f"{column}: the {len(rows)} slides to test are all of class {classes[y[0]]!r}; two classes are needed")
+        raise TableError(f"{column}: the {len(tested.y)} slides to test are all of class {classes[tested.y[0]]!r}; two classes are needed")
     if absent:
         slides.warnings.append(f"{column}: no slide to test is of class {preview(absent)}")
-    weights, drawn = resamples(slides.patients[rows], config.bootstrap, config.seed), {name: {} for name in predictions}
+    weights, drawn = resamples(tested.patients, config.bootstrap, config.seed), {name: {} for name in predictions}
     for name, kinds in predictions.items():
         for kind, draws in kinds.items():
-            each = [classification_metrics(y, p, weights) for p in draws]
+            each = [classification_metrics(tested.y, p, weights) for p in draws]
             drawn[name][kind] = {metric: np.mean([values[metric] for values in each], axis=0) for metric in each[0]}
     counts = {"slides": len(slides.y), "patients": len(set(slides.patients)), "classes": {}}
     for c, name in enumerate(classes):
-        people = len(set(slides.patients[slides.y == c]))
-        counts["classes"][name] = {"slides": int((slides.y == c).sum()), "patients": people, "tested": len(set(rows[y == c]))}
-    fold = np.repeat(np.arange(len(slides.folds)), [len(fold.test) for fold in slides.folds])
+        own = {"slides": slides.ids[slides.y == c], "patients": slides.patients[slides.y == c], "tested": tested.ids[tested.y == c]}
+        counts["classes"][name] = {what: len(set(values)) for what, values in own.items()}
     first = {name: next(iter(kinds.values()))[0] for name, kinds in predictions.items()}
-    who = tuple(slides.ids[rows].tolist()), tuple(slides.patients[rows].tolist())
-    return Outcome(column, counts, *intervals(drawn), *who, fold, classes, y, slides.features["embedding"][rows], first)
+    fold = [number for number, fold in enumerate(slides.folds) for _ in fold.test]
+    return Outcome(tested, counts, *intervals(drawn), first, fold)
 
 
 def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[str, np.ndarray], config: EvalConfig) -> Outcome:
@@ -417,7 +417,7 @@ def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[
     The reports are the distinct texts. A slide's hits are all texts of its patient, a text's hits all slides of the patients that have it:
     another slide of the same patient, or another patient's report with the same words, is not a mistake.
     """
-    slides = slides.subset(np.unique(slides.tested), slides.column)
+    slides = slides.subset(np.unique(slides.tested))
     reports, first, text = np.unique([row[slides.column] for row in slides.rows], return_index=True, return_inverse=True)
     people, patient = np.unique(slides.patients, return_inverse=True)
     has = np.zeros((len(people), len(reports)), bool)
@@ -435,7 +435,7 @@ def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[
     scores, differences = intervals(drawn)
     scores["chance"] = {direction: retrieval_chance(hit) for direction, (*_, hit) in sides.items()}
     counts = {"slides": len(every), "patients": len(people), "reports": len(reports)}
-    return Outcome(slides.column, counts, scores, differences, rankings=rankings)
+    return Outcome(slides, counts, scores, differences, rankings=rankings)
 
 
 def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tuple[Scores, Scores]:
@@ -469,7 +469,7 @@ def protocol(task: Task, split: str | Path | None, include_seen: bool, config: E
         f"Metrics run over all held-out predictions at once; intervals are the 2.5 and 97.5 percentiles of {config.bootstrap} resamples of "
         "patients; differences are paired (same folds, same resamples)."
     )
-    two = [(o, o.classes[1], o.counts) for o in outcomes if len(o.classes) == 2]
+    two = [(o, o.slides.classes[1], o.counts) for o in outcomes if len(o.slides.classes) == 2]
     positive = [f"{o.column}: positive is {name!r}, {n['classes'][name]['slides']} of {n['slides']} slides." for o, name, n in two]
     return [split or ("All labelled slides are tested." if task in how else folds), seen, how.get(task, fitted), intervals, *positive]
 

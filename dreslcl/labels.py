@@ -52,21 +52,28 @@ class Slides:
     warnings: list[str] = field(default_factory=list)
     """What the user should know; it grows on the way and subsets share it."""
     column: str = ""
-    """The column that classes, y (n,) and folds are of; without one they are empty."""
+    """What y, classes and folds are of; before `labelled` they are empty."""
     classes: tuple[str, ...] = ()
     y: Int[np.ndarray, "_"] = field(default_factory=lambda: np.empty(0, int))
     folds: Sequence[Fold] = ()
 
-    def subset(self, index: Int[np.ndarray, "m"], column: str = "") -> "Slides":
-        """Some of the slides, without y and folds."""
-        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen")}
+    def subset(self, index: Int[np.ndarray, "m"]) -> "Slides":
+        """Some of the slides, without folds; one that comes twice in `index` is there twice."""
+        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen")} | {
+            "y": self.y[index] if len(self.y) else self.y
+        }
         features = {name: x[index] for name, x in self.features.items()}
-        return Slides(self.where, [self.rows[i] for i in index], **arrays, features=features, warnings=self.warnings, column=column)
+        return replace(self, rows=[self.rows[i] for i in index], features=features, folds=(), **arrays)
 
     @property
     def tested(self) -> Int[np.ndarray, "t"]:
         """Which slides are tested, one fold after the other; given splits may test one more than once."""
         return np.concatenate([fold.test for fold in self.folds])
+
+
+def columns_of(rows: Rows) -> str:
+    """The columns of a table, for a message."""
+    return ", ".join(rows[0]) if rows else "no rows"
 
 
 def preview(values: Iterable[str], limit: int = 3) -> str:
@@ -83,7 +90,7 @@ def join_labels(named: Mapping[str, Embeddings], rows: Rows, columns: Sequence[s
     """
     for column in columns:
         if column not in (rows[0] if rows else ()):
-            raise TableError(f"{where}: no column {column!r}; there are {', '.join(rows[0]) if rows else 'no rows'}")
+            raise TableError(f"{where}: no column {column!r}; there are {columns_of(rows)}")
     first = named["embedding"]
     row_of, warnings = match_rows(first, rows, columns, where)
     place = {name: {slide: i for i, slide in enumerate(e.ids)} for name, e in named.items()}
@@ -91,7 +98,7 @@ def join_labels(named: Mapping[str, Embeddings], rows: Rows, columns: Sequence[s
     if not ids:
         others = [preview(e.ids) for e in named.values()]
         raise TableError(f"compare: no slide in common; the first embeddings have {others[0]}, the second {others[-1]}")
-    if alone := [slide for slide in row_of if slide not in set(ids)]:
+    if alone := [slide for slide in row_of if any(slide not in there for there in place.values())]:
         warnings.append(f"compare: {len(alone)} labelled slides are not in the second embeddings, so left out ({preview(alone)})")
     index = {name: [there[slide] for slide in ids] for name, there in place.items()}
     features = {name: e.vectors[index[name]] for name, e in named.items()}
@@ -115,7 +122,7 @@ def match_rows(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where
     patients = [patient_of(slide, "", known) for slide, known in zip(embeddings.ids, embeddings.patients)]
     keys = [("slide_id", embeddings.ids)] * ("slide_id" in there) + [(c, patients) for c in PATIENT_COLUMNS if c in there][:1]
     if not keys:
-        raise TableError(f"{where}: no column 'slide_id' or 'patient_id'; there are {', '.join(there) or 'no rows'}")
+        raise TableError(f"{where}: no column 'slide_id' or 'patient_id'; there are {columns_of(rows)}")
     for key, names in keys:
         table: dict[str, dict[str, str]] = {}
         for row in (row for row in rows if row[key]):
@@ -127,15 +134,12 @@ def match_rows(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where
             break
     else:
         key, names = keys[0]
-        raise TableError(
-            f"{where}: no {key} matches the embeddings; the table has {preview(r[key] for r in rows)}, they have {preview(names)}"
-        )
-    partners, bare = set(names), [slide for slide in embeddings.ids if slide not in found]
-    alone = [name for name in table if name not in partners]
-    warnings = [f"{where}: {len(alone)} of {len(table)} ids have no embedding and are left out ({preview(alone)})"] * bool(alone)
-    return found, warnings + [f"{where}: {len(bare)} of {len(names)} embeddings have no row and are left out ({preview(bare)})"] * bool(
-        bare
-    )
+        theirs = preview(row[key] for row in rows)
+        raise TableError(f"{where}: no {key} matches the embeddings; the table has {theirs}, they have {preview(names)}")
+    partners = set(names)
+    alone, bare = [name for name in table if name not in partners], [slide for slide in embeddings.ids if slide not in found]
+    lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
+    return found, [f"{where}: {len(left)} of {what} and are left out ({preview(left)})" for left, what in lost if left]
 
 
 def table_patient(row: Mapping[str, str]) -> str:
@@ -154,9 +158,9 @@ def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
 
 def labelled(slides: Slides, column: str, positive: str | None = None, binary: bool = False) -> Slides:
     """The slides that have a label in a column, with their class numbers and the classes' names (`class_numbers`)."""
-    slides = slides.subset(np.array([i for i, row in enumerate(slides.rows) if row[column].lower() not in UNLABELLED], int), column)
+    slides = slides.subset(np.array([i for i, row in enumerate(slides.rows) if row[column].lower() not in UNLABELLED], int))
     y, classes = class_numbers([row[column] for row in slides.rows], column, positive, binary)
-    return replace(slides, y=y, classes=classes)
+    return replace(slides, column=column, y=y, classes=classes)
 
 
 def class_numbers(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -194,11 +198,11 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
     rows, columns, where = slides.rows, [str(split)], slides.where
     if split not in rows[0]:
         if not Path(split).is_file():
-            raise TableError(f"{where}: no column {str(split)!r}, nor a file of that name; there are {', '.join(rows[0])}")
+            raise TableError(f"{where}: no column {str(split)!r}, nor a file of that name; there are {columns_of(rows)}")
         table, where = read_table(Path(split)), str(split)
         columns = sorted((c for c in (table[0] if table else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
         if not columns:
-            raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {', '.join(table[0]) if table else 'no rows'}")
+            raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {columns_of(table)}")
         by = {row[c]: row for c in (*PATIENT_COLUMNS, "slide_id") for row in table if row.get(c)}
         rows = [by.get(slide) or by.get(patient) or {} for slide, patient in zip(slides.ids, slides.patients)]
         if not any(rows):

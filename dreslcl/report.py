@@ -27,12 +27,12 @@ from threadpoolctl import threadpool_limits
 
 from .bank import MemoryBank
 from .cohort import Cohort, TileReader
-from .common import ConfigError, TableError, read_table, write_bytes, write_table, write_text
+from .common import ConfigError, write_bytes, write_table, write_text
 from .evaluation import CUTS, NAMES, Outcome, Result, first_hits, operating_points, resamples, show
 
 PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 BAND_DRAWS = 200
-COLOURS, MANY = colormaps["tab10"].colors, colormaps["tab20"].colors
+COLOURS = colormaps["tab10"].colors
 GRID = np.linspace(0, 1, 101)
 STYLE = {"embedding": "-", "mean-pool": "--", "compared": ":"}
 
@@ -65,18 +65,18 @@ def _short(name: str) -> str:
 
 def _lines(outcome: Outcome) -> list[tuple[str, int, str]]:
     """The curves to draw: features, class, label. Two classes: every feature set, positive class; more: the embedding, each class."""
-    if len(outcome.classes) == 2:
+    if len(outcome.slides.classes) == 2:
         return [(name, 1, name) for name in outcome.probabilities if name in STYLE]
-    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.classes[: len(COLOURS)])]
+    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.slides.classes[: len(COLOURS)])]
 
 
 def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
     """ROC or PR curves of the held-out predictions with a 95 % band from resampled patients."""
     roc = ("ROC", "false positive rate", "true positive rate")
     ax = _axes(*(roc if kind == "roc" else ("Precision and recall", "recall", "precision")))
-    weights = resamples(outcome.patients, BAND_DRAWS, 0)
+    weights = resamples(outcome.slides.patients, BAND_DRAWS, 0)
     for i, (features, c, label) in enumerate(_lines(outcome)):
-        positive = outcome.y == c
+        positive = outcome.slides.y == c
         if not positive.any() or positive.all():
             continue
         true, false = operating_points(positive, outcome.probabilities[features][:, c], weights)
@@ -88,7 +88,7 @@ def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
         if features == "embedding":
             ax.fill_between(GRID, low, high, color=colour, alpha=0.15, linewidth=0)
         if kind == "pr":
-            ax.axhline(positive.mean(), color=colour if len(outcome.classes) > 2 else "0.6", linewidth=0.8, linestyle=(0, (1, 3)))
+            ax.axhline(positive.mean(), color=colour if len(outcome.slides.classes) > 2 else "0.6", linewidth=0.8, linestyle=(0, (1, 3)))
     if kind == "roc":
         ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
@@ -113,7 +113,7 @@ def confusion_matrix(outcome: Outcome) -> bytes:
     ax = _axes("Confusion (held-out predictions)", "predicted", "label", (side + 0.4, side))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ax.spines[:].set_visible(False)
-    ticks = [_short(name) for name in outcome.classes]
+    ticks = [_short(name) for name in outcome.slides.classes]
     ax.set_xticks(range(len(ticks)), ticks, rotation=45 if len(ticks) > 2 else 0, ha="right" if len(ticks) > 2 else "center", fontsize=8)
     ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for i, j in np.ndindex(*counts.shape):
@@ -121,44 +121,18 @@ def confusion_matrix(outcome: Outcome) -> bytes:
     return _png(ax.figure)
 
 
-def calibration(outcome: Outcome) -> bytes:
-    """Observed share against mean probability in bins of equal size; classes count equally, as in the probe's fit."""
-    ax = _axes("Calibration", "mean probability", "observed share")
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
-    balance = 1 / np.bincount(outcome.y, minlength=len(outcome.classes))[outcome.y]
-    draws = resamples(outcome.patients, BAND_DRAWS, 0) * balance
-    for i, (features, c, label) in enumerate(_lines(outcome)):
-        p = outcome.probabilities[features][:, c]
-        bins = np.array_split(np.argsort(p), min(8, max(2, len(p) // 10)))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            observed = np.stack([(draws[:, b] * (outcome.y[b] == c)).sum(1) / draws[:, b].sum(1) for b in bins], axis=1)
-        mean = [np.average(p[b], weights=balance[b]) for b in bins]
-        ax.plot(mean, observed[0], STYLE[features], marker="o", markersize=4, linewidth=1.2, color=COLOURS[i], label=label)
-        if features == "embedding" and len(outcome.classes) == 2:
-            ax.vlines(mean, *np.nanpercentile(observed[1:], [2.5, 97.5], axis=0), color=COLOURS[i], alpha=0.4)
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    ax.legend(frameon=False, fontsize=8)
-    return _png(ax.figure)
-
-
 def scatter(outcome: Outcome) -> bytes:
     """The embedding in two dimensions, coloured by label: t-SNE, or PCA for few or very many slides."""
-    first = np.unique(outcome.ids, return_index=True)[1]
-    vectors, y = outcome.vectors[first], outcome.y[first]
+    first = np.unique(outcome.slides.ids, return_index=True)[1]
+    vectors, y = outcome.slides.features["embedding"][first], outcome.slides.y[first]
     name = "t-SNE" if 30 <= len(first) <= 3000 else "PCA"
     model = TSNE(perplexity=min(30, len(first) / 4), init="pca", random_state=0) if name == "t-SNE" else PCA(2)
     with threadpool_limits(1):  # with two threads on two busy cores t-SNE waits more than it works
         points = model.fit_transform(vectors) if min(vectors.shape) >= 2 else np.zeros((len(first), 2))
     ax = _axes(f"Slide embeddings, {name}")
-    for c, label in enumerate(outcome.classes):
-        ax.scatter(
-            *points[y == c].T,
-            s=14,
-            color=(COLOURS if len(outcome.classes) <= 10 else MANY)[c % 20],
-            alpha=0.75,
-            linewidths=0,
-            label=_short(label),
-        )
+    colours = colormaps["tab10" if len(outcome.slides.classes) <= 10 else "tab20"].colors
+    for c, label in enumerate(outcome.slides.classes):
+        ax.scatter(*points[y == c].T, s=14, color=colours[c % 20], alpha=0.75, linewidths=0, label=_short(label))
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
@@ -208,22 +182,14 @@ class Picture:
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-class Notice(str):
-    """A warning."""
-
-
-class Code(str):
-    """A command line, or other text to copy."""
-
-
 Block = str | Table | Picture | list[Picture]
 
 
-def page(path: Path, title: str, sections: Mapping[str, Sequence[Block]]) -> None:
-    """Write one HTML file of sections (heading -> blocks); a list of pictures becomes a gallery."""
+def page(path: Path, title: str, sections: Mapping[str, Sequence[Block]], again: str) -> None:
+    """Write one HTML file: sections (heading -> blocks; a list of pictures is a gallery), what to run it `again` with, and versions."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("dreslcl", ""), autoescape=True, undefined=jinja2.StrictUndefined)
-    typed = [(heading, [(type(block).__name__, block) for block in blocks]) for heading, blocks in sections.items()]
-    write_text(path, environment.get_template("report.html").render(title=title, sections=typed))
+    typed = [(heading, [(type(block).__name__, block) for block in blocks]) for heading, blocks in sections.items() if blocks]
+    write_text(path, environment.get_template("report.html").render(title=title, sections=typed, again=again, versions=versions()))
 
 
 def versions() -> str:
@@ -235,45 +201,7 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def curves(metrics_csv: Path, path: Path) -> None:
-    """Draw every numeric column of a run's metrics.csv over its epochs: one small panel per group, as PNG.
-
-    Names with the same part before a slash or an @ share a panel, and so do `loss`, `train_loss` and `val_loss`.
-
-    Raises:
-        TableError: no row, or no column `epoch`.
-    """
-    rows = read_table(metrics_csv, ["epoch"])
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in rows[0] if rows else []:
-        if name not in ("epoch", "step") and any(_number(row[name]) is not None for row in rows):
-            groups[re.split("[/@]", name)[0].removeprefix("train_").removeprefix("val_")].append(name)
-    if not groups:
-        raise TableError(f"{metrics_csv}: no numbers to draw")
-    across = min(4, len(groups))
-    figure = Figure(figsize=(3.4 * across, 2.5 * -(-len(groups) // across)), layout="tight")
-    panels = figure.subplots(-(-len(groups) // across), across, squeeze=False).ravel()
-    for ax, (group, names) in zip(panels, groups.items()):
-        for name in names:
-            points = [(float(row["epoch"]), value) for row in rows if (value := _number(row[name])) is not None]
-            ax.plot(*zip(*points), marker="o" if len(points) < 30 else "", markersize=3, linewidth=1.3, label=name)
-        ax.set_title(group, fontsize=10, loc="left")
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1:
-            ax.legend(fontsize=7, frameon=False)
-    for ax in panels[len(groups) :]:
-        ax.set_axis_off()
-    panels[0].set_xlabel("epoch", fontsize=8)
-    write_bytes(path, _png(figure))
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if np.isfinite(value) else None
+# an evaluation
 
 
 def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mapping[str, Path] | None = None) -> None:
@@ -284,29 +212,26 @@ def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mappi
         pictures: slide id -> picture (a heatmap) for the examples of each class.
     """
     header, rows = result.table()
-    sections: dict[str, list[Block]] = {"": [_headline(outcome) for outcome in result.outcomes]}
-    if result.warnings:
-        sections["Warnings"] = [Notice(text) for text in result.warnings]
+    sections: dict[str, list[Block]] = {"": [_headline(outcome) for outcome in result.outcomes], "Warnings": list(result.warnings)}
     for outcome in result.outcomes:
         scores = [row[1:] for row in rows if row[0] == outcome.column]
         blocks: list[Block] = [Table(header[1:], scores, "Value and 95 % interval.", lead=True)]
-        if outcome.classes:
+        if outcome.slides.classes:
             counted = outcome.counts["classes"].items()
             blocks.append(Table(["class", "slides", "patients", "tested"], [[name, *map(str, n.values())] for name, n in counted]))
-            drawn = [
+            roc, pr = (
                 Picture(curve(outcome, "roc"), "Band: 95 %, patients resampled."),
                 Picture(curve(outcome, "pr"), "Dotted: share of the class."),
+            )
+            counts, map_ = (
                 Picture(confusion_matrix(outcome), "Colour: share of the label's row."),
-                Picture(calibration(outcome), "Bins of equal size; classes weighted equally."),
                 Picture(scatter(outcome), "Tested slides."),
-            ]
-            blocks += [drawn, *_examples(outcome, pictures or {})]
+            )
+            blocks += [[roc, pr, counts, map_], *_examples(outcome, pictures or {})]
         else:
             blocks.append([Picture(recall(outcome), "Bars: 95 % intervals.")])
         sections[f"{result.task}: {outcome.column}" if outcome.column != result.task else result.task] = blocks
-    sections["Protocol"] = list(result.protocol)
-    sections["Command and versions"] = [Code(command), versions()]
-    page(path, f"dreslcl evaluation: {result.task}", sections)
+    page(path, f"dreslcl evaluation: {result.task}", sections | {"Protocol": list(result.protocol)}, command)
 
 
 def _headline(outcome: Outcome) -> str:
@@ -320,19 +245,21 @@ def _headline(outcome: Outcome) -> str:
 
 def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
     """Of each class, the two surest right predictions and the surest wrong one that have a picture."""
-    chosen = []
-    p = outcome.probabilities["embedding"]
-    for c, name in enumerate(outcome.classes):
-        mine = [i for i in np.argsort(-p[:, c]) if outcome.y[i] == c and outcome.ids[i] in pictures]
+    chosen, p, s = [], outcome.probabilities["embedding"], outcome.slides
+    for c, name in enumerate(s.classes):
+        mine = [i for i in np.argsort(-p[:, c]) if s.y[i] == c and s.ids[i] in pictures]
         right = [i for i in mine if p[i].argmax() == c][:2]
         wrong = [i for i in mine[::-1] if p[i].argmax() != c][:1]
         for i in right + wrong:
-            caption = f"{outcome.ids[i]}: {name}, predicted {outcome.classes[int(p[i].argmax())]} (probability of {name} {p[i, c]:.2f})"
-            with Image.open(pictures[outcome.ids[i]]) as image:
+            with Image.open(pictures[s.ids[i]]) as image:
                 small = image.convert("RGB")
             small.thumbnail((620, 1240))
+            caption = f"{s.ids[i]}: {name}, predicted {s.classes[p[i].argmax()]} (probability of {name} {p[i, c]:.2f})"
             chosen.append(Picture(_jpeg(small), caption))
     return ["Of each class, the two surest right predictions and the surest wrong one:", chosen] if chosen else []
+
+
+# a run
 
 
 ATLAS_ROWS = 20_000
@@ -341,6 +268,33 @@ GAP = ((0, 0), (0, 4), (0, 0))  # px right of a tile
 EXAMPLES = 6
 
 Row = Mapping[str, float | int]
+
+
+def curves(rows: Sequence[Row], path: Path) -> None:
+    """Draw every quantity of a run over its epochs: one small panel per group, as PNG.
+
+    Names with the same part before a slash or an @ share a panel, and so do `loss`, `train_loss` and `val_loss`.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "step")):
+        groups[re.split("[/@]", name)[0].removeprefix("train_").removeprefix("val_")].append(name)
+    across = min(4, len(groups))
+    down = -(-len(groups) // across)
+    figure = Figure(figsize=(3.4 * across, 2.5 * down), layout="tight")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for ax, (group, names) in zip(panels, groups.items()):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in rows if np.isfinite(row.get(name, np.nan))]
+            ax.plot(*np.reshape(points, (-1, 2)).T, marker="o" if len(points) < 30 else "", markersize=3, linewidth=1.3, label=name)
+        ax.set_title(group, fontsize=10, loc="left")
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            ax.legend(fontsize=7, frameon=False)
+    for ax in panels[len(groups) :]:
+        ax.set_axis_off()
+    panels[0].set_xlabel("epoch", fontsize=8)
+    write_bytes(path, _png(figure))
 
 
 class Journal:
@@ -369,14 +323,14 @@ class Journal:
                 self.events.add_scalar(name, rows[-1][name], int(rows[-1]["step"]))
             self.events.flush()
         if picture or time.monotonic() - self.drawn > 30:
-            curves(self.out / "metrics.csv", self.out / "curves.png")
+            curves(rows, self.out / "curves.png")
             self.drawn = time.monotonic()
 
 
 def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Cohort, reader: TileReader, *, seed: int) -> list[Picture]:
     """For each codeword, the most used first, a strip of the tiles nearest to it, each of another slide where there are enough.
 
-    Looks at up to ATLAS_ROWS rows of the slides in the shards opened here, as many of each.
+    Looks at up to ATLAS_ROWS rows, as many of each slide in the bank.
     """
     rng = np.random.default_rng(seed)
     member_of = {m.slide_id: i for i, m in enumerate(cohort.members)}
@@ -441,9 +395,7 @@ def run_page(
         "What went in": list(notes),
         "Curves": [Picture(out / "curves.png")],
         "Memory bank": [Table(["epoch", *columns.values()], ages, "Age: steps since a row was written. A cosine of 1: no drift.")],
+        "Codebook": ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)] if atlas else [],
+        "Retrieval": examples,
     }
-    if atlas:
-        sections["Codebook"] = ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)]
-    sections["Retrieval"] = examples
-    sections["Settings and versions"] = [Code(settings), versions()]
-    page(out / "report.html", "dreslcl pretraining", sections)
+    page(out / "report.html", "dreslcl pretraining", sections, settings)

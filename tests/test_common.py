@@ -65,6 +65,7 @@ def test_formula_in_a_cell_is_made_inert(tmp_path):
     [
         (b"", "empty; a header line is needed"), (b"a,b\n1,2\n", "no column 'report'; there are a, b"),
         (b"report\n\xff\xe9\n", "not UTF-8 text"), (b"report\n\x00\n", "holds NUL characters"), (None, r"cannot be read \(No such file"),
+        (b"report,report\n1,2\n", "column 'report' comes twice"),
     ],
 )  # fmt: skip
 def test_unreadable_table_says_why_in_one_line(tmp_path, content, message):

@@ -198,9 +198,9 @@ def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_i
     assert outcome.differences["mean-pool"]["linear"]["auroc"].value == pytest.approx(ours.value - base.value)
     assert outcome.scores["majority class"]["linear"]["auroc"].value == 0.5
     assert set(outcome.scores["embedding"]) == {"linear", "5-NN", "1-shot", "3-shot"}
-    assert ours.value == pytest.approx(sk.roc_auc_score(outcome.y, outcome.probabilities["embedding"][:, 1]))
-    assert (outcome.confusion == sk.confusion_matrix(outcome.y, outcome.probabilities["embedding"].argmax(1))).all()
-    assert sorted(outcome.ids) == sorted(embeddings.ids)  # every slide is held out once
+    assert ours.value == pytest.approx(sk.roc_auc_score(outcome.slides.y, outcome.probabilities["embedding"][:, 1]))
+    assert (outcome.confusion == sk.confusion_matrix(outcome.slides.y, outcome.probabilities["embedding"].argmax(1))).all()
+    assert sorted(outcome.slides.ids) == sorted(embeddings.ids)  # every slide is held out once
 
 
 def test_permuted_labels_give_an_auroc_of_one_half_within_the_interval():
@@ -241,7 +241,7 @@ def test_one_class_is_set_against_the_rest_when_told():
     embeddings, rows = cohort(30, ("a", "b", "c"))
     refused(r"3 classes .* --positive CLASS", embeddings, rows, "recognition", columns=["subtype"])
     result = run(embeddings, rows, "recognition", columns={"subtype": "b"})
-    assert result.outcomes[0].classes == ("not b", "b") and "subtype: positive is 'b', 20 of 60 slides." in result.protocol
+    assert result.outcomes[0].slides.classes == ("not b", "b") and "subtype: positive is 'b', 20 of 60 slides." in result.protocol
     refused("no class 'z' to be the positive one; there are 'a', 'b', 'c'", embeddings, rows, columns={"subtype": "z"})
 
 
@@ -343,7 +343,7 @@ def test_a_split_column_fixes_train_and_test_and_validation_slides_are_not_teste
     embeddings, rows = cohort(48)
     rows = with_split(rows, ("train", "Train", "val", "test"), each=4)
     result = run(embeddings, rows, split="split")
-    assert sorted(result.outcomes[0].ids) == sorted(row["slide_id"] for row in rows if row["split"] == "test")
+    assert sorted(result.outcomes[0].slides.ids) == sorted(row["slide_id"] for row in rows if row["split"] == "test")
     assert result.protocol[0] == "The split is given by split; no patient is in two parts."
 
 
@@ -355,8 +355,8 @@ def test_a_patho_bench_table_gives_its_folds_also_where_they_overlap(tmp_path):
         lines.append("\t".join([row["patient_id"], row["slide_id"], "0", *parts]))
     (tmp_path / "k=all.tsv").write_text("\n".join(lines))
     outcome = run(embeddings, rows, split=tmp_path / "k=all.tsv").outcomes[0]
-    assert outcome.fold.tolist() == [0] * 10 + [1] * 10 + [2] * 10
-    assert outcome.ids[10:20] == outcome.ids[20:30] == embeddings.ids[:10]
+    assert outcome.fold == [0] * 10 + [1] * 10 + [2] * 10
+    assert tuple(outcome.slides.ids[10:20]) == tuple(outcome.slides.ids[20:30]) == embeddings.ids[:10]
     assert outcome.counts["classes"]["A"]["tested"] + outcome.counts["classes"]["B"]["tested"] == 20
 
 
@@ -399,10 +399,10 @@ def test_slides_of_patients_seen_in_pretraining_are_never_tested_unless_asked():
     result = run(embeddings, rows)
     gone = ["s000_0", "s000_1", "s003_0", "s003_1"]  # the other slide of a seen patient is no fresh one
     assert result.outcomes[0].counts["seen_left_out"] == gone
-    assert not set(gone) & set(result.outcomes[0].ids)
+    assert not set(gone) & set(result.outcomes[0].slides.ids)
     assert any("4 of 80 slides are of patients seen in pretraining and left out of test: 's000_0'" in text for text in result.warnings)
     kept = run(embeddings, rows, include_seen=True)
-    assert len(kept.outcomes[0].ids) == 80 and any("the numbers are optimistic" in text for text in kept.warnings)
+    assert len(kept.outcomes[0].slides.ids) == 80 and any("the numbers are optimistic" in text for text in kept.warnings)
     other = replace(embeddings, seen=frozenset(["s005_0"]))  # a second embedding's seen slides are left out too
     assert run((replace(embeddings, seen=frozenset()), other), rows).outcomes[0].counts["seen_left_out"] == ["s005_0", "s005_1"]
     everyone = replace(embeddings, seen=frozenset(embeddings.ids[::2]))
@@ -500,7 +500,7 @@ def test_saved_files_hold_every_held_out_prediction_and_plain_json(tmp_path):
     assert result.table() == run(embeddings, labels).table()  # two runs of one seed are equal
     result.save(tmp_path / "out")
     table = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
-    assert [row["slide_id"] for row in table] == list(result.outcomes[0].ids) and len(table) == 38
+    assert [row["slide_id"] for row in table] == list(result.outcomes[0].slides.ids) and len(table) == 38
     assert {row["label"] for row in table} == {"'=cmd()", "B"}
     assert float(table[0]["p_=cmd()"]) + float(table[0]["p_B"]) == pytest.approx(1, abs=1e-5)
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]["subtype"]

@@ -14,12 +14,10 @@ from test_trainer import SMALL
 from dreslcl import report
 from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort, Member, TileReader
-from dreslcl.common import ConfigError, TableError
+from dreslcl.common import ConfigError
 from dreslcl.evaluation import evaluate
 from dreslcl.report import (
-    Code,
     Journal,
-    Notice,
     Picture,
     Table,
     codebook_atlas,
@@ -44,8 +42,8 @@ def read(path):
 def test_every_text_is_escaped(tmp_path):
     png = tmp_path / "p.png"
     Image.new("RGB", (4, 4)).save(png)
-    blocks = [EVIL, Table([EVIL], [[EVIL]], EVIL), Notice(EVIL), Code(EVIL), Picture(png, EVIL), [Picture(png, EVIL)]]
-    page(tmp_path / "a.html", EVIL, {EVIL: blocks})
+    blocks = [EVIL, Table([EVIL], [[EVIL]], EVIL), Picture(png, EVIL), [Picture(png, EVIL)]]
+    page(tmp_path / "a.html", EVIL, {EVIL: blocks, "Warnings": [EVIL]}, EVIL)
     assert read(tmp_path / "a.html").count("&lt;script&gt;") == 13  # the title stands twice, a picture's caption twice, all else once
 
 
@@ -54,7 +52,7 @@ def test_an_evaluation_with_hostile_ids_and_classes_is_one_file_without_outside_
     result = evaluate((embeddings, embeddings), rows, "subtype", config=QUICK)
     evaluation_page(result, tmp_path / "report.html", command="dreslcl eval <EMB>")
     html = read(tmp_path / "report.html")
-    assert html.count("data:image/png") == 5 and "dreslcl eval &lt;EMB&gt;" in html
+    assert html.count("data:image/png") == 4 and "dreslcl eval &lt;EMB&gt;" in html
     for text in ("Protocol", "StratifiedGroupKFold", "scikit-learn", "seen in pretraining", "mean-pool", "embedding − compared"):
         assert text in html
 
@@ -89,16 +87,14 @@ def test_versions_name_python_and_the_packages():
 
 
 def test_curves_draw_one_panel_per_group_and_skip_what_is_no_number(tmp_path):
-    (tmp_path / "metrics.csv").write_text(
-        "epoch,loss,val_loss,recall@1,recall@5,note\n1,2.0,2.1,0.1,0.3,warm\n2,1.5,,0.2,0.4,\n3,nan,1.4,0.3,0.5,\n"
-    )
-    curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    rows = [
+        {"epoch": 1, "step": 4, "loss": 2.0, "recall@1": 0.1},
+        {"epoch": 2, "step": 8, "val_loss": 1.5, "recall@5": 0.4, "loss": np.nan},
+    ]
+    curves(rows, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert np.asarray(image.convert("L")).min() < 200
         assert image.width == pytest.approx(2 * 3.4 * 140, abs=2)  # two panels: loss and recall
-    (tmp_path / "empty.csv").write_text("epoch,note\n1,x\n")
-    with pytest.raises(TableError, match="no numbers to draw"):
-        curves(tmp_path / "empty.csv", tmp_path / "none.png")
 
 
 def events(out):

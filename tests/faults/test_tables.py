@@ -69,12 +69,6 @@ def test_a_broken_table_is_read_or_refused_in_one_line(tmp_path, data):
             assert "\n" not in str(error) and str(path) in str(error) and len(str(error)) < 500
 
 
-def test_a_column_that_comes_twice_is_refused(tmp_path):
-    (tmp_path / "r.csv").write_text("slide_id,report,report\na,one,two\n")
-    with pytest.raises(TableError, match="column 'report' comes twice"):
-        read_table(tmp_path / "r.csv")
-
-
 def renamed(work: Path, name: str) -> None:
     """Give the third slide of a table another id."""
     rows = read_table(work / "slides.csv")
@@ -135,6 +129,9 @@ def test_no_cell_of_predictions_is_a_formula(hostile):
 
 
 def test_html_of_hostile_texts_runs_nothing_in_a_browser(hostile, tmp_path):
+    html = (hostile / "report.html").read_text()
+    assert "&lt;script&gt;document.title" in html and "&lt;img src=x" in html and "<script" not in html
+    assert set(json.loads((hostile / "metrics.json").read_text())["results"]) == {EVIL[1], FORMULAS[3]}
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no chromium here to open the page in")
@@ -155,13 +152,6 @@ def test_html_of_hostile_texts_runs_nothing_in_a_browser(hostile, tmp_path):
         assert tag not in page, tag
 
 
-def test_the_page_holds_the_hostile_texts_as_text(hostile):
-    html = (hostile / "report.html").read_text()
-    assert "&lt;script&gt;document.title" in html and "&lt;img src=x" in html and "<script" not in html
-    everything = json.loads((hostile / "metrics.json").read_text())
-    assert set(everything["results"]) == {EVIL[1], FORMULAS[3]}
-
-
 def test_formulas_in_ids_survive_the_way_through_stamps_table(tmp_path):
     for i, name in enumerate(("=1+1", "-a", "007")):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -170,13 +160,3 @@ def test_formulas_in_ids_survive_the_way_through_stamps_table(tmp_path):
     assert done.code == 0, done
     assert {r["FILENAME"] for r in read_table(tmp_path / "emb" / "stamp_slides.csv")} == {"'=1+1.h5", "'-a.h5", "007.h5"}
     assert Embeddings.load(tmp_path / "emb").ids == ("-a", "007", "=1+1")
-
-
-def test_duplicate_ids_are_refused_where_they_contradict(work, tmp_path):
-    for rows, good in (([("s0", "A"), ("s0", "A")], True), ([("s0", "A"), ("s0", "B")], False), ([("s0.svs", "A"), ("s0", "B")], False)):
-        (tmp_path / "r.csv").write_text(quoted([["slide_id", "report"], *map(list, rows)]))
-        if good:
-            assert len(Cohort.load(work).with_reports(tmp_path / "r.csv")) == 1
-        else:
-            with pytest.raises(TableError, match="more than one report"):
-                Cohort.load(work).with_reports(tmp_path / "r.csv")
