@@ -36,12 +36,8 @@ class TileConfig:
     """Smallest fraction of a tile that must be tissue."""
     max_tiles: int = 0
     """Keep at most this many tiles of a slide, drawn evenly over it; 0 keeps all."""
-    align: bool = False
-    """Snap the grid to the scan's stored tiles where the tile size allows it: faster random reads."""
     default_mpp: float | None = None
     """Resolution of level 0 for scans that do not say it, µm per pixel."""
-    mask_mpp: float = 8.0
-    """Resolution of the tissue mask, µm per pixel."""
     threshold: float | None = None
     """Saturation above which a mask pixel is tissue (0-1); none: Otsu's method."""
     drop_pen: bool = False
@@ -56,7 +52,6 @@ class TileConfig:
         _require(0 <= self.min_tissue <= 1, f"min_tissue is a fraction from 0 to 1, got {self.min_tissue}")
         _require(self.default_mpp is None or self.default_mpp > 0, f"default_mpp must be positive, got {self.default_mpp}")
         _require(self.max_tiles >= 0, f"max_tiles must be 0 (all) or more, got {self.max_tiles}")
-        _require(self.mask_mpp > 0, f"mask_mpp must be positive, got {self.mask_mpp}")
         _require(self.threshold is None or 0 < self.threshold < 1, f"threshold is a saturation from 0 to 1, got {self.threshold}")
         _require(self.min_sharpness >= 0, f"min_sharpness must be 0 (off) or more, got {self.min_sharpness}")
 

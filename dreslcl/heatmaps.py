@@ -156,7 +156,7 @@ def draw_heatmaps(
                     features = torch.from_numpy(np.concatenate(rows).astype(np.float16)).to(device).float()  # as embed rounds them
                     direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(device)
                     codes, values = contributions(trained.aggregator, features, direction)
-                    with Slide.open(cohort.members[i].source, mpp=grid.mpp_level0) as scan:
+                    with grid.open_scan(cohort.members[i].source) as scan:
                         _draw(out / "heatmaps", scan, grid, codes, len(grid) * values, trained.config.codewords, target, mark)
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)

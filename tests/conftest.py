@@ -37,7 +37,7 @@ def work(tmp_path_factory) -> Path:
         image = np.full((640, 768, 3), 244, np.uint8)
         image[64:576, 64:704] = rng.integers(60, 160, (512, 640, 3)) // (1, 2, 1) + np.array([i * 8, 0, 90 - i * 9])
         write_scan(folder / "slides" / f"s{i}.svs", image, mpp=1.0)
-    tile_slides(folder / "slides", folder / "work", TileConfig(size=64, mpp=2.0, mask_mpp=8.0))
+    tile_slides(folder / "slides", folder / "work", TileConfig(size=64, mpp=2.0))
     patients = ["p0", "p0", *(f"p{i}" for i in range(2, 8))]
     rows = [
         (f"s{i}", p, f"Report of {p}. Finding number {i}. Margins are free.", "val" if i > 5 else "train") for i, p in enumerate(patients)
