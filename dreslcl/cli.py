@@ -197,14 +197,10 @@ def tile(
     out: Out,
     knobs: dict[type, dict[str, Any]],
     pack: Annotated[bool, option("Also write each slide's tiles as one BigTIFF, for slow network disks.", "--pack")] = False,
-    mpp_csv: Annotated[
-        Path | None,
-        option("Table slide_id, mpp: level-0 resolution (µm per pixel) in place of what scans say.", panel=_INPUTS, exists=True),
-    ] = None,
     overrides: Annotated[
         Path | None,
         option(
-            "Table slide_id and any of mpp, threshold, min_tissue, max_tiles, drop_pen, min_sharpness, mask_mpp.",
+            "Table slide_id and any of mpp (of level 0), threshold, min_tissue, max_tiles, drop_pen, min_sharpness.",
             panel=_INPUTS,
             exists=True,
         ),
@@ -219,25 +215,19 @@ def tile(
     shard: Annotated[
         str | None, option("I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.", panel=_RUNNING)
     ] = None,
-    force: Annotated[bool, option("Do slides again that are done.", "--force", panel=_RUNNING)] = False,
     dry_run: Annotated[bool, option("Print what is there and would be done; write nothing.", "--dry-run", panel=_RUNNING)] = False,
 ) -> None:
     """Find the tissue tiles of each scan: grids, overlays and slides.csv."""
-    from .tiles import tile_slides
+    from .tiles import Given, tile_slides
 
     rows = tile_slides(
         slides,
         out,
         TileConfig(**knobs[TileConfig]),
+        given=Given(overrides, tissue_geojson, coords),
         workers=workers,
-        force=force,
-        dry_run=dry_run,
         shard=_shard(shard),
-        mpp_csv=mpp_csv,
-        overrides=overrides,
-        tissue_geojson=tissue_geojson,
-        coords=coords,
-        pack=pack,
+        write="nothing" if dry_run else "packs" if pack else "grids",
     )
     if dry_run:
         shown = ["slide_id", "status", "width", "height", "levels", "mpp", "mpp_source", "tiles", "error"]
@@ -363,9 +353,7 @@ def heatmap(
     work: Annotated[Path, typer.Argument(help="Folder that `dreslcl tile` wrote.", exists=True, file_okay=False)],
     *,
     embeddings: Annotated[Path, option("Folder that `dreslcl embed` wrote with a model: EMB.", exists=True)],
-    out: Annotated[
-        Path | None, option("Folder for the maps; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)
-    ] = None,
+    out: Annotated[Path | None, option("Folder; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)] = None,
     knobs: dict[type, dict[str, Any]],
     text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.")] = None,
     labels: Annotated[

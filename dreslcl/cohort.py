@@ -16,8 +16,7 @@ from jaxtyping import Int64, UInt8
 
 from .common import ConfigError, TableError, file_stamp, read_table
 from .formats import _key, _rows, patient_of, read_corners, read_report_vectors, read_reports
-from .slide import Slide
-from .tiles import TileGrid, grid_path, open_tiles, read_slides
+from .tiles import TileGrid, TilePixels, grid_path, read_slides
 
 log = logging.getLogger(__name__)
 Job = TypeVar("Job")
@@ -278,13 +277,12 @@ class TileReader:
         fits = sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
 
-    def _open_tiles(self, member: int) -> tuple[Slide, Int64[np.ndarray, "M 2"]]:
+    def _open_tiles(self, member: int) -> TilePixels:
         assert self.cohort.work is not None, "a cohort of features has no pixels"
-        return open_tiles(self.cohort.work, self.cohort.members[member].source, self.grid(member))
+        return TilePixels(self.cohort.work, self.cohort.members[member].source, self.grid(member))
 
     def _read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        grid, (slide, xy) = self.grid(member), self._open(member)
-        return slide.read_tiles(xy[index], grid.size, grid.mpp)
+        return self._open(member).read(index)
 
     def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the member's tiles `index`."""

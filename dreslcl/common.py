@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -303,10 +302,3 @@ def track(items: Iterable[Item], title: str, unit: str, total: int | None = None
         for item in items:
             yield item
             done()
-
-
-@contextmanager
-def progress(title: str, total: int, unit: str) -> Iterator[Any]:
-    """`counting` under its old face, for modules that still call `bar.advance(bar.task_ids[0], n)`."""
-    with counting(title, total, unit) as done:
-        yield SimpleNamespace(task_ids=[0], advance=lambda _, units=1: done(units))

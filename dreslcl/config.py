@@ -66,8 +66,14 @@ class EncoderConfig:
     """OpenCLIP's tag of pretrained weights, or a weights file; none: random weights, or those of the hub or folder."""
     tune: str = "all"
     """Which part of the tile encoder learns: all, last:N (its last N blocks and what follows them) or none."""
-    text: Literal["auto", "frozen", "tune"] = "auto"
-    """Whether the text tower learns; auto: frozen when it has pretrained weights."""
+    text: str = "auto"
+    """What reads the reports: lsa (their own words), tower or tower:tune (the encoder's), sentence:NAME; auto: a tower that knows
+    medicine, else lsa."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights are loaded; else they are random."""
+        return bool(self.pretrained) or self.name.startswith(("hf-hub:", "local-dir:"))
 
     def __post_init__(self) -> None:
         good = self.tune in ("all", "none") or (self.tune.startswith("last:") and self.tune[5:].isdigit())
@@ -259,7 +265,7 @@ def knob_help(config: type) -> dict[str, str]:
 
 PRESETS = {
     "paper": RunConfig(
-        EncoderConfig(name="ViT-S-16", text="frozen"),
+        EncoderConfig(name="ViT-S-16"),
         ModelConfig(codewords=32, width=256),
         TrainConfig(tiles=64, batch=32, encoder_lr=1e-5),
     ),

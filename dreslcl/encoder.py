@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         name = config.name
         _register_tiny()
         _check_name(config)
-        pretrained = bool(config.pretrained) or name.startswith(_SCHEMAS)
+        pretrained = config.has_weights
         with torch.random.fork_rng(devices=[]), _quiet_open_clip():
             torch.manual_seed(seed)
             try:

@@ -119,7 +119,7 @@ def draw_heatmaps(
                 direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(trained.device)
                 codes, values = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
                 grid = cohort.grid(i)
-                with Slide.open(cohort.members[i].source, mpp=grid.mpp_level0) as scan:
+                with grid.open_scan(cohort.members[i].source) as scan:
                     _draw(out, scan, grid, codes, len(grid) * values, trained.config.codewords, target, marks[i])
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)

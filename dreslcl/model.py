@@ -375,7 +375,7 @@ class DRESLCL(nn.Module):
             self.encoder.save(folder / "open_clip")
         self.text.save(folder)
         write_bytes(folder / "weights.safetensors", save(self._own_state()))
-        header = {"version": VERSION, "model": asdict(self.config), "dim": self.dim, "text": self.text.describe(), "about": self.about}
+        header = {"version": VERSION, "model": asdict(self.config), "dim": self.dim, "about": self.about}
         write_json(folder / "config.json", header | {"encoder": self.encoder is not None})
 
     @classmethod
@@ -391,7 +391,7 @@ class DRESLCL(nn.Module):
             if header["version"] != VERSION:
                 raise ModelError(f"{folder}: version {header['version']}, this dreslcl reads version {VERSION}")
             encoder = Encoder.create(EncoderConfig(name=f"local-dir:{folder / 'open_clip'}")) if header["encoder"] else None
-            text = Text.load(folder, header["text"], encoder)
+            text = Text.load(folder, encoder)
             model = cls(encoder, text, ModelConfig(**header["model"]), dim=header["dim"], about=header["about"])
             missing, extra = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:

@@ -3,7 +3,7 @@
 A level is a grid of segments (TIFF tiles, strips, or one whole image), each compressed on its own. A read lists every (window, segment)
 pair, walks the segments in file order, decodes each once into a reused buffer and copies it into all windows that show it. `os.pread` costs
 2 % of a decode and the copies 4-7 %, so the decoder is the limit; decoders release the GIL, so threads scale. The lowest segments of a read
-are carried over to the next one, which in raster order begins inside them.
+are kept for the next one, which in raster order begins inside them.
 """
 
 import os
@@ -24,8 +24,8 @@ from .common import SlideError
 
 MAX_SEGMENT_BYTES = 1 << 30
 """Largest decoded segment: a larger claim is refused before memory is taken."""
-CARRY_BYTES = 128 << 20
-"""Most decoded bytes that one read hands on to the next."""
+CACHE_BYTES = 128 << 20
+"""Most decoded bytes that one read keeps for the next."""
 
 RGB, YCBCR = 2, 6  # TIFF's photometric interpretations
 JPEG, JPEG2000, JPEG2000_YCBCR = 7, (33003, 33004, 33005, 34712), 33003
@@ -36,10 +36,10 @@ Decoded = tuple[np.ndarray, np.ndarray]  # pixels (h, w, 3), and the buffer behi
 Decoder = Callable[[bytes, int, np.ndarray], np.ndarray]  # stored bytes, index, buffer -> pixels (h, w, 3), in the buffer or not
 
 
-class Carry:
-    """Decoded segments of one level that a read leaves for the next, and buffers to use again. One read at a time owns it."""
+class DecodeCache:
+    """Decoded segments of one level that a read keeps for the next, and buffers to use again. One read at a time owns it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.decoded: dict[int, Decoded] = {}
         self.spare: list[np.ndarray] = []  # a fresh one costs page faults
 
@@ -47,18 +47,18 @@ class Carry:
         """Room for one segment of `edge` (w, h)."""
         try:
             return self.spare.pop()
-        except IndexError:
+        except IndexError:  # no `if`: other threads of this read take buffers too
             return np.empty((edge[1], edge[0], 3), np.uint8)
 
     def update(self, new: dict[int, Decoded], columns: int) -> None:
-        """Replace what is held of the columns in `new`; the oldest goes where more than CARRY_BYTES would be held."""
+        """Replace what is held of the columns in `new`; the oldest goes where more than CACHE_BYTES would be held."""
         touched = {index % columns for index in new}
         for index in [index for index in self.decoded if index % columns in touched]:
             self.spare.append(self.decoded.pop(index)[1])
         self.decoded |= new
         held = sum(buffer.nbytes for _, buffer in self.decoded.values())
         for index in list(self.decoded)[:-1]:
-            if held > CARRY_BYTES:
+            if held > CACHE_BYTES:
                 held -= self.decoded.pop(index)[1].nbytes
 
 
@@ -79,15 +79,14 @@ class Segments:
     """3 where red, green and blue lie in separate segments."""
 
     def __post_init__(self) -> None:
-        if min(*self.size, *self.edge) < 1:
+        (w, h), found = self.edge, {len(self.offsets), len(self.counts)}
+        if min(*self.size, w, h) < 1:
             raise SlideError(f"{self.name}: an image of {self.size} px in tiles of {self.edge} px cannot be; {DAMAGED}")
-        if 3 * self.edge[0] * self.edge[1] > MAX_SEGMENT_BYTES:
-            w, h = self.edge
+        if 3 * w * h > MAX_SEGMENT_BYTES:
             raise SlideError(f"{self.name}: one stored piece has {w} x {h} px, too much to decode at once; convert it to a tiled TIFF")
         expected = self.planes * self.grid[0] * self.grid[1]
-        found = min(len(self.offsets), len(self.counts))
-        if not found == max(len(self.offsets), len(self.counts)) == expected:
-            raise SlideError(f"{self.name}: {found} whole entries of stored tiles where its size asks for {expected}; {DAMAGED}")
+        if found != {expected}:
+            raise SlideError(f"{self.name}: {min(found)} whole entries of stored tiles where its size asks for {expected}; {DAMAGED}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -108,69 +107,60 @@ class Segments:
             SlideError: it cannot be read or decoded, or is not of the stated size.
         """
         try:
-            if self.planes == 1:
-                data = self._bytes(fd, index)
-                pixels = self.decode(data, index, buffer) if data else None
-            else:
-                planes = [self._bytes(fd, i) for i in range(index, len(self.offsets), len(self.offsets) // self.planes)]
-                pixels = np.concatenate([self.decode(data, index, buffer) for data in planes], axis=2) if all(planes) else None
-            if pixels is not None and pixels.shape != buffer.shape:
-                self._check_cut(index, pixels.shape)
+            parts = range(index, len(self.offsets), len(self.offsets) // self.planes)
+            stored = [os.pread(fd, int(self.counts[i]), int(self.offsets[i])) for i in parts]
+            if any(len(data) != self.counts[i] for i, data in zip(parts, stored)):
+                raise EOFError("it runs past the end of the file")
+            if not all(stored):
+                return None
+            pixels = self.decode(stored[0], index, buffer)
+            if self.planes > 1:
+                pixels = np.concatenate([pixels, *(self.decode(data, index, buffer) for data in stored[1:])], axis=2)
+            (h, w, colours), columns = pixels.shape, self.grid[0]
+            for got, edge, size, at in zip((w, h), self.edge, self.size, (index % columns, index // columns)):
+                if got not in (edge, size - at * edge) or colours != 3:  # whole, or cut at the border of the level
+                    raise ValueError(f"it holds {w} x {h} px of {colours} colours, not {self.edge[0]} x {self.edge[1]} of 3")
+            return pixels
         except Exception as error:  # codecs raise what they like
             raise SlideError(f"{self.name}: stored tile {index} cannot be decoded ({error}); {DAMAGED}") from error
-        return pixels
-
-    def _bytes(self, fd: int, index: int) -> bytes:
-        count = int(self.counts[index])
-        data = os.pread(fd, count, int(self.offsets[index])) if count else b""
-        if len(data) != count:
-            raise EOFError("it runs past the end of the file")
-        return data
-
-    def _check_cut(self, index: int, shape: tuple[int, ...]) -> None:
-        """Raise ValueError unless pixels of `shape` are a whole segment or one cut at the border of the level."""
-        corner = index % self.grid[0] * self.edge[0], index // self.grid[0] * self.edge[1]
-        for axis, got in enumerate((shape[1], shape[0])):
-            if got not in (self.edge[axis], self.size[axis] - corner[axis]) or shape[2] != 3:
-                raise ValueError(f"it holds {shape[1]} x {shape[0]} px of {shape[2]} colours, not {self.edge[0]} x {self.edge[1]} of 3")
 
     def read(
         self,
         fd: int,
         corners: Integer[np.ndarray, "N 2"],
         windows: UInt8[np.ndarray, "N h w 3"],
-        carry: "Carry",
+        cache: DecodeCache,
         pool: Executor | None = None,
     ) -> None:
         """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); white outside the level.
 
-        `carry` holds segments of this level decoded by an earlier read, and holds those for the next one afterwards.
+        `cache` holds segments of this level decoded by an earlier read, and holds those for the next one afterwards.
         """
         shape = np.array(windows.shape[2:0:-1])
         windows[((corners < 0) | (corners + shape > self.size)).any(axis=1)] = 255
         segments, starts, copies = self._plan(corners, shape)
-        keep = self._to_carry(segments, len(copies))
-        jobs = [slice(i, i + 64) for i in range(0, len(segments), 64)]
+        keep = self._worth_keeping(segments, len(copies))
 
         def run(job: slice) -> dict[int, Decoded]:
-            kept, buffer = {}, carry.buffer(self.edge)
+            kept, buffer = {}, cache.buffer(self.edge)
             bounds = starts[job.start : job.stop + 1].tolist()
             table = copies[bounds[0] : bounds[-1]].tolist()
             for index, first, last in zip(segments[job].tolist(), bounds, bounds[1:]):
-                pixels, _ = carry.decoded.get(index, (None, None))
+                pixels, _ = cache.decoded.get(index, (None, None))
                 if pixels is None:
                     pixels = self.load(fd, index, buffer)
                     if pixels is not None and index in keep:
                         kept[index] = pixels, buffer
-                        buffer = carry.buffer(self.edge)
+                        buffer = cache.buffer(self.edge)
                 for window, top, bottom, left, right, y, x in table[first - bounds[0] : last - bounds[0]]:
                     target = windows[window, top:bottom, left:right]
                     target[...] = 255 if pixels is None else pixels[y : y + bottom - top, x : x + right - left]
-            carry.spare.append(buffer)
+            cache.spare.append(buffer)
             return kept
 
-        kept = [run(job) for job in jobs] if pool is None else list(pool.map(run, jobs))
-        carry.update({index: decoded for part in kept for index, decoded in part.items()}, self.grid[0])
+        jobs = [slice(i, i + 64) for i in range(0, len(segments), 64)]
+        kept = (pool.map if pool else map)(run, jobs)
+        cache.update({index: decoded for part in list(kept) for index, decoded in part.items()}, self.grid[0])
 
     def _plan(self, corners: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Segments in file order, where each one's copies start, and the copies (window, top, bottom, left, right, y, x)."""
@@ -190,15 +180,12 @@ class Segments:
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
         return segment[starts], np.append(starts, len(segment)), np.stack([window, top, bottom, left, right, y, x], axis=1)
 
-    def _to_carry(self, segments: np.ndarray, copies: int) -> set[int]:
-        """The lowest segment of each column, if windows share segments; scattered windows carry nothing."""
+    def _worth_keeping(self, segments: np.ndarray, copies: int) -> set[int]:
+        """The lowest segment of each column, if windows share segments; of scattered windows none."""
         large = 3 * self.edge[0] * self.edge[1] > 4 << 20
         if not large and copies < 1.25 * len(segments):
             return set()
-        lowest = dict(zip((segments % self.grid[0]).tolist(), segments.tolist()))
-        for index in segments.tolist():
-            lowest[index % self.grid[0]] = max(index, lowest[index % self.grid[0]])
-        return set(lowest.values())
+        return set({index % self.grid[0]: index for index in np.sort(segments).tolist()}.values())
 
 
 def from_page(page: Any, name: str) -> Segments:
@@ -207,101 +194,88 @@ def from_page(page: Any, name: str) -> Segments:
     Raises:
         SlideError: not 8-bit colour, or a compression that is not read.
     """
-    key = page.keyframe
-    samples, bits = key.samplesperpixel, key.bitspersample
-    if key.photometric == 3:
-        raise SlideError(f"{name}: palette colours are not read; convert it to 8-bit RGB")
-    if samples not in (3, 4) or key.photometric not in (RGB, YCBCR):
-        kind = str(getattr(key.photometric, "name", key.photometric))[:20]
-        raise SlideError(
-            f"{name}: {samples} channel(s), {kind}, not RGB; only 8-bit RGB scans can be tiled (convert it or take a brightfield scan)"
-        )
-    if bits != 8 or key.dtype != np.uint8:
-        raise SlideError(f"{name}: {str(bits)[:20]}-bit pixels; only 8-bit RGB scans can be tiled (convert it to 8-bit)")
-    if key.imagedepth != 1 or key.tiledepth != 1:
-        raise SlideError(f"{name}: a volume, not an image; only flat 8-bit RGB scans can be tiled")
-    planes = 3 if key.planarconfig == 2 else 1
+    key, only = page.keyframe, "only 8-bit RGB scans can be tiled"
+    samples, planes = key.samplesperpixel, 3 if key.planarconfig == 2 else 1
+    refused = {
+        f"{samples} channel(s), {_brief(key.photometric)}, not RGB; {only} (convert it or take a brightfield scan)": (
+            samples not in (3, 4) or key.photometric not in (RGB, YCBCR)
+        ),
+        f"{_brief(key.bitspersample)}-bit pixels; {only} (convert it to 8-bit)": key.bitspersample != 8 or key.dtype != np.uint8,
+        f"a volume, not an image; {only}": key.imagedepth != 1 or key.tiledepth != 1,
+    }
+    if any(refused.values()):
+        raise SlideError(f"{name}: {next(why for why, is_so in refused.items() if is_so)}")
     edge = (key.tilewidth, key.tilelength) if key.is_tiled else (key.imagewidth, min(key.rowsperstrip, key.imagelength))
     if key.compression == JPEG and planes == 1 and samples == 3:
-        decode = _jpeg_strips(key.jpegheader) if key.jpegheader else _jpeg(key.jpegtables, key.photometric == RGB and not key.is_jfif)
+        decode = _jpeg(key)
     elif key.compression in JPEG2000 and planes == 1:
         decode = _jpeg2000(edge, key.compression == JPEG2000_YCBCR)
     elif key.compression in LOSSLESS and key.photometric == RGB:
-        decode = _lossless(key.decode)
+
+        def decode(data: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
+            return key.decode(data, index)[0][0, ..., :3]
+
     else:
-        kind = str(getattr(key.compression, "name", key.compression))[:20]  # a damaged entry may hold thousands of numbers
-        raise SlideError(
-            f"{name}: {kind} compression (photometric {int(key.photometric)}, planar {key.planarconfig}) is not read; convert it"
-        )
-    offsets, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
-    if planes == 3:  # an alpha plane is left out
-        wanted = 3 * (len(offsets) // samples)
-        offsets, counts = offsets[:wanted], counts[:wanted]
+        how = f"photometric {int(key.photometric)}, planar {key.planarconfig}"
+        raise SlideError(f"{name}: {_brief(key.compression)} compression ({how}) is not read; convert it")
+    wanted = 3 * (len(page.dataoffsets) // samples) if planes == 3 else None  # an alpha plane is left out
+    offsets, counts = (np.array(values, np.int64)[:wanted] for values in (page.dataoffsets, page.databytecounts))
     return Segments(name, (key.imagewidth, key.imagelength), edge, offsets, counts, decode, planes)
 
 
+def _brief(value: Any) -> str:
+    """The name of a tag's value; a damaged entry may hold thousands of numbers."""
+    return str(getattr(value, "name", value))[:20]
+
+
 def from_image(data: bytes, name: str) -> Segments:
-    """A PNG or JPEG image as a level of one segment; its size is checked before memory is taken.
+    """A PNG or JPEG file as one segment.
 
     Raises:
-        SlideError: not 8-bit colour, or damaged.
+        SlideError: it is no such image, or not 8-bit colour.
     """
-
-    def png(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
-        return imagecodecs.png_decode(data)[..., :3]
-
-    def jpeg(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
-
     try:
         if data[:2] == b"\xff\xd8":
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            colour, decode = space in ("RGB", "YCbCr"), jpeg
+            colour = space in ("RGB", "YCbCr")
         else:
             width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
-            colour, decode = bits == 8 and kind in (2, 6), png
+            colour = bits == 8 and kind in (2, 6)
     except (ValueError, struct.error) as error:
         raise SlideError(f"{name}: the image cannot be decoded ({error}); {DAMAGED}") from error
     if not colour:
         raise SlideError(f"{name}: not an 8-bit RGB image; convert it to one")
+
+    def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
+        is_jpeg = data[:2] == b"\xff\xd8"
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer) if is_jpeg else imagecodecs.png_decode(data)[..., :3]
+
     return Segments(name, (width, height), (width, height), np.array([0]), np.array([len(data)]), decode)
 
 
-def _jpeg(tables: bytes | None, is_rgb: bool) -> Decoder:
-    """JPEG tiles: the shared tables and the colour space that TIFF states go in front of each tile's stream.
+def _jpeg(page: Any) -> Decoder:
+    """JPEG tiles: the tables that all share and the colour space that TIFF states go in front of each one's stream.
 
-    Without an Adobe marker a decoder takes three components for YCbCr; Aperio stores RGB that way.
+    Without an Adobe marker a decoder takes three components for YCbCr; Aperio stores RGB that way. NDPI's strips are pieces
+    between the restart markers of one huge JPEG: each gets its header and an end of its own.
     """
+    header, is_rgb = page.jpegheader, page.photometric == RGB and not page.is_jfif
     adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if is_rgb else b"\x01")
-    prefix = b"\xff\xd8" + adobe + (tables[2:-2] if tables else b"")
+    tables = b"\xff\xd8" + adobe + (page.jpegtables or b"")[2:-2]
 
     def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
-        if data[:2] != b"\xff\xd8":
-            raise ValueError("no JPEG stream where the file says one starts")
-        return _strict_jpeg(prefix + data[2:], buffer)
+        if not re.search(rb"\xff[\xd0-\xd7\xd9]\Z", data[-2:]) if header else data[:2] != b"\xff\xd8":
+            raise ValueError("no JPEG stream where the file says one lies")
+        stream = header + data[:-2] + b"\xff\xd9" if header else tables + data[2:]
+        try:
+            return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer)
+        except ValueError as error:
+            padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
+            if not padding or int(padding[1]) > 16:  # a few bytes before the end marker harm nothing; anything else is damage
+                raise
+            return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer, strict=False)
 
     return decode
-
-
-def _jpeg_strips(header: bytes) -> Decoder:
-    """NDPI: pieces between the restart markers of one huge JPEG; each gets the header and an end of its own."""
-
-    def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
-        if not (data[-2:-1] == b"\xff" and data[-1] in (*range(0xD0, 0xD8), 0xD9)):
-            raise ValueError("no restart marker where the file says a strip ends")
-        return _strict_jpeg(header + data[:-2] + b"\xff\xd9", buffer)
-
-    return decode
-
-
-def _strict_jpeg(stream: bytes, buffer: np.ndarray) -> np.ndarray:
-    try:
-        return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer)
-    except ValueError as error:
-        padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
-        if not padding or int(padding[1]) > 16:  # a few bytes before the end marker harm nothing; anything else is damage
-            raise
-        return simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer, strict=False)
 
 
 def _jpeg2000(edge: tuple[int, int], is_ycbcr: bool) -> Decoder:
@@ -317,12 +291,5 @@ def _jpeg2000(edge: tuple[int, int], is_ycbcr: bool) -> Decoder:
         if is_ycbcr and steps[4] == 1:  # chroma as wide as luma
             pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels), mode="YCbCr").convert("RGB"))
         return pixels
-
-    return decode
-
-
-def _lossless(decode_page: Any) -> Decoder:
-    def decode(data: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
-        return decode_page(data, index)[0][0, ..., :3]
 
     return decode

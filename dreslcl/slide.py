@@ -8,7 +8,6 @@ import logging
 import math
 import re
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from PIL import Image
 from tifffile import TiffFile
 
 from .common import SlideError
-from .segments import DAMAGED, JPEG2000, Carry, Segments, from_image, from_page
+from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_page
 
 Real = float | int
 log = logging.getLogger(__name__)
@@ -30,27 +29,17 @@ PLAUSIBLE_MPP = 0.01, 40.0
 """µm per pixel; what a file states outside of it (72 dpi is 353) is no microscope's resolution."""
 CHUNK_BYTES = 64 << 20
 """Most bytes of level pixels held at once while tiles are resampled."""
-BLOCK = 512
-"""Edge of the pieces a region is read in, output pixels."""
+BLOCK = 2048
+"""Edge of the pieces that a thumbnail is read in, level pixels."""
 
 CONVERT = "convert it to a tiled pyramidal TIFF (for example: bfconvert, or vips tiffsave --tile --pyramid)"
 OVERVIEW = re.compile(r"^(label|macro|thumbnail|overview|probability)", re.IGNORECASE | re.MULTILINE)
-VENDORS = {
-    "svs": "aperio", "ndpi": "hamamatsu", "scn": "leica", "philips": "philips", "bif": "ventana", "qpi": "akoya", "ome": "ome",
+FOREIGN = {  # suffix, or bytes at a place -> what it is
+    ".mrxs": "a MIRAX scan", ".vsi": "an Olympus VSI scan", ".vms": "a Hamamatsu VMS scan", ".dcm": "a DICOM file",
+    (128, b"DICM"): "a DICOM file", (0, b"ZISRAWFILE"): "a Zeiss CZI file", (0, b"SQLite format 3"): "an SQLite file (Sakura?)",
+    (0, b"PK\x03\x04"): "a ZIP archive", (0, b"\x1f\x8b"): "a gzip archive", (0, b"%PDF"): "a PDF file", (0, b"\x89HDF"): "an HDF5 file",
+    (0, b"\x00\x00\x00\x0cjP"): "a JPEG 2000 image", (0, b"BM"): "a BMP image", (0, b"GIF8"): "a GIF image",
 }  # fmt: skip
-FOREIGN = {
-    (128, b"DICM"): "a DICOM file",
-    (0, b"ZISRAWFILE"): "a Zeiss CZI file",
-    (0, b"PK\x03\x04"): "a ZIP archive",
-    (0, b"\x1f\x8b"): "a gzip archive",
-    (0, b"%PDF"): "a PDF file",
-    (0, b"\x89HDF"): "an HDF5 file",
-    (0, b"SQLite format 3"): "an SQLite file (Sakura?)",
-    (0, b"\x00\x00\x00\x0cjP"): "a JPEG 2000 image",
-    (0, b"BM"): "a BMP image",
-    (0, b"GIF8"): "a GIF image",
-}
-FOREIGN_SUFFIX = {".mrxs": "a MIRAX scan", ".vsi": "an Olympus VSI scan", ".vms": "a Hamamatsu VMS scan", ".dcm": "a DICOM file"}
 
 
 @dataclass(frozen=True)
@@ -58,10 +47,8 @@ class Level:
     """One stored resolution."""
 
     index: int
-    size: tuple[int, int]
-    """(w, h), pixels of this level."""
-    downsample: float
-    """Level-0 pixels per pixel of this level."""
+    size: tuple[int, int]  # (w, h), pixels of this level
+    downsample: float  # level-0 pixels per pixel of this level
 
 
 class Slide:
@@ -70,54 +57,52 @@ class Slide:
     Reads may run in many threads at once. A pickled slide opens its file again; a forked one reads on.
     """
 
-    def __init__(self, path: Path, stored: list[Segments], meta: "Metadata", mpp: Real | None = None):
-        self.path = path
+    def __init__(self, path: Path, stored: list[Segments], vendor: str, mpp_xy: tuple[Real, ...], source: str):
+        self.path, self.vendor, self.mpp_source, self._stored = path, vendor, source, stored
         self.levels = tuple(Level(i, s.size, _downsample(stored[0].size, s.size)) for i, s in enumerate(stored))
         self.size = stored[0].size
-        self.mpp_xy = (mpp, mpp) if mpp else meta.mpp_xy
-        self.mpp = sum(self.mpp_xy) / 2 if self.mpp_xy else None
-        self.mpp_source = "given" if mpp else meta.mpp_source
-        self.vendor = meta.vendor
-        self.objective = meta.objective
-        self._given = mpp
-        self._stored = stored
-        self._carries: deque[tuple[int, Carry]] = deque(maxlen=2)  # (level, what its last read left); a read takes one out
+        self.mpp_xy = mpp_xy or None
+        self.mpp = sum(mpp_xy) / 2 if mpp_xy else None
+        self._caches: deque[tuple[int, DecodeCache]] = deque(maxlen=2)  # (level, what its last read left); a read takes one out
         self._file = path.open("rb", buffering=0)
 
     @classmethod
-    def open(cls, path: Path | str, mpp: Real | None = None) -> "Slide":
+    def open(cls, path: Path | str, mpp: Real | None = None, default_mpp: Real | None = None) -> "Slide":
         """Open an SVS, NDPI, SCN, Philips, Ventana, QPTIFF, OME or plain TIFF, or a PNG or JPEG image.
 
         Args:
             path: the file.
             mpp: resolution of level 0, µm per pixel; overrides what the file says.
+            default_mpp: the same, where the file says none.
 
         Raises:
             SlideError: no such file, another format, damaged, or not 8-bit RGB.
         """
         path = Path(path)
-        if mpp is not None and not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
-            raise SlideError(
-                f"{path.name}: {mpp} µm/px is no resolution of a scan; give one from {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]:g}"
-            )
+        low, high = PLAUSIBLE_MPP
+        for asked in (value for value in (mpp, default_mpp) if value is not None and not low <= value <= high):
+            raise SlideError(f"{path.name}: {asked} µm/px is no resolution of a scan; give one from {low} to {high:g}")
         try:
             with path.open("rb") as file:
                 head = file.read(512)
             file_bytes = path.stat().st_size
         except OSError as error:
             raise SlideError(f"{path.name}: cannot be opened ({error.strerror})") from error
-        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and path.suffix.lower() not in FOREIGN_SUFFIX:
-            stored, meta = _open_tiff(path)
-        elif (head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n") and path.suffix.lower() not in FOREIGN_SUFFIX:
-            stored, meta = [from_image(path.read_bytes(), path.name)], Metadata("image", None, "none", None)
+        known = path.suffix.lower() not in FOREIGN
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and known:
+            stored, vendor, mpp_xy, source = _open_tiff(path)
+        elif (head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n") and known:
+            stored, vendor, mpp_xy, source = [from_image(path.read_bytes(), path.name)], "image", (), "none"
         else:
             raise SlideError(f"{path.name}: {_what(path, head)}")
         for level in stored:
             level.check_inside(file_bytes)
-        return cls(path, stored, meta, mpp)
+        if mpp or (default_mpp and not mpp_xy):
+            mpp_xy, source = (mpp or default_mpp,) * 2, "given" if mpp else "default"
+        return cls(path, stored, vendor, mpp_xy, source)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.path, self._given)
+        return type(self).open, (self.path, *(self.mpp if self.mpp_source == source else None for source in ("given", "default")))
 
     def __enter__(self) -> "Slide":
         return self
@@ -131,7 +116,7 @@ class Slide:
     def close(self) -> None:
         """Close the file; reading raises SlideError from then on."""
         self._file.close()
-        self._carries.clear()
+        self._caches.clear()
 
     def extent(self, size: int, mpp: Real) -> int:
         """Edge of a tile of `size` pixels at `mpp`, in level-0 pixels.
@@ -165,31 +150,34 @@ class Slide:
             self._read(level, xy / level.downsample, edge, out, pool)
         return out
 
-    def read_region(self, xy: tuple[int, int], size: tuple[int, int], mpp: Real) -> UInt8[np.ndarray, "h w 3"]:
-        """`size` (w, h) pixels at `mpp`, right and below of the level-0 pixel `xy`. Raises SlideError as `read_tiles` does."""
-        level, step = self._choose(max(size), mpp)
-        w, h = size
-        block = max(1, min(BLOCK, *size) if step == 1 else min(int(BLOCK * 4 / step), *size))
-        out = np.empty((h, w, 3), np.uint8)
-        across = np.arange(0, w, block)
-        row = np.empty((len(across), block, block, 3), np.uint8)
-        for top in range(0, h, block):
-            corners = np.stack([across, np.full(len(across), top)], axis=1) * step + np.array(xy) / level.downsample
-            self._read(level, corners, block * step, row, None)
-            for left, piece in zip(across.tolist(), row):
-                target = out[top : top + block, left : left + block]
-                target[...] = piece[: target.shape[0], : target.shape[1]]
-        return out
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+        """`size` (w, h) pixels of a stored level, right and below of `location` (x, y; level-0 pixels): openslide's arguments.
+
+        Raises:
+            SlideError: the slide is closed, or stored data is damaged.
+        """
+        out = np.empty((1, size[1], size[0], 3), np.uint8)
+        self._fill(level, np.rint(np.array([location]) / self.levels[level].downsample).astype(np.int64), out, None)
+        return out[0]
 
     def thumbnail(self, mpp: Real) -> UInt8[np.ndarray, "h w 3"]:
-        """The whole scan at `mpp` (or at its own resolution where that is coarser)."""
+        """The whole scan at `mpp` (or at its own resolution where that is coarser). Raises SlideError as `read_tiles` does."""
         scale = max(mpp / self._known_mpp(), 1.0)
-        size = max(1, round(self.size[0] / scale)), max(1, round(self.size[1] / scale))
-        return self.read_region((0, 0), size, scale * self._known_mpp())
+        w, h = (max(1, round(side / scale)) for side in self.size)
+        level, step = self._choose(max(w, h), scale * self._known_mpp())
+        if step == 1:
+            return self.read_region((0, 0), level.index, (w, h))
+        block = max(1, min(int(BLOCK / step), w, h))
+        out, across = np.empty((h, w, 3), np.uint8), np.arange(0, w, block)
+        row = np.empty((len(across), block, block, 3), np.uint8)
+        for top in range(0, h, block):
+            self._read(level, np.stack([across, np.full(len(across), top)], axis=1) * step, block * step, row, None)
+            out[top : top + block] = np.concatenate(row, axis=1)[: h - top, :w]
+        return out
 
     def _known_mpp(self) -> float:
         if self.mpp is None:
-            raise SlideError(f"{self.path.name}: the file does not say its resolution; give it with --mpp-csv or --default-mpp")
+            raise SlideError(f"{self.path.name}: the file does not say its resolution; give it with --overrides or --default-mpp")
         return self.mpp
 
     def _choose(self, size: int, mpp: Real) -> tuple[Level, float]:
@@ -208,13 +196,12 @@ class Slide:
     ) -> None:
         """Fill square `out` from squares of `edge` level pixels at `corners` (level pixels), resampling where sizes differ."""
         size = out.shape[1]
-        stored = self._stored[level.index]
         if edge == size:
-            return self._fill(stored, level.index, np.rint(corners).astype(np.int64), out, pool)
+            return self._fill(level.index, np.rint(corners).astype(np.int64), out, pool)
         low = np.floor(corners + 1e-6).astype(np.int64)
         inset = np.maximum(corners - low, 0.0)
         reach = math.ceil(edge + float(inset.max(initial=0.0)) - 1e-6)
-        order = np.lexsort((low[:, 0], low[:, 1]))  # raster order lets one chunk carry segments over to the next
+        order = np.lexsort((low[:, 0], low[:, 1]))  # raster order lets one chunk leave segments for the next
         chunk = max(1, CHUNK_BYTES // (3 * reach * reach))
         windows = np.empty((min(chunk, len(order)), reach, reach, 3), np.uint8)
 
@@ -226,30 +213,21 @@ class Slide:
 
         for start in range(0, len(order), chunk):
             tiles = order[start : start + chunk]
-            self._fill(stored, level.index, low[tiles], windows[: len(tiles)], pool)
+            self._fill(level.index, low[tiles], windows[: len(tiles)], pool)
             for _ in (pool.map if pool else map)(shrink, zip(tiles.tolist(), windows)):
                 pass
 
-    def _fill(self, stored: Segments, level: int, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
+    def _fill(self, level: int, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
+        """Copy stored pixels of a level, from `corners` (level pixels), with what an earlier read left."""
         if self._file.closed:
             raise SlideError(f"{self.path.name}: the slide is closed; open it again")
         try:
-            carried, carry = self._carries.pop()
+            held, cache = self._caches.pop()
         except IndexError:  # none yet, or other threads have them
-            carried, carry = level, Carry()
-        carry = carry if carried == level else Carry()
-        stored.read(self._file.fileno(), corners, out, carry, pool)
-        self._carries.append((level, carry))
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What a file says about its scan."""
-
-    vendor: str
-    mpp_xy: tuple[float, float] | None
-    mpp_source: str
-    objective: float | None
+            held, cache = level, DecodeCache()
+        cache = cache if held == level else DecodeCache()
+        self._stored[level].read(self._file.fileno(), corners, out, cache, pool)
+        self._caches.append((level, cache))
 
 
 def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
@@ -263,10 +241,9 @@ def _what(path: Path, head: bytes) -> str:
     """What a file is that is not a scan we read, and what to do."""
     if not head:
         return f"an empty file (0 bytes); {DAMAGED}"
-    kind = next((kind for (at, magic), kind in FOREIGN.items() if head[at : at + len(magic)] == magic), None)
-    kind = FOREIGN_SUFFIX.get(path.suffix.lower(), kind)
-    if kind:
-        return f"{kind}, which is not read; {CONVERT}"
+    magic = (what for sign, what in FOREIGN.items() if isinstance(sign, tuple) and head[sign[0] :].startswith(sign[1]))
+    if what := FOREIGN.get(path.suffix.lower()) or next(magic, None):
+        return f"{what}, which is not read; {CONVERT}"
     if not head.strip(b"\0"):
         return f"starts with zeros, so it is no scan; {DAMAGED}"
     try:
@@ -276,7 +253,8 @@ def _what(path: Path, head: bytes) -> str:
     return "a text file, not a scan; give the scan itself" if text else f"not a scan of a known format; {CONVERT}"
 
 
-def _open_tiff(path: Path) -> tuple[list[Segments], Metadata]:
+def _open_tiff(path: Path) -> tuple[list[Segments], str, tuple[Real, ...], str]:
+    """Levels, vendor, µm/px (x, y; empty if unknown) and where that stands."""
     try:
         with TiffFile(path) as tif:
             series = _pyramid(tif, path.name)
@@ -287,14 +265,17 @@ def _open_tiff(path: Path) -> tuple[list[Segments], Metadata]:
                 if page.parent.filehandle.path != tif.filehandle.path:
                     raise SlideError(f"{path.name}: part of a set of several files, which is not read; {CONVERT}")
                 stored.append(from_page(page, f"{path.name}: level {i}"))
-            meta = _metadata(tif, series)
+            vendor, source, read = next((v for kind, v in VENDORS.items() if getattr(tif, f"is_{kind}")), ("generic", "", None))
+            said = {source: read(tif, series) if read else [], "TIFF resolution": _tiff_resolution(series.keyframe)}
+            likely = {s: tuple(m) for s, m in said.items() if len(m) == 2 and PLAUSIBLE_MPP[0] <= min(m) <= max(m) <= PLAUSIBLE_MPP[1]}
+            source, mpp = next(iter(likely.items()), ("none", ()))
             if series.keyframe.compression in JPEG2000:
                 log.info("%s: JPEG 2000 decodes 9-18 times slower than JPEG", path.name)
     except SlideError:
         raise
     except Exception as error:  # a broken header makes tifffile raise anything
         raise SlideError(f"{path.name}: not a readable TIFF ({type(error).__name__}: {str(error)[:120]}); {DAMAGED}") from error
-    return _consistent(stored, path.name), meta
+    return _consistent(stored, path.name), vendor, mpp, source
 
 
 def _pyramid(tif: TiffFile, name: str) -> Any:
@@ -327,70 +308,43 @@ def _consistent(stored: list[Segments], name: str) -> list[Segments]:
     return levels
 
 
-def _metadata(tif: TiffFile, series: Any) -> Metadata:
-    kind = next((kind for kind in VENDORS if getattr(tif, f"is_{kind}")), "generic")
-    text = tif.pages.first.description or ""
-    read: Callable[[str], tuple[list[float], str, float | None]] = _TEXTS.get(kind, lambda text: ([], "", None))
-    if kind == "bif":
-        text = " ".join(str(p.tags.valueof(700, b"")) for p in tif.pages)
-    if kind == "ome":
-        images = re.split("<Image[ >]", text)[1:]  # one per series; the objective stands before them
-        text = "".join(images[tif.series.index(series) :][:1]) + text
-    mpp, source, objective = read(text)
-    if kind == "ndpi":
-        objective = float(series.keyframe.tags.valueof(65421))
-    if not all(PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1] for v in mpp) or len(mpp) != 2:
-        mpp, source = _tiff_resolution(series.keyframe), "TIFF resolution"
-    return Metadata(VENDORS.get(kind, "generic"), tuple(mpp) or None, source if mpp else "none", objective)
-
-
-def _tiff_resolution(page: Any) -> list[float]:
-    """µm per pixel from the resolution tags, empty if they hold none that a microscope has."""
-    unit = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof(296, 2)))
-    fractions = [page.tags.valueof(code) for code in (282, 283)]
-    if not unit or not all(f and f[0] and f[1] for f in fractions):
-        return []
-    mpp = [unit * f[1] / f[0] for f in fractions]
-    return mpp if all(PLAUSIBLE_MPP[0] <= v <= PLAUSIBLE_MPP[1] for v in mpp) else []
+# What files say of their resolution: lists [x, y] of µm/px, shorter where something is missing
 
 
 def _number(pattern: str, text: str) -> list[float]:
-    """The first match of `pattern` whose group is {} = a number, as a list of one or none."""
+    """The first match of `pattern`, in which {} stands for a number."""
     match = re.search(pattern.format(r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)"), text)
     return [float(match[1])] if match else []
 
 
-def _aperio(text: str) -> tuple[list[float], str, float | None]:
-    return 2 * _number(r"\|\s*MPP\s*={}", text), "Aperio MPP", next(iter(_number(r"\|\s*AppMag\s*={}", text)), None)
+def _tiff_resolution(page: Any) -> list[float]:
+    unit = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof(296, 2)))
+    fractions = [page.tags.valueof(code) for code in (282, 283)]
+    return [unit * f[1] / f[0] for f in fractions] if unit and all(f and f[0] and f[1] for f in fractions) else []
 
 
-def _leica(text: str) -> tuple[list[float], str, float | None]:
-    return [], "", next(iter(_number(r"<objective>{}", text)), None)
-
-
-def _ventana(text: str) -> tuple[list[float], str, float | None]:
-    return 2 * _number(r'ScanRes="{}', text), "Ventana ScanRes", next(iter(_number(r'Magnification="{}', text)), None)
-
-
-def _akoya(text: str) -> tuple[list[float], str, float | None]:
-    return 2 * _number("<PixelSizeMicrons>{}", text), "Akoya PixelSizeMicrons", next(iter(_number("<ObjectiveName>{}", text)), None)
-
-
-def _philips(text: str) -> tuple[list[float], str, float | None]:
-    spacings = re.findall(r'DICOM_PIXEL_SPACING"[^>]*>([^<]*)<', text)  # mm, row then column, one per level
+def _philips(tif: TiffFile, _: Any) -> list[float]:
+    spacings = re.findall(r'DICOM_PIXEL_SPACING"[^>]*>([^<]*)<', tif.pages.first.description)  # mm, row then column, one per level
     pairs = [[float(v) * 1000 for v in re.findall(r"[0-9.]+(?:e-?[0-9]+)?", spacing)] for spacing in spacings]
-    finest = min((p for p in pairs if len(p) == 2 and min(p) > 0), default=[])
-    return finest[::-1], "Philips pixel spacing", None
+    return min((p for p in pairs if len(p) == 2 and min(p) > 0), default=[])[::-1]
 
 
-def _ome(text: str) -> tuple[list[float], str, float | None]:
+def _ome(tif: TiffFile, series: Any) -> list[float]:
+    images = re.split("<Image[ >]", tif.pages.first.description)[1:]  # one per series
+    text, mpp = "".join(images[tif.series.index(series) :][:1]), []
     factors = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
-    mpp = []
     for axis in "XY":
         unit = re.search(f'PhysicalSize{axis}Unit="([^"]*)"', text)
-        factor = factors.get(unit[1] if unit else "µm", 0.0)
-        mpp += [value * factor for value in _number(f'PhysicalSize{axis}="{{}}', text)]
-    return mpp, "OME PhysicalSize", next(iter(_number('NominalMagnification="{}', text)), None)
+        mpp += [value * factors.get(unit[1] if unit else "µm", 0.0) for value in _number(f'PhysicalSize{axis}="{{}}', text)]
+    return mpp
 
 
-_TEXTS = {"svs": _aperio, "scn": _leica, "bif": _ventana, "qpi": _akoya, "philips": _philips, "ome": _ome}
+VENDORS = {  # tifffile's name for a kind of file -> vendor, what states the µm/px, and how it is read from (tif, series)
+    "svs": ("aperio", "Aperio MPP", lambda tif, _: 2 * _number(r"\|\s*MPP\s*={}", tif.pages.first.description)),
+    "ndpi": ("hamamatsu", "", None),  # the TIFF resolution, as for "scn"
+    "scn": ("leica", "", None),
+    "philips": ("philips", "Philips pixel spacing", _philips),
+    "bif": ("ventana", "Ventana ScanRes", lambda tif, _: 2 * _number('ScanRes="{}', " ".join(str(p.tags.valueof(700)) for p in tif.pages))),
+    "qpi": ("akoya", "Akoya PixelSizeMicrons", lambda tif, _: 2 * _number("<PixelSizeMicrons>{}", tif.pages.first.description)),
+    "ome": ("ome", "OME PhysicalSize", _ome),
+}

@@ -1,8 +1,9 @@
 """From a folder of scans to tile grids: which places of each scan are tissue, as files that any tool reads.
 
-A slide's files are written in this order: grid, polygons, overlay, pack, and last `rows/<slide_id>.json` with its row and
-the fingerprint of what made it. So a row means a finished slide; `slides.csv` is put together from the rows, under a lock,
-which is what makes killed, repeated and shared-out runs end in the same files.
+`find_tiles(slide, config)` answers it for one open scan and writes nothing. `tile_slides` does so for a folder: per slide it writes
+grid, polygons, overlay, pack, and last `rows/<slide_id>.json` with its row and the fingerprint of what made it. So a row means a
+finished slide; `slides.csv` is put together from the rows, under a lock, which is what makes killed, repeated and shared-out runs end
+in the same files. Which pixels is tile m? `TilePixels` says it: those of the pack where there is one, else those of the scan.
 """
 
 import io
@@ -17,14 +18,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 import simplejpeg
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, Integer, UInt8
 from PIL import Image, ImageDraw
-from tifffile import TiffFile, TiffFileError, TiffWriter
+from tifffile import TiffFile, TiffWriter
 
 from . import __version__
 from .common import (
@@ -36,11 +37,11 @@ from .common import (
     TableError,
     atomic,
     check_id,
+    counting,
     file_stamp,
     fingerprint,
     hdf5_file,
     hold,
-    progress,
     rank_and_world,
     read_table,
     reason,
@@ -48,10 +49,33 @@ from .common import (
     write_bytes,
     write_json,
     write_table,
-)
+)  # fmt: skip
 from .config import TileConfig
 from .slide import Slide
 from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, polygons_to_geojson, read_geojson, sharpness, tissue_mask
+
+log = logging.getLogger(__name__)
+
+MASK_MPP = 8.0
+"""Resolution of the tissue mask, µm per pixel; finer where tiles are small, coarser where the mask would be huge."""
+QUALITY = 90
+"""Of the JPEG tiles in packs (without chroma subsampling)."""
+CHUNK = 256
+"""Tiles read at a time."""
+
+COLUMNS = "slide_id path status tiles mpp mpp_source width height vendor tissue_mm2 seconds error".split()
+SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split())  # what `Slide` reads
+FOREIGN = set(".dcm .mrxs .vms .vmu .czi .isyntax .i2syntax .zvi .vsi .svslide .lif .sdpc .kfb".split())  # scans that get an error row
+OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide: the scan's own mpp, and settings of TileConfig
+    "mpp": float, "threshold": float, "min_tissue": float, "max_tiles": int, "min_sharpness": float,
+    "drop_pen": lambda text: text.lower() in ("1", "true", "yes"),
+}  # fmt: skip
+
+
+ATTRIBUTES = {  # field of a grid -> its name in the file, TRIDENT's where it has one
+    "slide_id": "name", "size": "patch_size", "extent_px": "patch_size_level0", "overlap": "overlap", "mpp": "mpp",
+    "mpp_level0": "mpp_level0", "mpp_source": "mpp_source", "fingerprint": "fingerprint",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,25 +83,23 @@ class TileGrid:
     """The M tiles of a slide; row m is row m of everything that is stored per tile."""
 
     slide_id: str
-    xy: Int64[np.ndarray, "m 2"]
-    """Top-left corners, level-0 pixels, row-major order."""
-    tissue: Float32[np.ndarray, "m"]
-    """Share of each tile that is tissue."""
-    extent_px: int
-    """Edge of a tile in level-0 pixels."""
-    size: int
-    """Edge of a tile as the encoder sees it, pixels."""
-    mpp: float
-    """Resolution of a tile, µm per pixel."""
+    xy: Int64[np.ndarray, "m 2"]  # top-left corners, level-0 pixels, row-major order
+    tissue: Float32[np.ndarray, "m"]  # share of each tile that is tissue
+    extent_px: int  # edge of a tile in level-0 pixels
+    size: int  # edge of a tile as the encoder sees it, pixels
+    mpp: float  # resolution of a tile, µm per pixel
     mpp_level0: float
     mpp_source: str
     level0_size: tuple[int, int]
-    fingerprint: str
-    """Of the parameters and of the scan's size and time of change."""
+    fingerprint: str = ""  # of the parameters and of the scan's size and time of change
     overlap: int = 0
 
     def __len__(self) -> int:
         return len(self.xy)
+
+    def open_scan(self, path: Path) -> Slide:
+        """The scan that the grid lies on, with the resolution that was taken for it. Raises SlideError as `Slide.open` does."""
+        return Slide.open(path, mpp=self.mpp_level0)
 
     def save(self, path: Path) -> None:
         """Write TRIDENT's coordinate layout; resolutions as magnifications, 10 / mpp, which may be fractions and so stay exact."""
@@ -87,31 +109,78 @@ class TileGrid:
 
     def describe(self, coords: h5py.Dataset, folder: str) -> None:
         """Put TRIDENT's attributes, and ours, on a dataset of this grid's corners; `folder` is the one that the file is in."""
-        coords.attrs.update(
-            patch_size=self.size, patch_size_level0=self.extent_px, level0_magnification=10 / self.mpp_level0,
-            target_magnification=10 / self.mpp, overlap=self.overlap, name=self.slide_id, savetodir=folder,
-            level0_width=self.level0_size[0], level0_height=self.level0_size[1], mpp_level0=self.mpp_level0, mpp=self.mpp,
-            mpp_source=self.mpp_source, fingerprint=self.fingerprint, dreslcl_version=__version__,
-        )  # fmt: skip
+        width, height = self.level0_size
+        theirs = {"level0_magnification": 10 / self.mpp_level0, "target_magnification": 10 / self.mpp, "savetodir": folder}
+        ours = {"level0_width": width, "level0_height": height, "dreslcl_version": __version__}
+        coords.attrs.update({name: getattr(self, field) for field, name in ATTRIBUTES.items()} | theirs | ours)
 
     @classmethod
     def load(cls, path: Path) -> "TileGrid":
-        """Read what `save` wrote.
-
-        Raises:
-            StoreError: no such file, or not a whole grid.
-        """
+        """Read what `save` wrote. Raises StoreError where there is no such file, or not a whole grid."""
         try:
             with h5py.File(path, "r") as file:
                 xy, tissue, at = file["coords"][:], file["tissue_fraction"][:], dict(file["coords"].attrs)
-            return cls(
-                slide_id=str(at["name"]), xy=xy, tissue=tissue, extent_px=int(at["patch_size_level0"]), size=int(at["patch_size"]),
-                mpp=float(at["mpp"]), mpp_level0=float(at["mpp_level0"]), mpp_source=str(at["mpp_source"]),
-                level0_size=(int(at["level0_width"]), int(at["level0_height"])), fingerprint=str(at["fingerprint"]),
-                overlap=int(at["overlap"]),
-            )  # fmt: skip
+            values = {field: np.asarray(at[name]).item() for field, name in ATTRIBUTES.items()}
+            return cls(xy=xy, tissue=tissue, level0_size=(int(at["level0_width"]), int(at["level0_height"])), **values)
         except (OSError, KeyError, ValueError) as error:
             raise StoreError(f"{path}: no tile grid of dreslcl ({error}); run `dreslcl tile` again") from error
+
+
+# One scan: its tissue and its tiles
+
+
+@dataclass(frozen=True, eq=False)
+class Tissue:
+    """Where tissue is on a scan: the thumbnail, the mask of its pixels, and rings of (x, y) level-0 pixels as `mask_polygons` gives."""
+
+    thumbnail: UInt8[np.ndarray, "h w 3"]
+    mask: Bool[np.ndarray, "h w"]
+    polygons: list[list[np.ndarray]]
+
+
+def find_tissue(slide: Slide, config: TileConfig, annotation: Path | None = None) -> Tissue:
+    """The tissue of an open scan: as we find it, or as an annotation (GeoJSON) draws it.
+
+    Raises:
+        SlideError: the scan or the annotation cannot be read, or the scan says no resolution, or one too coarse for the tiles.
+    """
+    slide.extent(config.size, config.mpp)  # raises
+    mpp = max(min(MASK_MPP, config.size * config.mpp / 8), slide.mpp, max(slide.size) * slide.mpp / 8192)
+    thumbnail = slide.thumbnail(mpp)
+    if annotation is not None:
+        polygons = read_geojson(annotation)
+        return Tissue(thumbnail, draw_polygons(polygons, thumbnail.shape[:2], slide.size), polygons)
+    mask = tissue_mask(thumbnail, mpp, threshold=config.threshold, drop_pen=config.drop_pen)
+    return Tissue(thumbnail, mask, mask_polygons(mask, slide.size))
+
+
+def find_tiles(slide: Slide, config: TileConfig = TileConfig(), tissue: Tissue | None = None, coords: Path | None = None) -> TileGrid:  # noqa: B008
+    """The tissue tiles of an open scan; nothing is written.
+
+    Args:
+        tissue: where tissue is; none: as `find_tissue` says.
+        coords: tiles that TRIDENT or CLAM wrote for this scan, in place of our grid.
+
+    Raises:
+        SlideError: as `find_tissue`, or `coords` cannot be read.
+    """
+    mask, size, mpp, overlap = (tissue or find_tissue(slide, config)).mask, config.size, config.mpp, config.overlap
+    if coords is not None:
+        xy, extent, size = read_coords(coords, slide)
+        step, mpp, overlap = extent, extent * slide.mpp / size, 0
+    else:
+        extent = slide.extent(size, mpp)
+        step = max(1, round(extent * (size - overlap) / size))
+        xy = grid_corners(slide.size, extent, step)
+    share = box_fractions(mask, xy, extent, slide.size)
+    rows = np.flatnonzero((share >= config.min_tissue) & (share > 0) if coords is None else np.ones(len(xy), bool))
+    if config.min_sharpness:
+        chunks = (slide.read_tiles(xy[rows[start : start + CHUNK]], size, mpp) for start in range(0, len(rows), CHUNK))
+        rows = rows[np.concatenate([np.zeros(0, bool), *(sharpness(tiles) >= config.min_sharpness for tiles in chunks)])]
+    if 0 < config.max_tiles < len(rows):
+        rows = rows[thin_out(xy[rows], step, config.max_tiles)]
+    name = slide_id(slide.path, slide.path)
+    return TileGrid(name, xy[rows], share[rows], extent, size, mpp, slide.mpp, slide.mpp_source, slide.size, overlap=overlap)
 
 
 def grid_corners(level0_size: tuple[int, int], extent: int, step: int) -> Int64[np.ndarray, "n 2"]:
@@ -139,29 +208,8 @@ def thin_out(xy: Int64[np.ndarray, "m 2"], step: int, count: int) -> Int64[np.nd
     return np.sort(hilbert_order(xy, step)[np.linspace(0, len(xy) - 1, count).round().astype(np.int64)])
 
 
-def aligned_extent(slide: Slide, config: TileConfig) -> int:
-    """The tile edge, level-0 pixels, within 2 % of the one asked for, that is a whole number of stored tiles or a whole part of one.
-
-    Then every tile needs the fewest stored tiles. Where there is none, the edge asked for; the first level that offers one is taken.
-    """
-    asked = slide.extent(config.size, config.mpp)
-    for level in reversed(slide.levels) if not config.overlap else ():
-        stored, height = slide._stored[level.index].edge
-        if stored != height or level.downsample * config.size > asked * 1.02:
-            continue
-        wanted = asked / level.downsample
-        whole = stored * max(1, round(wanted / stored)) if wanted > stored * 0.75 else stored / round(stored / wanted)
-        if whole == int(whole) and abs(whole / wanted - 1) <= 0.02:
-            return round(whole * level.downsample)
-    return asked
-
-
 def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int, int]:
-    """Coordinates that TRIDENT or CLAM wrote: corners and tile edge in level-0 pixels, and tile edge in pixels.
-
-    Raises:
-        SlideError: not such a file, or a place beyond the scan.
-    """
+    """Coordinates that TRIDENT or CLAM wrote: corners and tile edge in level-0 pixels, and tile edge in pixels. Raises SlideError."""
     if not path.exists():
         raise SlideError(f"{path}: not there; coordinates that TRIDENT or CLAM wrote for this scan are needed")
     try:
@@ -176,107 +224,38 @@ def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int
     return xy, extent, size
 
 
-log = logging.getLogger(__name__)
+# The pixels of tiles: of the scan, or of its pack, a BigTIFF of the grid's tiles alone, one below the other, at their own resolution
 
-QUALITY = 90
-"""Of JPEG tiles that are encoded anew (without chroma subsampling)."""
-CHUNK = 256
-"""Tiles read at a time."""
+
+class TilePixels:
+    """The pixels of a grid's tiles: read from its pack, if there is one of this very grid in WORK, else from the scan.
+
+    Raises:
+        SlideError: the pack or the scan cannot be opened.
+    """
+
+    def __init__(self, work: Path, scan: Path, grid: TileGrid):
+        self.grid, path = grid, pack_path(work, grid.slide_id)
+        packed = path.exists() and packed_fingerprint(path) == grid.fingerprint
+        if path.exists() and not packed:
+            log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
+        down = np.arange(len(grid), dtype=np.int64)[:, None] * _pitch(grid)
+        self.slide = Slide.open(path, mpp=grid.mpp) if packed else grid.open_scan(scan)
+        self.xy = np.pad(down, ((0, 0), (1, 0))) if packed else grid.xy  # where the tiles lie in it
+
+    def read(self, rows: Integer[np.ndarray, "n"], threads: int = 1) -> UInt8[np.ndarray, "n H W 3"]:
+        """Pixels of the tiles in those rows of the grid. Raises SlideError as `Slide.read_tiles` does."""
+        return self.slide.read_tiles(self.xy[rows], self.grid.size, self.grid.mpp, threads=threads)
+
+
+def grid_path(work: Path, slide_id: str) -> Path:
+    """Where the grid of a slide is kept."""
+    return Path(work) / "tiles" / f"{slide_id}.h5"
 
 
 def pack_path(work: Path, slide_id: str) -> Path:
     """Where the pack of a slide is kept."""
     return Path(work) / "packs" / f"{slide_id}.tiff"
-
-
-def packed_corners(grid: TileGrid) -> Int64[np.ndarray, "m 2"]:
-    """Top-left corners of the grid's tiles in its pack, pixels of the pack."""
-    number = np.arange(len(grid), dtype=np.int64)
-    columns = _columns(grid)
-    return np.stack([number % columns, number // columns], axis=1) * _pitch(grid)
-
-
-def _columns(grid: TileGrid) -> int:
-    return max(1, math.isqrt(max(0, len(grid) - 1)) + 1)
-
-
-def _pitch(grid: TileGrid) -> int:
-    return -(-grid.size // 16) * 16  # TIFF's tiles are multiples of 16 px
-
-
-def write_pack(slide: Slide, grid: TileGrid, path: Path) -> bool:
-    """Write a grid's tiles; a grid without tiles gets no pack. Returns whether the scan's own bytes were copied.
-
-    Raises:
-        SlideError: the scan cannot be read.
-        OSError: the pack cannot be written.
-    """
-    if not len(grid):
-        path.unlink(missing_ok=True)
-        return False
-    columns, pitch = _columns(grid), _pitch(grid)
-    rows = -(-len(grid) // columns)
-    blank = [b""] * (rows * columns - len(grid))  # bytes of no length: a tile that is not stored
-    copied = _stored_tiles(slide, grid)
-    how: dict[str, Any] = {"photometric": "ycbcr", "subsampling": (1, 1)}
-    tiles = _encoded_tiles(slide, grid)
-    if copied is not None:
-        tiles, how = copied
-    says = {"dreslcl_pack": 1, "slide_id": grid.slide_id, "tiles": len(grid), "mpp": grid.mpp, "fingerprint": grid.fingerprint}
-    with atomic(path) as part, TiffWriter(part, bigtiff=True) as writer:
-        writer.write(
-            (data for source in (tiles, blank) for data in source),
-            shape=(rows * pitch, columns * pitch, 3),
-            dtype=np.uint8,
-            tile=(pitch, pitch),
-            compression="jpeg",
-            description=json.dumps(says),
-            resolution=(1e4 / grid.mpp, 1e4 / grid.mpp),
-            resolutionunit="CENTIMETER",
-            metadata=None,
-            **how,
-        )
-    return copied is not None
-
-
-def _encoded_tiles(slide: Slide, grid: TileGrid) -> Iterator[bytes]:
-    pitch = _pitch(grid)
-    padded = np.full((pitch, pitch, 3), 255, np.uint8)
-    for start in range(0, len(grid), CHUNK):
-        for tile in slide.read_tiles(grid.xy[start : start + CHUNK], grid.size, grid.mpp):
-            padded[: grid.size, : grid.size] = tile
-            yield simplejpeg.encode_jpeg(padded, QUALITY, colorsubsampling="444")
-
-
-def _stored_tiles(slide: Slide, grid: TileGrid) -> tuple[Iterator[bytes], dict[str, Any]] | None:
-    """The bytes of the scan's own tiles and how to write them, if every tile of the grid is one JPEG tile of one level."""
-    level = next((level for level in slide.levels if level.downsample * grid.size == grid.extent_px), None)
-    if level is None or grid.size != _pitch(grid) or (grid.xy % grid.extent_px).any():
-        return None
-    try:
-        with TiffFile(slide.path) as tif:
-            pages = [part.keyframe for series in tif.series for part in series.levels]
-            pages = [p for p in pages if p.is_tiled and (p.imagewidth, p.imagelength) == level.size and p.compression == 7]
-            if len(pages) != 1 or (pages[0].tilewidth, pages[0].tilelength) != (grid.size, grid.size) or pages[0].samplesperpixel != 3:
-                return None
-            [page] = pages
-            how = {"photometric": page.photometric, "jpegtables": page.jpegtables, "subsampling": page.subsampling}
-            how["compressionargs"] = {"outcolorspace": page.photometric}  # else tifffile calls RGB YCbCr
-            columns = -(-page.imagewidth // grid.size)
-            index = (grid.xy // grid.extent_px @ [1, columns]).tolist()
-            offsets, counts = page.dataoffsets, page.databytecounts
-    except TiffFileError:  # a PNG or JPEG image
-        return None
-    if not all(counts[i] for i in index):
-        return None
-
-    def read() -> Iterator[bytes]:
-        with slide.path.open("rb") as file:
-            for i in index:
-                file.seek(offsets[i])
-                yield file.read(counts[i])
-
-    return read(), how
 
 
 def packed_fingerprint(path: Path) -> str:
@@ -288,168 +267,55 @@ def packed_fingerprint(path: Path) -> str:
         return ""
 
 
-def open_tiles(work: Path, scan: Path, grid: TileGrid) -> tuple[Slide, Int64[np.ndarray, "m 2"]]:
-    """What to read a grid's tiles from, and where they lie in it: `slide.read_tiles(xy[rows], grid.size, grid.mpp)`.
+def _pitch(grid: TileGrid) -> int:
+    return -(-grid.size // 16) * 16  # TIFF's tiles are multiples of 16 px
 
-    That is the pack, if there is one of this very grid, else the scan.
 
-    Raises:
-        SlideError: it cannot be opened.
+def write_pack(slide: Slide, grid: TileGrid, path: Path) -> None:
+    """Write a grid's tiles as JPEG; a grid without tiles gets no pack. Raises SlideError (reading) and DiskError (writing).
+
+    From the pack of a scan of 0.25 µm/px without a level of 0.5, tiles of 0.5 µm/px are read 4.8 times as fast, in any order.
     """
-    path = pack_path(work, grid.slide_id)
-    if path.exists():
-        if packed_fingerprint(path) == grid.fingerprint:
-            return Slide.open(path, mpp=grid.mpp), packed_corners(grid)
-        log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
-    return Slide.open(scan, mpp=grid.mpp_level0), grid.xy
+    if not len(grid):
+        return path.unlink(missing_ok=True)
+    pitch = _pitch(grid)
+
+    def tiles() -> Iterator[bytes]:
+        padded = np.full((pitch, pitch, 3), 255, np.uint8)
+        for start in range(0, len(grid), CHUNK):
+            for tile in slide.read_tiles(grid.xy[start : start + CHUNK], grid.size, grid.mpp):
+                padded[: grid.size, : grid.size] = tile
+                yield simplejpeg.encode_jpeg(padded, QUALITY, colorsubsampling="444")
+
+    says = json.dumps({"dreslcl_pack": 2, "slide_id": grid.slide_id, "mpp": grid.mpp, "fingerprint": grid.fingerprint})
+    with atomic(path) as part, TiffWriter(part, bigtiff=True) as writer:
+        writer.write(tiles(), shape=(len(grid) * pitch, pitch, 3), dtype=np.uint8, tile=(pitch, pitch), description=says, metadata=None,
+                     photometric="ycbcr", compression="jpeg", subsampling=(1, 1))  # fmt: skip
 
 
-log = logging.getLogger(__name__)
-
-COLUMNS = "slide_id path status tiles mpp mpp_source width height vendor tissue_mm2 seconds error".split()
-SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split())  # what `Slide` reads
-FOREIGN = set(".dcm .mrxs .vms .vmu .czi .isyntax .i2syntax .zvi .vsi .svslide .lif .sdpc .kfb".split())  # scans that get an error row
-OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide: the scan's own mpp, and knobs of TileConfig
-    "mpp": float, "threshold": float, "min_tissue": float, "max_tiles": int, "min_sharpness": float, "mask_mpp": float,
-    "drop_pen": lambda text: text.lower() in ("1", "true", "yes"),
-}  # fmt: skip
+# A folder of scans
 
 
-def grid_path(work: Path, slide_id: str) -> Path:
-    """Where the grid of a slide is kept."""
-    return Path(work) / "tiles" / f"{slide_id}.h5"
+@dataclass(frozen=True)
+class Given:
+    """Files about the scans that take the place of what the scans say or we find."""
 
-
-def read_slides(work: Path) -> list[dict[str, str]]:
-    """The rows of WORK/slides.csv, in the order of their ids.
-
-    Raises:
-        TableError: `work` holds none, or one with an id that cannot name a file.
-    """
-    path = Path(work) / "slides.csv"
-    if not path.is_file():
-        raise TableError(f"{path}: not there; run `dreslcl tile SLIDES --out {work}` first")
-    rows = read_table(path, COLUMNS)
-    rows = [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
-    for row in rows:
-        if row["status"] != "error":  # the failed ones may be there for their very name
-            check_id(row["slide_id"], str(path))
-    return rows
+    overrides: Path | None = None  # table slide_id and any of OVERRIDES; empty: as for all slides
+    tissue_geojson: Path | None = None  # folder of QuPath annotations <slide_id>.geojson, in place of our mask
+    coords: Path | None = None  # folder of coordinates that TRIDENT or CLAM wrote, in place of our grid
 
 
 @dataclass(frozen=True)
 class _Job:
+    """One slide to tile: what of, how, and the fingerprint of all that."""
+
     slide_id: str
     path: Path
-    out: Path
     config: TileConfig
     mpp: float | None
     annotation: Path | None
     coords: Path | None
-    pack: bool
     fingerprint: str
-
-
-def _make_grid(job: _Job, slide: Slide, mask: Bool[np.ndarray, "h w"], mpp_source: str) -> TileGrid:
-    config, size = job.config, job.config.size
-    if job.coords is not None:
-        xy, extent, size = read_coords(job.coords, slide)
-        step, mpp = extent, extent * slide.mpp / size
-        tissue = box_fractions(mask, xy, extent, slide.size)
-    else:
-        extent, mpp = slide.extent(size, config.mpp), config.mpp
-        if False and (aligned := aligned_extent(slide, config)) != extent:
-            extent, mpp = aligned, aligned * slide.mpp / size
-        step = max(1, round(extent * (size - config.overlap) / size))
-        xy = grid_corners(slide.size, extent, step)
-        tissue = box_fractions(mask, xy, extent, slide.size)
-        keep = (tissue >= config.min_tissue) & (tissue > 0)
-        xy, tissue = xy[keep], tissue[keep]
-    if config.min_sharpness:
-        chunks = [xy[start : start + 256] for start in range(0, len(xy), 256)]
-        sharp = [sharpness(slide.read_tiles(chunk, size, mpp)) >= config.min_sharpness for chunk in chunks]
-        keep = np.concatenate([np.zeros(0, bool), *sharp])
-        xy, tissue = xy[keep], tissue[keep]
-    if 0 < config.max_tiles < len(xy):
-        keep = thin_out(xy, step, config.max_tiles)
-        xy, tissue = xy[keep], tissue[keep]
-    overlap = 0 if job.coords is not None else config.overlap
-    return TileGrid(job.slide_id, xy, tissue, extent, size, mpp, slide.mpp, mpp_source, slide.size, job.fingerprint, overlap)
-
-
-def _open(job: _Job) -> tuple[Slide, str]:
-    slide = Slide.open(job.path, mpp=job.mpp)
-    if slide.mpp is None and job.config.default_mpp is not None:
-        slide.close()
-        return Slide.open(job.path, mpp=job.config.default_mpp), "default-mpp"
-    return slide, slide.mpp_source if job.mpp is None else "mpp-csv"
-
-
-def _tile(job: _Job, dry_run: bool) -> dict[str, Any]:
-    """Tile one slide; whatever is wrong with the scan becomes its row. Only a fault of the output folder is raised."""
-    start = time.perf_counter()
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"slide_id": job.slide_id, "path": str(job.path), "status": "error", "tiles": 0}
-    try:
-        slide, mpp_source = _open(job)
-        with slide:
-            row |= {
-                "mpp": slide.mpp or "",
-                "mpp_source": mpp_source,
-                "vendor": slide.vendor,
-                "width": slide.size[0],
-                "height": slide.size[1],
-            }
-            row |= {"levels": len(slide.levels)} if dry_run else {}
-            grid, mask, polygons, thumbnail = _examine(job, slide, mpp_source)
-            row["tissue_mm2"] = round(float(mask.mean()) * slide.size[0] * slide.size[1] * slide.mpp**2 / 1e6, 4)
-            small = grid.extent_px > min(slide.size)
-            row |= {"tiles": len(grid), "status": "ok" if len(grid) else "empty"}
-            row["error"] = "" if len(grid) else f"smaller than one tile of {grid.extent_px} px" if small else "no tissue found"
-            if not dry_run:
-                grid.save(grid_path(job.out, job.slide_id))
-                write_json(job.out / "tissue" / f"{job.slide_id}.geojson", polygons_to_geojson(polygons))
-                overlay = draw_overlay(thumbnail, polygons, grid.xy, grid.extent_px, slide.size)
-                _save_jpeg(overlay, job.out / "overlays" / f"{job.slide_id}.jpg")
-                if job.pack and write_pack(slide, grid, pack_path(job.out, job.slide_id)):
-                    log.info("%s: packed without encoding anew", job.slide_id)
-    except DiskError:  # not the scan's fault
-        raise
-    except (DreslclError, OSError, MemoryError) as error:
-        row |= {"status": "error", "tiles": 0, "error": reason(error)}
-    except Exception as error:
-        log.debug("%s", job.path, exc_info=True)
-        row |= {"status": "error", "tiles": 0, "error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
-    row["seconds"] = round(time.perf_counter() - start, 2)
-    if not dry_run:
-        write_json(job.out / "rows" / f"{job.slide_id}.json", {"fingerprint": job.fingerprint, "row": row})
-    return row
-
-
-def _examine(job: _Job, slide: Slide, mpp_source: str) -> tuple[TileGrid, np.ndarray, list[list[np.ndarray]], np.ndarray]:
-    """Grid, mask, polygons and thumbnail of a slide. The mask gets finer where tiles are small, coarser where it would be huge."""
-    config = job.config
-    slide.extent(config.size, config.mpp)  # raises where the scan says no resolution
-    mask_mpp = min(8.0, config.size * config.mpp / 8)
-    mask_mpp = max(mask_mpp, slide.mpp, max(slide.size) * slide.mpp / 8192)
-    thumbnail = slide.thumbnail(mask_mpp)
-    if job.annotation is not None:
-        polygons = read_geojson(job.annotation)
-        mask = draw_polygons(polygons, thumbnail.shape[:2], slide.size)
-    else:
-        mask = tissue_mask(thumbnail, mask_mpp, threshold=config.threshold, drop_pen=config.drop_pen)
-        polygons = mask_polygons(mask, slide.size)
-    return _make_grid(job, slide, mask, mpp_source), mask, polygons, thumbnail
-
-
-def find_tiles(slide: Slide, config: TileConfig = TileConfig()) -> TileGrid:  # noqa: B008
-    """The tissue tiles of an open scan, as `tile_slides` finds them; nothing is written.
-
-    Raises:
-        SlideError: the scan cannot be read, or says no resolution.
-    """
-    name = slide_id(slide.path, slide.path)
-    job = _Job(name, slide.path, slide.path.parent, config, None, None, None, False, fingerprint(asdict(config), file_stamp(slide.path)))
-    return _examine(job, slide, slide.mpp_source)[0]
 
 
 def tile_slides(
@@ -457,15 +323,10 @@ def tile_slides(
     out: Path,
     config: TileConfig = TileConfig(),  # noqa: B008
     *,
+    given: Given = Given(),
     workers: int = 0,
-    force: bool = False,
-    dry_run: bool = False,
     shard: tuple[int, int] | None = None,
-    mpp_csv: Path | None = None,
-    overrides: Path | None = None,
-    tissue_geojson: Path | None = None,
-    coords: Path | None = None,
-    pack: bool = False,
+    write: Literal["nothing", "grids", "packs"] = "grids",
 ) -> list[dict[str, Any]]:
     """Find the tissue tiles of a scan, or of every scan in a folder, and write grids, polygons, overlays and slides.csv.
 
@@ -473,18 +334,12 @@ def tile_slides(
     with status "error" and the reason, and is tried again by the next run.
 
     Args:
+        given: files about the scans.
         workers: slides at a time; 0: one per CPU, at most 8.
-        force: do everything again.
-        dry_run: write nothing; rows get a column `levels`, and `tiles` as it would be.
         shard: (i, n) does every n-th slide from the i-th, 0 <= i < n; none: as torchrun's RANK and WORLD_SIZE say.
-        mpp_csv: table slide_id, mpp: the resolution of level 0, instead of what the scan says.
-        overrides: table slide_id and any of mpp, threshold, min_tissue, max_tiles, drop_pen, min_sharpness, mask_mpp; empty: no override.
-        tissue_geojson: folder of QuPath annotations `<slide_id>.geojson`, instead of our mask.
-        coords: folder of coordinates that TRIDENT or CLAM wrote, instead of our grid.
-        pack: also write packs, see pack.py.
+        write: "nothing" is a dry run: rows get a column `levels`, and `tiles` as it would be; "packs" also writes packs.
 
-    Returns:
-        The rows of this run's slides (of its shard), those that were already there included.
+    Returns the rows of this run's slides (of its shard), those that were already there included.
 
     Raises:
         DreslclError: nothing to do, bad tables, the output folder is in use by another run, or cannot be written.
@@ -494,23 +349,32 @@ def tile_slides(
     if not 0 <= index < count:
         raise ConfigError(f"shard {index}/{count}: shards of {count} are numbered from 0 to {count - 1}")
     scans, unusable = _find_scans(source, out)
-    every_job = _plan(scans, out, config, [table for table in (mpp_csv, overrides) if table], tissue_geojson, coords, pack)
+    every_job = _plan(scans, config, given)
     jobs, refused = every_job[index::count], unusable if index == 0 else []
     for row in refused:
         log.warning("%s (%s)", row["error"], row["path"])
-    threads = workers or min(8, os.cpu_count() or 1)
-    if dry_run:
-        return refused + _run(jobs, threads, lambda job: _tile(job, dry_run=True), lambda: None)
+    if write == "nothing":
+        return refused + _run(jobs, workers, _tile)
+
+    def done(job: _Job) -> bool:
+        row, made_of = made.get(job.slide_id, ({"status": "error"}, ""))
+        if made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
+            return False
+        packed = write == "grids" or not row["tiles"] or packed_fingerprint(pack_path(out, job.slide_id)) == job.fingerprint
+        return packed and grid_path(out, job.slide_id).exists()
+
     with ExitStack() as stack:
         try:
             stack.enter_context(hold(out, shared=count > 1))
             if count > 1:
                 stack.enter_context(hold(out, f".lock-{index}-of-{count}"))
-            made = {} if force else _read_rows(out)
-            rows = [made[job.slide_id]["row"] for job in jobs if _is_done(job, made.get(job.slide_id))]
-            todo = [job for job in jobs if not _is_done(job, made.get(job.slide_id))]
-            rows += _run(todo, threads, lambda job: _tile(job, dry_run=False), lambda: _gather(out, every_job, unusable))
-            _gather(out, every_job, unusable)
+            made = _read_rows(out)
+            todo = [job for job in jobs if not done(job)]
+            rows = [made[job.slide_id][0] for job in jobs if job not in todo]
+            try:
+                rows += _run(todo, workers, lambda job: _tile(job, out, write == "packs"))
+            finally:  # also when it is stopped
+                _gather(out, every_job, unusable)
             _contact_sheet(out)
         except OSError as error:
             raise StoreError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -536,107 +400,133 @@ def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[d
         by_id[slide_id(path, source)].append(path)
     scans, unusable = [], []
     for name, same in sorted(by_id.items()):
-        reason = f"{' and '.join(p.name for p in same)} would share this id; rename or move one" if len(same) > 1 else ""
+        problem = f"{' and '.join(p.name for p in same)} would share this id; rename or move one" if len(same) > 1 else ""
         try:
             check_id(name, str(same[0]))
         except TableError as error:
-            reason = str(error)
+            problem = str(error)
         if len(os.fsencode(name)) > 200:
-            reason = "the path is too long to name files after; shorten it"
-        if reason:
-            unusable.append(
-                dict.fromkeys(COLUMNS, "") | {"slide_id": name, "path": str(same[0]), "status": "error", "tiles": 0, "error": reason}
-            )
+            problem = "the path is too long to name files after; shorten it"
+        if problem:
+            unusable.append(_row(name, same[0]) | {"error": problem})
         else:
             scans.append((name, same[0]))
     return scans, unusable
 
 
-def _plan(
-    scans: list[tuple[str, Path]],
-    out: Path,
-    config: TileConfig,
-    tables: list[Path],
-    annotations: Path | None,
-    coords: Path | None,
-    pack: bool,
-) -> list[_Job]:
+def _row(name: str, path: Path) -> dict[str, Any]:
+    """The row of a slide of which nothing is known yet."""
+    return dict.fromkeys(COLUMNS, "") | {"slide_id": name, "path": str(path), "status": "error", "tiles": 0}
+
+
+def _plan(scans: list[tuple[str, Path]], config: TileConfig, given: Given) -> list[_Job]:
     values: dict[str, dict[str, Any]] = defaultdict(dict)
-    for table in tables:
-        for line, row in enumerate(read_table(table, ["slide_id"]), start=2):
-            if unknown := [column for column in row if column not in ("slide_id", *OVERRIDES)]:
-                raise TableError(f"{table}: unknown column {unknown[0]!r}; there can be slide_id, {', '.join(OVERRIDES)}")
-            try:
-                values[row["slide_id"]] |= {key: OVERRIDES[key](value) for key, value in row.items() if value and key != "slide_id"}
-            except ValueError as error:
-                raise TableError(f"{table}, line {line}: {error}") from error
+    for line, row in enumerate(read_table(given.overrides, ["slide_id"]) if given.overrides else (), start=2):
+        if unknown := [column for column in row if column not in ("slide_id", *OVERRIDES)]:
+            raise TableError(f"{given.overrides}: unknown column {unknown[0]!r}; there can be slide_id, {', '.join(OVERRIDES)}")
+        try:
+            values[row["slide_id"]] |= {key: OVERRIDES[key](value) for key, value in row.items() if value and key != "slide_id"}
+        except ValueError as error:
+            raise TableError(f"{given.overrides}, line {line}: {error}") from error
     names = {s for s, _ in scans} | {path.name for _, path in scans}
     if lost := [name for name in values if name not in names]:
-        log.warning("%d rows of %s name no scan here, the first is %r", len(lost), " and ".join(map(str, tables)), lost[0])
+        log.warning("%d rows of %s name no scan here, the first is %r", len(lost), given.overrides, lost[0])
     jobs = []
     for name, path in scans:
         own = values.get(path.name, {}) | values.get(name, {})
         mpp = own.pop("mpp", None)
-        annotation = annotations / f"{name}.geojson" if annotations else None
-        theirs = _find_coords(coords, name, path) if coords else None
+        annotation = given.tissue_geojson / f"{name}.geojson" if given.tissue_geojson else None
+        coords = _find_coords(given.coords, name, path) if given.coords else None
         settings = replace(config, **own)
-        stamps = [file_stamp(p) if p and p.exists() else None for p in (path, annotation, theirs)]
-        made_of = fingerprint(__version__, asdict(settings), mpp, bool(annotation), bool(theirs), stamps)
-        jobs.append(_Job(name, path, out, settings, mpp, annotation, theirs, pack, made_of))
+        stamps = [file_stamp(p) if p and p.exists() else None for p in (path, annotation, coords)]
+        made_of = fingerprint(__version__, asdict(settings), mpp, bool(annotation), bool(coords), stamps)
+        jobs.append(_Job(name, path, settings, mpp, annotation, coords, made_of))
     return jobs
 
 
 def _find_coords(folder: Path, name: str, path: Path) -> Path:
-    for stem in (name, path.stem):
-        for candidate in (folder / f"{stem}.h5", folder / f"{stem}_patches.h5", folder / "patches" / f"{stem}_patches.h5"):
-            if candidate.exists():
-                return candidate
-    return folder / f"{name}.h5"
+    places = (
+        folder / pattern.format(stem) for stem in (name, path.stem) for pattern in ("{}.h5", "{}_patches.h5", "patches/{}_patches.h5")
+    )
+    return next((place for place in places if place.exists()), folder / f"{name}.h5")
 
 
-def _run(jobs: list[_Job], threads: int, work: Callable[[_Job], dict[str, Any]], pause: Callable[[], None]) -> list[dict[str, Any]]:
-    """Do the jobs, several at a time, and show how far they are; `pause` is called now and then in between.
+def _run(jobs: list[_Job], workers: int, work: Callable[[_Job], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the jobs, done several at a time.
 
     Threads, since nearly all work releases the interpreter's lock: two processes were no faster (1.1 and 1.1 times one, on a busy machine).
     """
-    rows: list[dict[str, Any]] = []
-    last = time.monotonic()
-    with progress("tiling", len(jobs), "slides") as bar, ThreadPoolExecutor(threads) as pool:
+    rows = []
+    with counting("tiling", len(jobs), "slides") as count, ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         try:
             for done in as_completed([pool.submit(work, job) for job in jobs]):
                 rows.append(row := done.result())
                 if row["status"] == "error":
                     log.warning("%s (%s)", row["error"], row["path"])
                 log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
-                bar.advance(bar.task_ids[0])
-                if time.monotonic() - last > 10:
-                    pause()
-                    last = time.monotonic()
-        except BaseException:
+                count()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return sorted(rows, key=lambda row: row["slide_id"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _tile(job: _Job, out: Path | None = None, pack: bool = False) -> dict[str, Any]:
+    """Tile one slide and, with `out`, write its files; whatever is wrong with the scan becomes its row. Only a fault of `out` is raised."""
+    start, row = time.perf_counter(), _row(job.slide_id, job.path)
+    try:
+        with Slide.open(job.path, job.mpp, job.config.default_mpp) as slide:
+            row |= {"mpp": slide.mpp or "", "mpp_source": slide.mpp_source, "vendor": slide.vendor}
+            row |= {"width": slide.size[0], "height": slide.size[1]} | ({} if out else {"levels": len(slide.levels)})
+            tissue = find_tissue(slide, job.config, job.annotation)
+            grid = find_tiles(slide, job.config, tissue, job.coords)
+            row["tissue_mm2"] = round(float(tissue.mask.mean()) * slide.size[0] * slide.size[1] * slide.mpp**2 / 1e6, 4)
+            why = f"smaller than one tile of {grid.extent_px} px" if grid.extent_px > min(slide.size) else "no tissue found"
+            row |= {"tiles": len(grid), "status": "ok" if len(grid) else "empty", "error": "" if len(grid) else why}
+            if out:
+                grid = replace(grid, slide_id=job.slide_id, fingerprint=job.fingerprint)
+                grid.save(grid_path(out, job.slide_id))
+                write_json(out / "tissue" / f"{job.slide_id}.geojson", polygons_to_geojson(tissue.polygons))
+                overlay = draw_overlay(tissue.thumbnail, tissue.polygons, grid.xy, grid.extent_px, slide.size)
+                _save_jpeg(overlay, out / "overlays" / f"{job.slide_id}.jpg")
+                if pack:
+                    write_pack(slide, grid, pack_path(out, job.slide_id))
+    except DiskError:  # not the scan's fault
+        raise
+    except (DreslclError, OSError, MemoryError) as error:
+        row |= {"status": "error", "tiles": 0, "error": reason(error)}
+    except Exception as error:
+        log.debug("%s", job.path, exc_info=True)
+        row |= {"status": "error", "tiles": 0, "error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    if out:
+        write_json(out / "rows" / f"{job.slide_id}.json", {"fingerprint": job.fingerprint, "row": row})
+    return row
+
+
 # The rows of finished slides
 
 
-def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
-    """What `_tile` left of each slide: {"fingerprint", "row"}; a damaged file counts as not there."""
+def read_slides(work: Path) -> list[dict[str, str]]:
+    """The rows of WORK/slides.csv, in the order of their ids. Raises TableError for none, or for an id that cannot name a file."""
+    path = Path(work) / "slides.csv"
+    if not path.is_file():
+        raise TableError(f"{path}: not there; run `dreslcl tile SLIDES --out {work}` first")
+    rows = read_table(path, COLUMNS)
+    rows = [{key: value[1:] if value[:1] == "'" and value[1:2] in tuple("=+-@") else value for key, value in row.items()} for row in rows]
+    for row in rows:
+        if row["status"] != "error":  # the failed ones may be there for their very name
+            check_id(row["slide_id"], str(path))
+    return rows
+
+
+def _read_rows(out: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """What `_tile` left of each slide: its row and fingerprint; a damaged file counts as not there."""
     rows = {}
     for path in sorted((out / "rows").glob("*.json")):
         with suppress(ValueError, KeyError, TypeError):
             made = json.loads(path.read_bytes())
-            rows[path.stem] = {"fingerprint": made["fingerprint"], "row": {column: made["row"][column] for column in COLUMNS}}
+            rows[path.stem] = {column: made["row"][column] for column in COLUMNS}, made["fingerprint"]
     return rows
-
-
-def _is_done(job: _Job, made: dict[str, Any] | None) -> bool:
-    if made is None or made["fingerprint"] != job.fingerprint or made["row"]["status"] == "error":
-        return False
-    packed = not job.pack or not made["row"]["tiles"] or packed_fingerprint(pack_path(job.out, job.slide_id)) == job.fingerprint
-    return packed and grid_path(job.out, job.slide_id).exists() and made["row"]["path"] == str(job.path)
 
 
 def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None:
@@ -647,10 +537,10 @@ def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None
     current = {job.slide_id: job.fingerprint for job in jobs}
     with hold(out, "rows/.lock", wait=True):
         rows = {row["slide_id"]: row for row in unusable}
-        for name, made in _read_rows(out).items():
-            fresh = made["fingerprint"] == current.get(name, made["fingerprint"])
-            if fresh and name not in rows and (made["row"]["status"] != "error" or name in current or Path(made["row"]["path"]).exists()):
-                rows[name] = made["row"]
+        for name, (row, made_of) in _read_rows(out).items():
+            there = row["status"] != "error" or name in current or Path(row["path"]).exists()
+            if name not in rows and there and made_of == current.get(name, made_of):
+                rows[name] = row
         write_table(out / "slides.csv", COLUMNS, [[rows[name][column] for column in COLUMNS] for name in sorted(rows)])
 
 
@@ -660,7 +550,7 @@ def _contact_sheet(out: Path) -> None:
         paths = sorted((out / "overlays").glob("*.jpg"))
         if not paths:
             return
-        columns = int(np.ceil(np.sqrt(len(paths))))
+        columns = math.ceil(math.sqrt(len(paths)))
         cell = max(48, min(256, 4096 // columns))
         sheet = Image.new("RGB", (columns * cell, -(-len(paths) // columns) * (cell + 12)), "white")
         draw = ImageDraw.Draw(sheet)
@@ -675,6 +565,5 @@ def _contact_sheet(out: Path) -> None:
 
 
 def _save_jpeg(image: Image.Image, path: Path) -> None:
-    memory = io.BytesIO()
-    image.save(memory, "JPEG", quality=85)
+    image.save(memory := io.BytesIO(), "JPEG", quality=85)
     write_bytes(path, memory.getbuffer())

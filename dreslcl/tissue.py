@@ -36,12 +36,11 @@ def tissue_mask(
     Bright field: saturation and optical density, relative to the colour of the glass, are both above a threshold. Without
     any bright pixel the slide is taken for fluorescence: coloured signal on black. Grey, white and black slides are empty.
 
-    Args:
-        threshold: saturation (0-1) above which a pixel is tissue; none: Otsu's method within `SATURATION_RANGE`.
-        drop_pen: leave out ink, see `pen_mask`.
+    `threshold` is the saturation (0-1) above which a pixel is tissue; none: Otsu's method within `SATURATION_RANGE`. With
+    `drop_pen` ink is left out, see `pen_mask`.
     """
-    smooth = np.asarray(Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1)))
-    smooth = np.ascontiguousarray(np.moveaxis(smooth, 2, 0))  # one plane per channel: reductions run five times as fast
+    smooth = np.moveaxis(np.asarray(Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))), 2, 0)
+    smooth = np.ascontiguousarray(smooth)  # one plane per channel: reductions run five times as fast
     low, high = smooth.min(axis=0), smooth.max(axis=0)
     if np.percentile(low[::4, ::4], 99.5) < 60:  # no glass anywhere
         signal = (high - low).astype(np.float32)
@@ -66,9 +65,7 @@ def tissue_mask(
 
 
 def _otsu_within(values: Float32[np.ndarray, "h w"], span: tuple[float, float]) -> float:
-    if values.min() == values.max():
-        return span[1]
-    return float(np.clip(threshold_otsu(values), *span))
+    return span[1] if values.min() == values.max() else float(np.clip(threshold_otsu(values), *span))
 
 
 def _without_small(mask: Bool[np.ndarray, "h w"], pixels: float) -> Bool[np.ndarray, "h w"]:
@@ -82,43 +79,32 @@ def pen_mask(thumbnail: UInt8[np.ndarray, "h w 3"], mpp: float) -> Bool[np.ndarr
     """Blue, green, red and black ink: hues that neither H&E nor brown stains reach, and wide strokes of black, with a margin."""
     hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(thumbnail).convert("HSV")), 2, 0)  # 0-255 each
     turn = 255 / 360
-    blue = (hue > 185 * turn) & (hue <= 242 * turn) & (saturation > 100)
-    green = (hue > 70 * turn) & (hue <= 185 * turn) & (saturation > 50)
-    red = ((hue > 352 * turn) | (hue < 12 * turn)) & (saturation > 165) & (value > 110)
-    black = (value < 80) & (saturation < 90)
-    ink = blue | green | red | black
+    ink = (hue > 185 * turn) & (hue <= 242 * turn) & (saturation > 100)  # blue
+    ink |= (hue > 70 * turn) & (hue <= 185 * turn) & (saturation > 50)  # green
+    ink |= ((hue > 352 * turn) | (hue < 12 * turn)) & (saturation > 165) & (value > 110)  # red
+    ink |= (value < 80) & (saturation < 90)  # black
     close_px = max(1, round(12 / mpp))
     ink = ndimage.binary_closing(np.pad(ink, close_px), iterations=close_px)[close_px:-close_px, close_px:-close_px]
     ink = _without_small(ink, PEN_UM2 / mpp**2)
-    margin = max(1, round(PEN_MARGIN_UM / mpp))
-    return ndimage.binary_dilation(ink, iterations=margin) if ink.any() else ink
+    return ndimage.binary_dilation(ink, iterations=max(1, round(PEN_MARGIN_UM / mpp))) if ink.any() else ink
 
 
 def sharpness(tiles: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n"]:
     """Variance of the Laplacian of each tile, grey levels²: near 0 for blurry tiles and for plain background."""
-    out = np.empty(len(tiles), np.float32)
-    for n, tile in enumerate(tiles):
-        grey = tile.mean(axis=2, dtype=np.float32)
-        laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
-        out[n] = laplacian.var()
-    return out
+    greys = (tile.mean(axis=2, dtype=np.float32) for tile in tiles)
+    return np.array([ndimage.laplace(grey)[1:-1, 1:-1].var() for grey in greys], np.float32)
 
 
 def box_fractions(
     mask: Bool[np.ndarray, "h w"], xy: Int64[np.ndarray, "n 2"], extent: int, level0_size: tuple[int, int]
 ) -> Float32[np.ndarray, "n"]:
-    """The share of each square box that is tissue, exact also where a box covers parts of mask pixels.
+    """The share of tissue in square boxes of edge `extent` at the corners `xy` (level-0 pixels), exact also for parts of mask pixels.
 
-    Between pixel corners an integral image is bilinear, so four interpolated look-ups per box give its area of tissue.
-
-    Args:
-        xy: top-left corners, level-0 pixels. What lies past the mask counts as glass.
-        extent: edge of a box, level-0 pixels.
-        level0_size: (w, h) of the scan, over which the mask is spread.
+    The mask is spread over the scan; what lies past it counts as glass. Between pixel corners an integral image is bilinear, so
+    four interpolated look-ups per box give its area of tissue.
     """
     h, w = mask.shape
-    integral = np.zeros((h + 1, w + 1), np.float64)
-    np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1, out=integral[1:, 1:])
+    integral = np.pad(np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1), ((1, 0), (1, 0))).astype(np.float64)
     scale = np.array([w / level0_size[0], h / level0_size[1]])
 
     def area(dx: int, dy: int) -> np.ndarray:
@@ -135,13 +121,11 @@ def box_fractions(
 def mask_polygons(mask: Bool[np.ndarray, "h w"], level0_size: tuple[int, int]) -> list[list[np.ndarray]]:
     """Each piece of tissue as rings of (x, y) level-0 pixels: its outline, then its holes. Rings are closed."""
     scale = np.array([level0_size[0] / mask.shape[1], level0_size[1] / mask.shape[0]])
-    labels, _ = ndimage.label(mask)
-    pieces = []
+    labels, pieces = ndimage.label(mask)[0], []
     for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        rings = find_contours(np.pad(labels[rows, columns] == label, 1).astype(np.float32), 0.5)
-        rings = [_simplify(ring)[:, ::-1] for ring in rings]
+        rings = map(_simplify, find_contours(np.pad(labels[rows, columns] == label, 1).astype(np.float32), 0.5))
         corner = np.array([columns.start - 0.5, rows.start - 0.5])  # of the padded piece, from pixel centres
-        rings = [(ring + corner) * scale for ring in rings if len(ring) > 3]
+        rings = [(ring[:, ::-1] + corner) * scale for ring in rings if len(ring) > 3]
         pieces.append(sorted(rings, key=lambda ring: -np.prod(np.ptp(ring, axis=0))))  # the outline spans the most
     return [rings for rings in pieces if rings]
 
@@ -165,15 +149,11 @@ def _simplify(ring: Float64[np.ndarray, "n 2"]) -> Float64[np.ndarray, "k 2"]:
 
 def polygons_to_geojson(polygons: list[list[np.ndarray]]) -> dict[str, Any]:
     """QuPath annotations, level-0 pixels, with TRIDENT's `tissue_id`."""
-    look = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [50, 160, 80]}}
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [np.round(ring, 1).tolist() for ring in rings]},
-            "properties": {**look, "tissue_id": number},
-        }
-        for number, rings in enumerate(polygons)
-    ]
+    features = []
+    for number, rings in enumerate(polygons):
+        area = {"type": "Polygon", "coordinates": [np.round(ring, 1).tolist() for ring in rings]}
+        look = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [50, 160, 80]}, "tissue_id": number}
+        features.append({"type": "Feature", "geometry": area, "properties": look})
     return {"type": "FeatureCollection", "features": features}
 
 
@@ -186,12 +166,9 @@ def read_geojson(path: Path) -> list[list[np.ndarray]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         features = data if isinstance(data, list) else data.get("features", [data])
-        polygons = [
-            [np.asarray(ring, np.float64)[:, :2] for ring in polygon]
-            for feature in features
-            if not str(((feature.get("properties") or {}).get("classification") or {}).get("name", "")).startswith("Ignore")
-            for polygon in _areas(feature.get("geometry") or feature)
-        ]
+        classes = [((feature.get("properties") or {}).get("classification") or {}).get("name", "") for feature in features]
+        meant = [f.get("geometry") or f for f, name in zip(features, classes) if not str(name).startswith("Ignore")]
+        polygons = [[np.asarray(ring, np.float64)[:, :2] for ring in area] for geometry in meant for area in _areas(geometry)]
     except OSError as error:
         raise SlideError(f"no tissue annotation {path} ({error.strerror}); export one from QuPath under that name") from error
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
@@ -202,10 +179,8 @@ def read_geojson(path: Path) -> list[list[np.ndarray]]:
 
 
 def _areas(geometry: dict[str, Any]) -> Iterator[list]:
-    if geometry["type"] == "Polygon":
-        yield geometry["coordinates"]
-    elif geometry["type"] == "MultiPolygon":
-        yield from geometry["coordinates"]
+    if geometry["type"] in ("Polygon", "MultiPolygon"):
+        yield from [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
     for part in geometry.get("geometries", []):
         yield from _areas(part)
 
@@ -215,8 +190,7 @@ def draw_polygons(polygons: list[list[np.ndarray]], shape: tuple[int, int], leve
 
     Even-odd scan lines: Pillow's polygons have whole-number corners, scikit-image's visit every edge for every pixel.
     """
-    h, w = shape
-    mask = np.zeros(shape, bool)
+    (h, w), mask = shape, np.zeros(shape, bool)
     for rings in polygons:
         rings = [ring * np.array([w / level0_size[0], h / level0_size[1]]) - 0.5 for ring in rings]  # pixel centres are whole
         (x0, y0), (x1, y1) = np.concatenate(rings).T, np.concatenate([np.roll(ring, -1, axis=0) for ring in rings]).T
@@ -233,25 +207,19 @@ def draw_polygons(polygons: list[list[np.ndarray]], shape: tuple[int, int], leve
 
 
 def draw_overlay(
-    thumbnail: UInt8[np.ndarray, "h w 3"],
-    polygons: list[list[np.ndarray]],
-    xy: Int64[np.ndarray, "n 2"],
-    extent: int,
-    level0_size: tuple[int, int],
-    longest_px: int = 1600,
-    colours: UInt8[np.ndarray, "n 4"] | None = None,
-) -> Image.Image:
+    thumbnail: UInt8[np.ndarray, "h w 3"], polygons: list[list[np.ndarray]], xy: Int64[np.ndarray, "n 2"], extent: int,
+    level0_size: tuple[int, int], longest_px: int = 1600, colours: UInt8[np.ndarray, "n 4"] | None = None,
+) -> Image.Image:  # fmt: skip
     """The thumbnail, at most three times as large, with the outline of the tissue (green) and the kept tiles.
 
     Tiles are filled with their `colours` (RGBA); without, all are tinted blue, with a thin edge.
     """
     image = Image.fromarray(thumbnail)
     grow = min(3.0, longest_px / max(image.size))
-    size = (max(1, round(image.width * grow)), max(1, round(image.height * grow)))
+    size = max(1, round(image.width * grow)), max(1, round(image.height * grow))
     image = image.resize(size, Image.Resampling.BOX if grow < 1 else Image.Resampling.BICUBIC)
     scale = np.array(size) / level0_size
-    tint = Image.new("RGBA", size)
-    draw = ImageDraw.Draw(tint)
+    draw = ImageDraw.Draw(tint := Image.new("RGBA", size))
     fills = [((30, 90, 255, 36), (30, 90, 255, 130))] * len(xy) if colours is None else [(tuple(c), None) for c in colours.tolist()]
     for (x0, y0), (x1, y1), (fill, edge) in zip(np.round(xy * scale).tolist(), np.round((xy + extent) * scale).tolist(), fills):
         draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=fill, outline=edge)

@@ -135,8 +135,9 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
         needed = f"{max(2, group.world)} patients and two reports are needed, there are {len(patients)} and {len(cohort.reports)}"
         raise ConfigError(f"a contrast needs slides that differ: at least {needed}")
     pixels, vectors = cohort.work is not None, not isinstance(cohort.reports[0], str)
-    encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or not vectors else None
-    text = Text.load(out / "text", encoder) if (out / "text").exists() else make_text(config.encoder, encoder, cohort.reports)
+    tower = config.encoder.text.startswith("tower") or (config.encoder.text == "auto" and config.encoder.has_weights)
+    encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or (tower and not vectors) else None
+    text = Text.load(out / "text", encoder) if (out / "text").exists() else choose_text(cohort, config.encoder.text, encoder)
     reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if pixels else None
     about = {"tiles": "pixels" if pixels else "features", "seen": [m.slide_id for m in cohort.members]}
     if reader:
@@ -157,6 +158,12 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     run = Run(config, out, group, device, cohort, held_out, rank_of, model, reader, bank, [], list(cohort.notes), Journal(out))
     run.optimizer = make_optimizer(run)
     return run
+
+
+def choose_text(cohort: Cohort, setting: str, encoder: Encoder | None) -> Text:
+    """What reads the training reports, see `make_text`."""
+    owner = {m.report: m.patient_id for m in cohort.members}
+    return make_text(setting, encoder, cohort.reports, [owner[i] for i in range(len(cohort.reports))])
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:

@@ -57,10 +57,10 @@ def model(tmp_path_factory) -> Path:
     from dreslcl.model import DRESLCL
     from dreslcl.text import make_text
 
-    config = EncoderConfig(text="tune")
+    config = EncoderConfig(text="tower:tune")
     encoder = Encoder.create(config)
     torch.manual_seed(0)
-    text = make_text(config, encoder, ["a report", "another one"])
+    text = make_text(config.text, encoder, ["a report", "another one"])
     about = {"tiles": "pixels", "seen": ["s0"], "size": 64, "mpp": 2.0}
     made = DRESLCL(encoder, text, ModelConfig(codewords=4, width=16), dim=encoder.dim, about=about)
     words = torch.from_numpy(np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32))

@@ -24,7 +24,7 @@ def features(n, seed=0, d=D):
 
 
 def vectors_text(width=5):
-    return make_text(EncoderConfig(), None, [np.zeros((1, width), np.float32)])
+    return make_text("auto", None, [np.zeros((1, width), np.float32)])
 
 
 def make_aggregator(name="residual", **changes):
@@ -208,7 +208,7 @@ def test_a_saved_model_embeds_as_before(tmp_path, name):
 def test_a_saved_model_keeps_its_towers(tmp_path):
     encoder = Encoder.create(EncoderConfig(), seed=3)
     model = DRESLCL(
-        encoder, make_text(EncoderConfig(text="tune"), encoder, ["a report"]), CONFIG, dim=encoder.dim, about={"tiles": "pixels"}
+        encoder, make_text("tower:tune", encoder, ["a report"]), CONFIG, dim=encoder.dim, about={"tiles": "pixels"}
     )
     model.save(tmp_path)
     loaded = DRESLCL.load(tmp_path)

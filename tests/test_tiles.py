@@ -20,7 +20,20 @@ from dreslcl.common import BusyError, ConfigError, DiskError, StoreError, TableE
 from dreslcl.config import TileConfig
 from dreslcl.demo import write_scan
 from dreslcl.slide import Slide
-from dreslcl.tiles import TileGrid, aligned_extent, grid_corners, grid_path, hilbert_order, read_slides, thin_out, tile_slides
+from dreslcl.tiles import (
+    Given,
+    TileGrid,
+    TilePixels,
+    find_tiles,
+    grid_corners,
+    grid_path,
+    hilbert_order,
+    pack_path,
+    packed_fingerprint,
+    read_slides,
+    thin_out,
+    tile_slides,
+)  # fmt: skip
 
 SMALL = TileConfig(size=64)
 
@@ -99,8 +112,7 @@ def test_a_grid_survives_the_way_to_disk_and_back(tmp_path_factory, count, mpp, 
     grid.save(path)
     back = TileGrid.load(path)
     assert (back.xy == grid.xy).all() and (back.tissue == grid.tissue).all() and len(back) == count
-    for name in ("slide_id", "extent_px", "size", "mpp", "mpp_level0", "mpp_source", "level0_size", "fingerprint", "overlap"):
-        assert getattr(back, name) == getattr(grid, name)
+    assert all(getattr(back, name) == value for name, value in vars(grid).items() if name not in ("xy", "tissue"))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])
@@ -117,30 +129,24 @@ def test_nearly_equal_resolutions_give_the_same_field_of_view(tmp_path, level0):
     write_scan(tmp_path / "a.svs", picture(), mpp=level0 - 0.0001)
     write_scan(tmp_path / "b.svs", picture(), mpp=level0)
     for config in (TileConfig(size=64, mpp=2 * level0), TileConfig(size=64, mpp=1.3 * level0)):
-        tile_slides(tmp_path, tmp_path / "w", config)
-        a, b = (TileGrid.load(grid_path(tmp_path / "w", s)) for s in "ab")
+        with Slide.open(tmp_path / "a.svs") as first, Slide.open(tmp_path / "b.svs") as second:
+            a, b = find_tiles(first, config), find_tiles(second, config)
         assert abs(a.extent_px * a.mpp_level0 - b.extent_px * b.mpp_level0) <= level0
         assert abs(a.extent_px * a.mpp_level0 - 64 * config.mpp) <= level0
 
 
-def test_align_moves_the_tile_edge_by_two_percent_at_most_to_whole_stored_tiles(tmp_path):
-    for name, mpp, tile, asked, extent in [
-        ("a", 0.2527, 256, TileConfig(), 512),  # 506 px becomes two stored tiles
-        ("b", 0.2527, 256, TileConfig(size=64, mpp=0.5), 128),  # 127 px becomes half a stored tile
-        ("c", 0.2527, 240, TileConfig(), 506),  # 480 px is too far off
-        ("d", 0.25, 256, TileConfig(mpp=0.7), 717),
-    ]:
-        write_scan(tmp_path / f"{name}.svs", picture(), mpp=mpp, tile=tile)
-        with Slide.open(tmp_path / f"{name}.svs") as slide:
-            assert abs(aligned_extent(slide, asked) - extent) <= 1
-            assert aligned_extent(slide, TileConfig(overlap=8)) == slide.extent(256, 0.5)
-    tile_slides(tmp_path / "a.svs", tmp_path / "w", TileConfig(align=True))
-    grid = TileGrid.load(grid_path(tmp_path / "w", "a"))
-    with Slide.open(tmp_path / "a.svs") as slide:
-        assert grid.extent_px == slide.extent(grid.size, grid.mpp) == 512 and (grid.xy % 512 == 0).all()
-
-
 # -- a folder of scans ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_found_in_an_open_scan_is_what_a_batch_run_writes(scans, tmp_path):
+    config = TileConfig(size=64, overlap=32, mpp=0.6, max_tiles=50, min_sharpness=1.0)
+    tile_slides(scans / "a" / "0.svs", tmp_path, config)
+    written = TileGrid.load(grid_path(tmp_path, "0"))
+    with Slide.open(scans / "a" / "0.svs") as slide:
+        found = find_tiles(slide, config)
+    assert len(found) == 50 and (found.xy == written.xy).all() and (found.tissue == written.tissue).all()
+    others = {name: value for name, value in vars(written).items() if name not in ("xy", "tissue", "fingerprint")}
+    assert others == {name: getattr(found, name) for name in others} and written.fingerprint
 
 
 def test_every_slide_of_a_mixed_batch_gets_the_right_row(tmp_path):
@@ -162,13 +168,8 @@ def test_every_slide_of_a_mixed_batch_gets_the_right_row(tmp_path):
     assert {s for s, row in rows.items() if row["status"] == "error"} == {"nompp", "zero", "text", "slide"}
     assert rows["good"]["status"] == "ok" and len(rows) == 8
     assert rows["good"]["tiles"] == 48 and rows["good"]["tissue_mm2"] == pytest.approx(1024 * 768 / 4 * 0.25e-6, rel=0.1)
-    for name, reason in {
-        "white": "no tissue",
-        "tiny": "smaller than one tile",
-        "nompp": "--mpp-csv",
-        "zero": "empty file",
-        "text": "text file",
-    }.items():
+    reasons = {"white": "no tissue", "tiny": "smaller than one tile", "nompp": "--overrides", "zero": "empty file", "text": "text file"}
+    for name, reason in reasons.items():
         assert reason in rows[name]["error"] and "\n" not in rows[name]["error"]
     assert read_slides(work) == [{k: str(v) for k, v in row.items()} for row in rows.values()]
     assert len(TileGrid.load(grid_path(work, "white"))) == 0
@@ -181,10 +182,8 @@ def test_every_slide_of_a_mixed_batch_gets_the_right_row(tmp_path):
 
 def test_real_scans_get_their_rows(test_data, tmp_path):
     rows = tile_slides(test_data / "slides", tmp_path)
-    assert [(row["status"], row["vendor"], row["tiles"] > 30) for row in rows] == [
-        ("ok", "aperio", True), ("error", "", False), ("ok", "hamamatsu", True)
-    ]  # fmt: skip
-    assert "DICOM" in rows[1]["error"]
+    assert [(row["status"], row["vendor"]) for row in rows] == [("ok", "aperio"), ("error", ""), ("ok", "hamamatsu")]
+    assert "DICOM" in rows[1]["error"] and rows[0]["tiles"] > 30 and rows[2]["tiles"] > 30
 
 
 def test_coordinates_read_as_trident_reads_them(scans, tmp_path):
@@ -242,25 +241,21 @@ def test_ids_that_look_like_formulas_come_back_as_they_are(scans, tmp_path):
 # -- choices ----------------------------------------------------------------------------------------------------------
 
 
-def test_tables_set_resolution_and_knobs_per_slide(scans, tmp_path):
+def test_a_table_sets_resolution_and_knobs_per_slide(scans, tmp_path):
     (tmp_path / "in").mkdir()
     write_scan(tmp_path / "in" / "x.svs", picture(), mpp=None)
     shutil.copy(scans / "a" / "0.svs", tmp_path / "in" / "y.svs")
-    (tmp_path / "mpp.csv").write_text("slide_id,mpp\nx,0.25\n")
-    (tmp_path / "o.csv").write_text("slide_id,min_tissue,max_tiles\ny.svs,,5\n")
-    rows = tile_slides(tmp_path / "in", tmp_path / "w", SMALL, mpp_csv=tmp_path / "mpp.csv", overrides=tmp_path / "o.csv")
-    assert [(r["mpp"], r["mpp_source"]) for r in rows] == [(0.25, "mpp-csv"), (0.5, "Aperio MPP")]
+    table = tmp_path / "o.csv"
+    table.write_text("slide_id,mpp,min_tissue,max_tiles\nx,0.25,,\ny.svs,,,5\n")
+    rows = tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=Given(table))
+    assert [(r["mpp"], r["mpp_source"]) for r in rows] == [(0.25, "given"), (0.5, "Aperio MPP")]
     assert rows[1]["tiles"] == 5
     [row] = tile_slides(tmp_path / "in" / "x.svs", tmp_path / "w2", TileConfig(size=64, default_mpp=0.125))
-    assert (row["mpp"], row["mpp_source"]) == (0.125, "default-mpp")
-    for text, message in [
-        ("slide_id,colour\nx,1", "unknown column 'colour'"),
-        ("slide_id,mpp\nx,abc", "line 2"),
-        ("id,mpp\nx,1", "slide_id"),
-    ]:
-        (tmp_path / "o.csv").write_text(text)
+    assert (row["mpp"], row["mpp_source"]) == (0.125, "default")
+    for text, message in {"slide_id,colour\nx,1": "unknown column 'colour'", "slide_id,mpp\nx,abc": "line 2", "id,mpp\nx,1": "id"}.items():
+        table.write_text(text)
         with pytest.raises(TableError, match=message):
-            tile_slides(tmp_path / "in", tmp_path / "w", SMALL, overrides=tmp_path / "o.csv")
+            tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=Given(table))
 
 
 def test_annotations_replace_the_mask(scans, tmp_path):
@@ -268,7 +263,7 @@ def test_annotations_replace_the_mask(scans, tmp_path):
     (tmp_path / "0.geojson").write_text(
         json.dumps({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [box]}, "properties": {}})
     )
-    rows = tile_slides(scans / "a", tmp_path / "w", SMALL, tissue_geojson=tmp_path)
+    rows = tile_slides(scans / "a", tmp_path / "w", SMALL, given=Given(tissue_geojson=tmp_path))
     assert rows[0]["tiles"] == 16 and [row["status"] for row in rows] == ["ok", "error", "error", "error"]
     assert "no tissue annotation" in rows[1]["error"]
     assert (TileGrid.load(grid_path(tmp_path / "w", "0")).xy < 256).all()
@@ -283,11 +278,11 @@ def test_coordinates_of_other_tools_replace_the_grid(scans, tmp_path, tool):
         file["coords"] = xy
         trident = {"patch_size": 96, "patch_size_level0": 192, "level0_magnification": 20, "target_magnification": 10}
         file["coords"].attrs.update(trident if tool == "trident" else {"patch_size": 96, "patch_level": 1, "downsample": [2.0, 2.0]})
-    [row] = tile_slides(scans / "a" / "0.svs", tmp_path / "w", SMALL, coords=tmp_path)
+    [row] = tile_slides(scans / "a" / "0.svs", tmp_path / "w", SMALL, given=Given(coords=tmp_path))
     grid = TileGrid.load(grid_path(tmp_path / "w", "0"))
     assert row["tiles"] == 2 and grid.xy.tolist() == xy.tolist()
     assert (grid.extent_px, grid.size, grid.mpp) == (192, 96, 1.0) and grid.tissue.tolist() == [1, 0]
-    rows = tile_slides(scans / "a", tmp_path / "w", SMALL, coords=tmp_path)
+    rows = tile_slides(scans / "a", tmp_path / "w", SMALL, given=Given(coords=tmp_path))
     assert [r["status"] for r in rows] == ["ok", "error", "error", "error"] and "TRIDENT or CLAM" in rows[1]["error"]
 
 
@@ -301,14 +296,8 @@ def test_blurry_tiles_and_surplus_tiles_are_left_out(tmp_path):
     assert tile_slides(tmp_path, tmp_path / "w", TileConfig(size=64, max_tiles=7))[0]["tiles"] == 7
 
 
-def test_overlap_makes_the_grid_denser(scans, tmp_path):
-    tile_slides(scans / "a" / "0.svs", tmp_path, TileConfig(size=64, overlap=32))
-    grid = TileGrid.load(grid_path(tmp_path, "0"))
-    assert set(np.diff(np.unique(grid.xy[:, 0]))) == {32} and grid.overlap == 32
-
-
 def test_a_dry_run_tells_what_would_be_and_writes_nothing(scans, tmp_path):
-    rows = tile_slides(scans, tmp_path / "w", SMALL, dry_run=True)
+    rows = tile_slides(scans, tmp_path / "w", SMALL, write="nothing")
     assert not (tmp_path / "w").exists() and [row["levels"] for row in rows] == [1] * 8
     assert [row["tiles"] for row in rows] == [row["tiles"] for row in tile_slides(scans, tmp_path / "w", SMALL)]
 
@@ -325,20 +314,19 @@ def test_a_second_run_does_only_what_is_missing_or_changed(scans, tmp_path):
     os.utime(source / "1.svs")
     grid_path(work, "2").unlink()
     write_scan(source / "bad.svs", picture())
-    made = {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
-    assert len(tile_slides(source, work, SMALL)) == 6
 
-    def fresh() -> set[str]:
-        return {p.stem for p in (work / "rows").glob("*.json") if p.stat().st_mtime_ns != made.get(p.stem)}
+    def times() -> dict[str, int]:
+        return {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
 
-    assert fresh() == {"1", "2", "bad", "new"}
-    assert {row["status"] for row in read_slides(work)} == {"ok"}
-    made = {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
-    tile_slides(source, work, TileConfig(size=64, min_tissue=0.5))
-    assert len(fresh()) == 6
-    made = {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
-    tile_slides(source, work, TileConfig(size=64, min_tissue=0.5), force=True)
-    assert len(fresh()) == 6
+    for config, fresh in (
+        (SMALL, {"1", "2", "bad", "new"}),
+        (SMALL, set()),
+        (TileConfig(size=64, min_tissue=0.5), set("0123") | {"bad", "new"}),
+    ):
+        before = times()
+        assert len(tile_slides(source, work, config)) == 6
+        assert {name for name, time in times().items() if time != before.get(name)} == fresh
+        assert {row["status"] for row in read_slides(work)} == {"ok"}
 
 
 def test_rows_of_earlier_folders_stay_but_failures_of_scans_that_are_gone_go(scans, tmp_path):
@@ -405,6 +393,51 @@ def test_damaged_leftovers_and_a_file_in_the_way(scans, tmp_path):
         tile_slides(scans, tmp_path / "file", SMALL)
 
 
-def test_tiling_loads_no_torch():
-    code = "import sys, dreslcl.tiles; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+# -- packs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_leaves_a_table_of_what_is_done(scans, tmp_path, monkeypatch):
+    from dreslcl import tiles
+
+    def stop(job, *rest):
+        if job.slide_id == "b__2":
+            raise KeyboardInterrupt
+        return done(job, *rest)
+
+    done = tiles._tile
+    monkeypatch.setattr(tiles, "_tile", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tile_slides(scans, tmp_path, SMALL, workers=1)
+    assert {row["slide_id"] for row in read_slides(tmp_path)} >= {f"a__{n}" for n in range(4)}
+
+
+@pytest.mark.parametrize("size, mpp, stored", [(64, 0.5, 64), (128, 0.5, 64), (64, 1.0, 64), (72, 0.7, 64)])
+def test_a_pack_stands_alone_and_reads_back_as_the_scan_does(tmp_path, size, mpp, stored):
+    scan, work = tmp_path / "a.svs", tmp_path / "w"
+    write_scan(scan, picture(), tile=stored, levels=(), subsampling=(2, 1))
+    tile_slides(scan, work, TileConfig(size=size, mpp=mpp))
+    grid = TileGrid.load(grid_path(work, "a"))
+    rows = np.random.default_rng(0).permutation(len(grid))
+    expected = TilePixels(work, scan, grid).read(rows)
+    tile_slides(scan, work, TileConfig(size=size, mpp=mpp), write="packs")
+    scan.unlink()
+    pixels = TilePixels(work, scan, grid)
+    assert pixels.slide.path == pack_path(work, "a") and len(grid) > 10
+    assert np.abs(pixels.read(rows).astype(int) - expected).mean() < 2
+    assert (pixels.read(rows[5:6], threads=2) == pixels.read(rows)[5:6]).all()
+
+
+def test_a_pack_of_another_grid_is_not_read_and_is_written_anew(tmp_path):
+    scan, work = tmp_path / "in" / "a.svs", tmp_path / "w"
+    write_scan(scan, picture())
+    write_scan(tmp_path / "in" / "empty.svs", np.full((300, 300, 3), 255, np.uint8))
+    tile_slides(tmp_path / "in", work, SMALL, write="packs")
+    tile_slides(tmp_path / "in", work, TileConfig(size=48))
+    grid = TileGrid.load(grid_path(work, "a"))
+    assert TilePixels(work, scan, grid).slide.path == scan
+    for _ in range(2):
+        tile_slides(tmp_path / "in", work, TileConfig(size=48), write="packs")
+        assert packed_fingerprint(pack_path(work, "a")) == grid.fingerprint
+        pack_path(work, "a").write_bytes(b"II*\0")
+        assert packed_fingerprint(pack_path(work, "a")) == ""
+    assert not pack_path(work, "empty").exists()

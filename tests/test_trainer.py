@@ -23,7 +23,7 @@ from dreslcl.model import DRESLCL, Bag
 from dreslcl.trainer import Run, effective_rank, pretrain
 
 SMALL = RunConfig(
-    EncoderConfig(text="tune"),
+    EncoderConfig(text="tower:tune"),
     ModelConfig(codewords=4, width=16, depth=1, dropout=0.0),
     TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, encoder_lr=1e-3, bank_share=1.0, workers=1),
 )

@@ -35,7 +35,7 @@ def source() -> np.ndarray:
     folder = os.environ.get("DRESLCL_TEST_DATA")
     if folder:
         with Slide.open(Path(folder) / "slides/CMU-1-Small-Region.svs") as slide:
-            image = slide.read_region((0, 0), slide.size, slide.mpp)
+            image = slide.read_region((0, 0), 0, slide.size)
     else:
         rng = np.random.default_rng(0)
         blobs = Image.fromarray(rng.integers(90, 240, (128, 128, 3), np.uint8)).resize((2048, 2048), Image.Resampling.BICUBIC)

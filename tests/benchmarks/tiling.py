@@ -58,11 +58,10 @@ from skimage.morphology import remove_small_objects
 """
 CONTENDERS = {
     "ours": (
-        "from dreslcl.tiles import TileConfig, _examine, _open, _plan",
+        "from dreslcl.slide import Slide\nfrom dreslcl.tiles import find_tiles",
         """
-[job] = _plan([(path.stem, path)], out, TileConfig(), [], None, None, False)
-with _open(job)[0] as slide:
-    count = len(_examine(job, slide, "")[0])
+with Slide.open(path) as slide:
+    count = len(find_tiles(slide))
 """,
     ),
     "ours_files": ("from dreslcl.tiles import tile_slides", "count = tile_slides(path, out)[0]['tiles']"),

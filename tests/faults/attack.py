@@ -108,7 +108,7 @@ def dreslcl(*arguments: Any) -> Done:
     return Done(int(code or 0), out.getvalue(), err.getvalue())
 
 
-TILE = ("--size", 64, "--mpp", 2.0, "--mask-mpp", 8.0, "--workers", 1)
+TILE = ("--size", 64, "--mpp", 2.0, "--workers", 1)
 TRAIN = "--epochs 2 --batch 4 --tiles 4 --tile-batch 64 --codewords 4 --width 16 --heads 2 --depth 1 --cache-gb 0 --resume".split()
 TRAIN += ["--stale-dropout", 0]  # else a random tile encoder is warned of, a line more
 

@@ -29,7 +29,7 @@ SETTINGS = RunConfig(
 
 
 def tile(work: Path, out: Path) -> None:
-    tiles.tile_slides(work.parent / "slides", out, TileConfig(size=64, mpp=2.0, mask_mpp=8.0), workers=2)
+    tiles.tile_slides(work.parent / "slides", out, TileConfig(size=64, mpp=2.0), workers=2)
 
 
 def pretrain(work: Path, out: Path, held_out: bool = False) -> None:

@@ -85,9 +85,9 @@ def test_a_table_of_200_000_rows_is_evaluated(tmp_path):
 def steps(folder: Path, tiles: int, count: int) -> tuple[float, float]:
     """Fill a bank with slides of so many tiles and take training steps; seconds of the fill and of a step (median)."""
     import torch
+    from dreslcl.residual import ResidualAggregator, refreshed_residuals
 
     from dreslcl import bank as shard
-    from dreslcl.residual import ResidualAggregator, refreshed_residuals
 
     shard.RESIDENT = LET_GO << 20
     D, K, T, B = 384, 16, 16, 2

