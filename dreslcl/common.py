@@ -213,6 +213,21 @@ def same_name(name: str) -> str:
     return _SUFFIX.sub("", unicodedata.normalize("NFC", name.strip()))
 
 
+def hashed(name: str, salt: str) -> str:
+    """A name as a model's folder holds it: a salted hash of its `same_name`; without a salt the name itself."""
+    return fingerprint(salt, same_name(name)) if salt else same_name(name)
+
+
+def remember(seen: Iterable[str], selected: Iterable[str]) -> dict[str, Any]:
+    """Names of slides and patients for a model's folder: those it learnt from and those that chose its epoch, hashed with one salt.
+
+    Nobody can read a name from it; who guesses one can test it.
+    """
+    names = {"seen": sorted(set(map(same_name, seen))), "selected": sorted(set(map(same_name, selected)))}
+    salt = fingerprint(names)
+    return {"salt": salt} | {kind: sorted(hashed(name, salt) for name in of) for kind, of in names.items()}
+
+
 def read_text(path: Path) -> str:
     """A text file, UTF-8 with or without a byte-order mark, or UTF-16 with one.
 

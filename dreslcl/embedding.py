@@ -213,8 +213,9 @@ def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL
         raise DreslclError(f"none of the {len(failed)} slides could be embedded; {slide}: {why}")
     members, vectors, means = zip(*done)
     ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
-    seen = frozenset(trained.about["seen"]) if trained else frozenset()
-    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder)
+    about = trained.about if trained else {}
+    seen, selected = (frozenset(about.get(kind, ())) for kind in ("seen", "selected"))
+    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder, selected, about.get("salt", ""))
 
 
 def _slide_vector(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:

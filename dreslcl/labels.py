@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .common import TableError, is_missing, missing_words, read_table, same_name
+from .common import TableError, hashed, is_missing, missing_words, read_table, same_name
 from .formats import Embeddings
 from .formats import patient_of as barcode_patient
 
@@ -52,6 +52,8 @@ class Slides:
     patients: Shaped[np.ndarray, "n"]
     seen: Bool[np.ndarray, "n"]
     """Whether pretraining saw the slide's patient."""
+    selected: Bool[np.ndarray, "n"]
+    """Whether the patient chose the epoch that pretraining kept."""
     features: dict[str, np.ndarray]
     """embedding, and where there are: compared, mean-pool; (n, ...) each."""
     warnings: list[str] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Slides:
 
     def subset(self, index: Int[np.ndarray, "m"]) -> "Slides":
         """Some of the slides, without folds; one that comes twice in `index` is there twice."""
-        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen")} | {
+        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen", "selected")} | {
             "y": self.y[index] if len(self.y) else self.y
         }
         features = {name: x[index] for name, x in self.features.items()}
@@ -110,11 +112,29 @@ def join_labels(named: Mapping[str, Embeddings], rows: Rows, columns: Sequence[s
     if first.mean is not None:
         features["mean-pool"] = first.mean[index["embedding"]]
     patients = [patient_of(slide, table_patient(row_of[slide]), first.patients[i]) for slide, i in zip(ids, index["embedding"])]
-    seen = frozenset().union(*(e.seen for e in named.values()))
-    known = {row.get("slide_id", ""): table_patient(row) for row in rows} | dict(zip(ids, patients))
-    seen_patients = {patient_of(slide, known.get(slide, ""), "") for slide in seen}
-    was_seen = [slide in seen or patient in seen_patients for slide, patient in zip(ids, patients)]
-    return Slides(where, [row_of[slide] for slide in ids], *map(np.array, (ids, patients, was_seen)), features, warnings)
+    was = known_patients(named.values(), rows)
+    seen, selected = (np.array([patient in was[kind] for patient in patients]) for kind in ("seen", "selected"))
+    return Slides(where, [row_of[slide] for slide in ids], np.array(ids), np.array(patients), seen, selected, features, warnings)
+
+
+def known_patients(embeddings: Iterable[Embeddings], rows: Rows) -> dict[str, set[str]]:
+    """Which patients (and slides) pretraining has seen, or selected its epoch by: "seen" and "selected" -> names.
+
+    A seen slide makes its patient known wherever the table, the embeddings or a barcode name that patient.
+    """
+    found: dict[str, set[str]] = {"seen": set(), "selected": set()}
+    for e in embeddings:
+        pairs = {(row.get("slide_id", ""), table_patient(row)) for row in rows} | set(zip(e.ids, e.patients))
+        groups = [{slide, barcode_patient(slide), patient_of(slide, patient, "")} for slide, patient in pairs]
+        for kind in found:
+            told = set(getattr(e, kind))
+            told = told if e.salt else {form for name in told for form in (same_name(name), barcode_patient(name))}
+            new = {name for names in groups if told for name in names if hashed(name, e.salt) in told and not is_missing(name)}
+            while not new <= found[kind]:
+                found[kind] |= new
+                new = {name for names in groups if names & found[kind] for name in names if not is_missing(name)}
+            found[kind] |= set() if e.salt else told
+    return found
 
 
 def rows_by(key: str, rows: Rows, columns: Sequence[str], where: str) -> dict[str, dict[str, str]]:
@@ -238,9 +258,9 @@ def _class_key(name: str) -> str:
 def positive_of(a: str, b: str) -> str:
     """Which of two classes is the positive one: mutated, positive, MSI-H, tumour ...; "" where the words do not tell.
 
-    It is the one whose opposite denies it ("MSIH" of "nonMSIH", "responder" of "non-responder"); else the one that does not read as a
-    negative (a number up to 0, a word of NEGATIVE, a minus at its end) where the other does; else the only one that reads as a positive (another
-    number, a word of POSITIVE, a plus at its end).
+    It is the one that the other denies ("MSIH" of "nonMSIH", "responder" of "non-responder"); else the one that does not read as a negative
+    (a number up to 0, a word of NEGATIVE, a minus at the end) where the other does; else the only one that reads as a positive (another
+    number, a word of POSITIVE, a plus at the end).
     """
 
     def squash(name: str) -> str:
@@ -334,6 +354,9 @@ def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str
         TableError: nothing is left to test.
     """
     tested = np.unique(slides.tested)
+    if chose := int(slides.selected[tested].sum()):
+        told = "tested slides are of patients whose retrieval chose the epoch that pretraining kept; the numbers are a little optimistic"
+        slides.warnings.append(f"{slides.column}: {chose} of {len(tested)} {told}")
     seen = slides.ids[tested[slides.seen[tested]]].tolist()
     if not seen:
         return slides, []
@@ -352,9 +375,8 @@ def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str
 
 def leak_scan(reports: Rows, embeddings: Embeddings, names: Iterable[str]) -> tuple[str, list[str]]:
     """Search the reports that pretraining read (all, where none can be told) for the classes' names: a summary, and warnings."""
-    known = dict(zip(embeddings.ids, embeddings.patients))
-    patients = {patient_of(slide, "", known.get(slide, "")) for slide in embeddings.seen}
-    reports = [row for row in reports if row.get("slide_id") in embeddings.seen or table_patient(row) in patients] or reports
+    known = known_patients([embeddings], reports)["seen"]
+    reports = [row for row in reports if same_name(row.get("slide_id", "")) in known or table_patient(row) in known] or reports
     warnings = []
     for name in dict.fromkeys(names):
         words = [re.escape(word) for word in re.split(r"[\W_]+", name) if word]
