@@ -206,14 +206,27 @@ def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
     return same_name(named[0]) if named else barcode_patient(slide)
 
 
+def having(slides: Slides, column: str) -> Slides:
+    """The slides that have a value in a column; a warning counts what stands for none.
+
+    Raises:
+        TableError: none has.
+    """
+    values = [row[column] for row in slides.rows]
+    words = missing_words(values)
+    if words:
+        slides.warnings.append(f"{slides.where}: slides without {column} are left out: {words}")
+    known = np.array([i for i, value in enumerate(values) if not is_missing(value)], int)
+    if not len(known):
+        raise TableError(f"{slides.where}: none of the {len(values)} slides with an embedding has a {column} ({words})")
+    return replace(slides.subset(known), column=column)
+
+
 def labelled(slides: Slides, column: str, positive: str | None = None, binary: bool = False) -> Slides:
     """The slides that have a label in a column, with their class numbers and the classes' names (`class_numbers`)."""
-    values = [row[column] for row in slides.rows]
-    if words := missing_words(values):
-        slides.warnings.append(f"{slides.where}: slides without {column} are left out: {words}")
-    slides = slides.subset(np.array([i for i, value in enumerate(values) if not is_missing(value)], int))
+    slides = having(slides, column)
     y, classes = class_numbers([row[column] for row in slides.rows], column, positive, binary)
-    return replace(slides, column=column, y=y, classes=classes)
+    return replace(slides, y=y, classes=classes)
 
 
 def class_numbers(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -299,7 +312,9 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
         columns = sorted((c for c in (table[0] if table else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
         if not columns:
             raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {columns_of(table)}")
-        by = {same_name(row[c]): row for c in (*PATIENT_COLUMNS, "slide_id") for row in table if not is_missing(row.get(c, ""))}
+        keys = [c for c in ("slide_id", *PATIENT_COLUMNS) if c in table[0]]
+        by = {same_name(row[c]): row for c in keys[:0:-1] for row in table if not is_missing(row[c])}
+        by |= rows_by(keys[0], table, columns, where) if keys else {}
         rows = [by.get(same_name(slide)) or by.get(same_name(patient)) or {} for slide, patient in zip(slides.ids, slides.patients)]
         if not any(rows):
             raise TableError(f"{where}: no id matches; the table has {preview(by)}, the embeddings have {preview(slides.ids)}")

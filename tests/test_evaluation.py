@@ -204,6 +204,17 @@ def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_i
     assert sorted(outcome.slides.ids) == sorted(embeddings.ids)  # every slide is held out once
 
 
+def test_the_mean_over_folds_is_that_of_each_folds_own_auroc():
+    embeddings, rows = cohort(30, signal=0.5)
+    outcome = run(embeddings, rows).outcomes[0]
+    fold, y, p = np.array(outcome.fold), outcome.slides.y, outcome.probabilities["embedding"][:, 1]
+    own = [sk.roc_auc_score(y[fold == number], p[fold == number]) for number in range(3)]
+    assert outcome.scores["embedding"]["linear"]["auroc_of_folds"].value == pytest.approx(np.mean(own))
+    result = run(embeddings, with_split(rows, ("train", "train", "test"), 6), split="split")
+    assert "auroc_of_folds" not in result.outcomes[0].scores["embedding"]["linear"]
+    assert "one scale" in str(run(embeddings, rows).protocol) and "one scale" not in str(result.protocol)
+
+
 def test_permuted_labels_give_an_auroc_of_one_half_within_the_interval():
     embeddings, rows = cohort(patients=120, slides=1)
     labels = np.random.default_rng(4).permutation([row["subtype"] for row in rows])
@@ -229,7 +240,7 @@ def test_comparing_an_embedding_with_itself_gives_no_difference_and_slides_of_on
 def test_three_classes_have_no_auprc_and_every_class_is_counted():
     embeddings, rows = cohort(30, ("LUAD", "LUSC", "normal"))
     outcome = run(embeddings, rows).outcomes[0]
-    assert set(outcome.scores["embedding"]["linear"]) == {"auroc", "macro_f1", "balanced_accuracy"}
+    assert set(outcome.scores["embedding"]["linear"]) == {"auroc", "auroc_of_folds", "macro_f1", "balanced_accuracy"}
     assert outcome.counts["classes"]["LUSC"] == {"slides": 20, "patients": 10, "tested": 20}
 
 
@@ -404,6 +415,7 @@ def test_a_patho_bench_table_gives_its_folds_also_where_they_overlap(tmp_path):
             r"puts patient 'p015' into train \(s015_0\) and test \(s015_1\); 1 patients are on two sides",
         ),
         ("case_id\tslide_id\tfold\nx\ty\ttest\n", "no columns fold_0, fold_1"),
+        ("slide_id\tfold_0\ns000_0\ttest\ns000_0.svs\ttrain\n", "a.tsv: rows 2 and 3 give slide_id 's000_0.svs' two values of fold_0"),
         ("case_id\tslide_id\tfold_0\nx\ty\ttest\n", "no id matches; the table has 'x', 'y', the embeddings have 's000_0'"),
         (lambda rows: rows, "no column 'split', nor a file of that name; there are slide_id, patient_id, subtype"),
     ],
@@ -491,6 +503,9 @@ def test_tables_that_do_not_fit_are_refused_in_one_line_that_shows_both_sides():
     wrong = [{"slide_id": f"x{row['slide_id']}", "subtype": row["subtype"]} for row in rows]
     refused(r"no slide_id matches the embeddings; the table has 'xs000_0'.*they have 's000_0'", embeddings, wrong)
     refused("no column 'slide_id' or 'patient_id'; there are name, subtype", embeddings, [{"name": "x", "subtype": "A"}])
+    refused(
+        r"labels: none of the 40 slides with an embedding has a x \(40 'NA'\)", embeddings, [r | {"x": "NA"} for r in rows], columns=["x"]
+    )
     refused(r"1 classes .* two are needed", embeddings, [row | {"subtype": "A"} for row in rows])
 
 
