@@ -39,7 +39,7 @@ OPACITY = 140  # of a map over its thumbnail, 0-255
 
 def contributions(
     aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
-) -> tuple[Int64[np.ndarray, "M"], Float32[np.ndarray, "M"]]:
+) -> tuple[Int64[np.ndarray, "M"], Float[np.ndarray, "M"]]:
     """The codeword of each tile of a slide, and each tile's first-order contribution to the score s = direction · z of the slide.
 
     Tile i weighs w_i in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂w_i at w = 1: tokens, shares and mean path are

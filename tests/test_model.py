@@ -207,9 +207,7 @@ def test_a_saved_model_embeds_as_before(tmp_path, name):
 
 def test_a_saved_model_keeps_its_towers(tmp_path):
     encoder = Encoder.create(EncoderConfig(), seed=3)
-    model = DRESLCL(
-        encoder, make_text("tower:tune", encoder, ["a report"]), CONFIG, dim=encoder.dim, about={"tiles": "pixels"}
-    )
+    model = DRESLCL(encoder, make_text("tower:tune", encoder, ["a report"]), CONFIG, dim=encoder.dim, about={"tiles": "pixels"})
     model.save(tmp_path)
     loaded = DRESLCL.load(tmp_path)
     tiles = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)

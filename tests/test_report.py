@@ -13,7 +13,7 @@ from test_trainer import SMALL
 
 from dreslcl import report
 from dreslcl.bank import MemoryBank
-from dreslcl.cohort import Cohort, Member, TileReader
+from dreslcl.cohort import Cohort, SlideRecord, TileReader
 from dreslcl.common import ConfigError
 from dreslcl.evaluation import evaluate
 from dreslcl.report import (
@@ -172,7 +172,7 @@ def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_
     for slide in rows:
         rows[slide][:, 3] -= 9 * (np.arange(20) + (slide != "s0") > 0)  # codeword 3 has a single tile
     bank, reader = Bank(rows, words), Reader()
-    members = Cohort(tuple(Member(slide, slide, 20, tmp_path) for slide in rows))
+    members = Cohort(tuple(SlideRecord(slide, slide, 20, tmp_path) for slide in rows))
     pictures = codebook_atlas(bank, words, members, reader, seed=0)
     assert len(pictures) == 4 and len({Image.open(io.BytesIO(p.data)).size for p in pictures}) == 1
     numbers = [int(re.search(r"codeword (\d+)", p.caption)[1]) for p in pictures]
@@ -190,7 +190,7 @@ def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_
 
 
 def test_examples_run_from_the_best_rank_to_the_worst(tmp_path):
-    members = tuple(Member(f"s{i}", f"p{i}", 5, tmp_path, report=i) for i in range(12))
+    members = tuple(SlideRecord(f"s{i}", f"p{i}", 5, tmp_path, report=i) for i in range(12))
     reports = Cohort(members, tuple(f"Report {i} " + "long " * 40 for i in range(12)))
     z = np.eye(12, dtype=np.float32)
     u = np.tril(np.ones((12, 12), np.float32), -1) + z / 2  # report i finds i other slides before its own
