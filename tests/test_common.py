@@ -13,6 +13,7 @@ from dreslcl.common import (
     fingerprint,
     hold,
     read_table,
+    same_name,
     slide_id,
     write_json,
     write_table,
@@ -128,3 +129,15 @@ def test_folder_is_held_against_other_processes(tmp_path, mine, theirs, works):
         assert "is in use by process" in said and "wait until it ends" in said
     with hold(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "text", ["Caf\u00e9 1.svs", "Cafe\u0301 1.SVS", " Caf\u00e9 1.Tiff", "Cafe\u0301 1", "Caf\u00e9 1.svs.h5", "Caf\u00e9 1.JPEG"]
+)
+def test_a_name_is_the_same_whatever_its_suffix_case_of_suffix_and_unicode_form(text):
+    assert same_name(text) == "Caf\u00e9 1"
+
+
+def test_other_names_stay_other_names():
+    names = ["a", "A", "a.b", "a.1", "a_patches.h5", "tiff", "a b", "x/a.svs", "0.5"]
+    assert [same_name(n) for n in names] == ["a", "A", "a.b", "a.1", "a_patches", "tiff", "a b", "x__a", "0.5"]
