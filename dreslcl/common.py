@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -179,6 +180,17 @@ def slide_id(path: Path, root: Path) -> str:
     path, root = Path(path), Path(root)
     relative = path.relative_to(root) if path != root else Path(path.name)
     return "__".join(relative.with_suffix("").parts)
+
+
+_SUFFIXES = re.compile(r"(\.(svs|tiff?|ndpi|scn|bif|qptiff|png|jpe?g|mrxs|dcm|h5|pt))+$", re.IGNORECASE)
+
+
+def same_name(text: str) -> str:
+    """What to compare names of slides by: the name without suffix (in any case) and blanks around it, in one Unicode form, "/" as "__".
+
+    So `A/é.SVS` of a table, written with a composed or a decomposed é, finds the slide `A__é`.
+    """
+    return re.sub(r"[/\\]+", "__", _SUFFIXES.sub("", unicodedata.normalize("NFC", text).strip()))
 
 
 def check_id(value: str, where: str) -> str:

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,13 +56,9 @@ from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, p
 
 log = logging.getLogger(__name__)
 
-MASK_MPP = 8.0
-"""Resolution of the tissue mask, µm per pixel; finer where tiles are small, coarser where the mask would be huge."""
-QUALITY = 90
-"""Of the JPEG tiles in packs (without chroma subsampling)."""
-CHUNK = 256
-"""Tiles read at a time."""
-
+MASK_MPP = 8.0  # resolution of the tissue mask, µm per pixel; finer where tiles are small, coarser where the mask would be huge
+QUALITY = 90  # of the JPEG tiles in packs (without chroma subsampling)
+CHUNK = 256  # tiles read at a time
 COLUMNS = "slide_id path status tiles mpp mpp_source width height vendor tissue_mm2 seconds error".split()
 SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split())  # what `Slide` reads
 FOREIGN = set(".dcm .mrxs .vms .vmu .czi .isyntax .i2syntax .zvi .vsi .svslide .lif .sdpc .kfb".split())  # scans that get an error row
@@ -141,8 +137,7 @@ class Tissue:
 def find_tissue(slide: Slide, config: TileConfig, annotation: Path | None = None) -> Tissue:
     """The tissue of an open scan: as we find it, or as an annotation (GeoJSON) draws it.
 
-    Raises:
-        SlideError: the scan or the annotation cannot be read, or the scan says no resolution, or one too coarse for the tiles.
+    Raises SlideError: the scan or the annotation cannot be read, or the scan says no resolution, or one too coarse for the tiles.
     """
     slide.extent(config.size, config.mpp)  # raises
     mpp = max(min(MASK_MPP, config.size * config.mpp / 8), slide.mpp, max(slide.size) * slide.mpp / 8192)
@@ -157,12 +152,8 @@ def find_tissue(slide: Slide, config: TileConfig, annotation: Path | None = None
 def find_tiles(slide: Slide, config: TileConfig = TileConfig(), tissue: Tissue | None = None, coords: Path | None = None) -> TileGrid:  # noqa: B008
     """The tissue tiles of an open scan; nothing is written.
 
-    Args:
-        tissue: where tissue is; none: as `find_tissue` says.
-        coords: tiles that TRIDENT or CLAM wrote for this scan, in place of our grid.
-
-    Raises:
-        SlideError: as `find_tissue`, or `coords` cannot be read.
+    `tissue` says where tissue is (none: as `find_tissue` says), `coords` is a file of tiles that TRIDENT or CLAM wrote, in place of
+    our grid. Raises SlideError as `find_tissue` does, or if `coords` cannot be read.
     """
     mask, size, mpp, overlap = (tissue or find_tissue(slide, config)).mask, config.size, config.mpp, config.overlap
     if coords is not None:
@@ -230,18 +221,17 @@ def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int
 class TilePixels:
     """The pixels of a grid's tiles: read from its pack, if there is one of this very grid in WORK, else from the scan.
 
-    Raises:
-        SlideError: the pack or the scan cannot be opened.
+    Raises SlideError if that cannot be opened.
     """
 
     def __init__(self, work: Path, scan: Path, grid: TileGrid):
         self.grid, path = grid, pack_path(work, grid.slide_id)
-        packed = path.exists() and packed_fingerprint(path) == grid.fingerprint
-        if path.exists() and not packed:
+        self.slide, self.xy = None, grid.xy
+        if path.exists() and packed_fingerprint(path) == grid.fingerprint:
+            self.slide, self.xy = Slide.open(path, mpp=grid.mpp), np.arange(len(grid))[:, None] * np.array([0, _pitch(grid)])
+        elif path.exists():
             log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
-        down = np.arange(len(grid), dtype=np.int64)[:, None] * _pitch(grid)
-        self.slide = Slide.open(path, mpp=grid.mpp) if packed else grid.open_scan(scan)
-        self.xy = np.pad(down, ((0, 0), (1, 0))) if packed else grid.xy  # where the tiles lie in it
+        self.slide = self.slide or grid.open_scan(scan)
 
     def read(self, rows: Integer[np.ndarray, "n"], threads: int = 1) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the tiles in those rows of the grid. Raises SlideError as `Slide.read_tiles` does."""
@@ -355,30 +345,15 @@ def tile_slides(
         log.warning("%s (%s)", row["error"], row["path"])
     if write == "nothing":
         return refused + _run(jobs, workers, _tile)
-
-    def done(job: _Job) -> bool:
-        row, made_of = made.get(job.slide_id, ({"status": "error"}, ""))
-        if made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
-            return False
-        packed = write == "grids" or not row["tiles"] or packed_fingerprint(pack_path(out, job.slide_id)) == job.fingerprint
-        return packed and grid_path(out, job.slide_id).exists()
-
-    with ExitStack() as stack:
+    with hold(out, shared=count > 1), hold(out, f".lock-{index}-of-{count}"):
+        made = _read_rows(out)
+        done = {job.slide_id for job in jobs if _is_done(job, *made.get(job.slide_id, (None, "")), out, write == "packs")}
         try:
-            stack.enter_context(hold(out, shared=count > 1))
-            if count > 1:
-                stack.enter_context(hold(out, f".lock-{index}-of-{count}"))
-            made = _read_rows(out)
-            todo = [job for job in jobs if not done(job)]
-            rows = [made[job.slide_id][0] for job in jobs if job not in todo]
-            try:
-                rows += _run(todo, workers, lambda job: _tile(job, out, write == "packs"))
-            finally:  # also when it is stopped
-                _gather(out, every_job, unusable)
-            _contact_sheet(out)
-        except OSError as error:
-            raise StoreError(f"{out}: cannot be written ({error.strerror or error})") from error
-    return sorted(refused + rows, key=lambda row: row["slide_id"])
+            rows = _run([job for job in jobs if job.slide_id not in done], workers, lambda job: _tile(job, out, write == "packs"))
+        finally:  # also when it is stopped
+            _gather(out, every_job, unusable)
+        _contact_sheet(out)
+    return sorted(refused + rows + [made[name][0] for name in done], key=lambda row: row["slide_id"])
 
 
 def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[dict[str, Any]]]:
@@ -399,18 +374,17 @@ def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[d
     for path in sorted(paths):
         by_id[slide_id(path, source)].append(path)
     scans, unusable = [], []
-    for name, same in sorted(by_id.items()):
-        problem = f"{' and '.join(p.name for p in same)} would share this id; rename or move one" if len(same) > 1 else ""
+    for name, (path, *more) in sorted(by_id.items()):
         try:
-            check_id(name, str(same[0]))
+            check_id(name, str(path))
+            problem = f"{' and '.join(p.name for p in (path, *more))} would share this id; rename or move one" if more else ""
+            problem = "the path is too long to name files after; shorten it" if len(os.fsencode(name)) > 200 else problem
         except TableError as error:
             problem = str(error)
-        if len(os.fsencode(name)) > 200:
-            problem = "the path is too long to name files after; shorten it"
         if problem:
-            unusable.append(_row(name, same[0]) | {"error": problem})
+            unusable.append(_row(name, path) | {"error": problem})
         else:
-            scans.append((name, same[0]))
+            scans.append((name, path))
     return scans, unusable
 
 
@@ -422,10 +396,11 @@ def _row(name: str, path: Path) -> dict[str, Any]:
 def _plan(scans: list[tuple[str, Path]], config: TileConfig, given: Given) -> list[_Job]:
     values: dict[str, dict[str, Any]] = defaultdict(dict)
     for line, row in enumerate(read_table(given.overrides, ["slide_id"]) if given.overrides else (), start=2):
-        if unknown := [column for column in row if column not in ("slide_id", *OVERRIDES)]:
+        name = row.pop("slide_id")
+        if unknown := [column for column in row if column not in OVERRIDES]:
             raise TableError(f"{given.overrides}: unknown column {unknown[0]!r}; there can be slide_id, {', '.join(OVERRIDES)}")
         try:
-            values[row["slide_id"]] |= {key: OVERRIDES[key](value) for key, value in row.items() if value and key != "slide_id"}
+            values[name] |= {column: OVERRIDES[column](value) for column, value in row.items() if value}
         except ValueError as error:
             raise TableError(f"{given.overrides}, line {line}: {error}") from error
     names = {s for s, _ in scans} | {path.name for _, path in scans}
@@ -452,10 +427,7 @@ def _find_coords(folder: Path, name: str, path: Path) -> Path:
 
 
 def _run(jobs: list[_Job], workers: int, work: Callable[[_Job], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the jobs, done several at a time.
-
-    Threads, since nearly all work releases the interpreter's lock: two processes were no faster (1.1 and 1.1 times one, on a busy machine).
-    """
+    """Rows of the jobs. On threads, since nearly all work releases the interpreter's lock: processes were no faster."""
     rows = []
     with counting("tiling", len(jobs), "slides") as count, ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         try:
@@ -492,11 +464,10 @@ def _tile(job: _Job, out: Path | None = None, pack: bool = False) -> dict[str, A
                     write_pack(slide, grid, pack_path(out, job.slide_id))
     except DiskError:  # not the scan's fault
         raise
-    except (DreslclError, OSError, MemoryError) as error:
-        row |= {"status": "error", "tiles": 0, "error": reason(error)}
     except Exception as error:
         log.debug("%s", job.path, exc_info=True)
-        row |= {"status": "error", "tiles": 0, "error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+        known = isinstance(error, (DreslclError, OSError, MemoryError))
+        row |= {"status": "error", "tiles": 0, "error": ("" if known else f"unexpected {type(error).__name__}: ") + reason(error)}
     row["seconds"] = round(time.perf_counter() - start, 2)
     if out:
         write_json(out / "rows" / f"{job.slide_id}.json", {"fingerprint": job.fingerprint, "row": row})
@@ -523,10 +494,17 @@ def _read_rows(out: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """What `_tile` left of each slide: its row and fingerprint; a damaged file counts as not there."""
     rows = {}
     for path in sorted((out / "rows").glob("*.json")):
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, OSError):
             made = json.loads(path.read_bytes())
             rows[path.stem] = {column: made["row"][column] for column in COLUMNS}, made["fingerprint"]
     return rows
+
+
+def _is_done(job: _Job, row: dict[str, Any] | None, made_of: str, out: Path, pack: bool) -> bool:
+    if row is None or made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
+        return False
+    packed = not (pack and row["tiles"]) or packed_fingerprint(pack_path(out, job.slide_id)) == job.fingerprint
+    return packed and grid_path(out, job.slide_id).exists()
 
 
 def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None:
@@ -548,20 +526,19 @@ def _contact_sheet(out: Path) -> None:
     """All overlays on one page, small, each under its id: what to look at first."""
     with hold(out, "rows/.lock", wait=True):
         paths = sorted((out / "overlays").glob("*.jpg"))
-        if not paths:
-            return
-        columns = math.ceil(math.sqrt(len(paths)))
+        columns = max(1, math.ceil(math.sqrt(len(paths))))
         cell = max(48, min(256, 4096 // columns))
         sheet = Image.new("RGB", (columns * cell, -(-len(paths) // columns) * (cell + 12)), "white")
         draw = ImageDraw.Draw(sheet)
         for n, path in enumerate(paths):
             x, y = n % columns * cell, n // columns * (cell + 12)
-            with Image.open(path) as overlay:
+            with suppress(OSError), Image.open(path) as overlay:  # a damaged one stays blank
                 overlay.draft("RGB", (cell, cell))
                 overlay.thumbnail((cell - 4, cell - 4))
                 sheet.paste(overlay, (x, y + 12))
             draw.text((x, y), path.stem[-(cell // 6) :], fill="black")
-        _save_jpeg(sheet, out / "contact_sheet.jpg")
+        if paths:
+            _save_jpeg(sheet, out / "contact_sheet.jpg")
 
 
 def _save_jpeg(image: Image.Image, path: Path) -> None:

@@ -16,6 +16,7 @@ from dreslcl.common import (
     fingerprint,
     hold,
     read_table,
+    same_name,
     slide_id,
     track,
     write_json,
@@ -134,3 +135,15 @@ def test_quiet_logs_nothing(monkeypatch, caplog):
     monkeypatch.setattr(common, "EVERY_S", 0)
     monkeypatch.setattr(logging.getLogger("dreslcl"), "level", logging.WARNING)
     assert list(track([1, 2], "embedding", "tiles")) == [1, 2] and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "text", ["Caf\u00e9 1.svs", "Cafe\u0301 1.SVS", " Caf\u00e9 1.Tiff", "Cafe\u0301 1", "Caf\u00e9 1.svs.h5", "Caf\u00e9 1.JPEG"]
+)
+def test_a_name_is_the_same_whatever_its_suffix_case_of_suffix_and_unicode_form(text):
+    assert same_name(text) == "Caf\u00e9 1"
+
+
+def test_other_names_stay_other_names():
+    names = ["a", "A", "a.b", "a.1", "a_patches.h5", "tiff", "a b", "x/a.svs", "0.5"]
+    assert [same_name(n) for n in names] == ["a", "A", "a.b", "a.1", "a_patches", "tiff", "a b", "x__a", "0.5"]
