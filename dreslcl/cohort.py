@@ -1,7 +1,6 @@
 """Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
 
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from .common import ConfigError, TableError, file_stamp, read_table
+from .common import ConfigError, TableError, cores, file_stamp, read_table
 from .formats import _key, _rows, patient_of, read_corners, read_report_vectors, read_reports
 from .tiles import TileGrid, TilePixels, grid_path, read_slides
 
@@ -271,8 +270,8 @@ class TileReader:
     """
 
     def __init__(self, cohort: Cohort, *, workers: int = 0, cache_bytes: int = 0):
-        self.cohort, self.workers = cohort, workers or os.cpu_count() or 1
-        self._open = lru_cache(maxsize=128)(self._open_tiles)
+        self.cohort, self.workers = cohort, workers or cores()
+        self._open, self._used = lru_cache(maxsize=128)(self._open_tiles), set()
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
         fits = sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
@@ -282,7 +281,14 @@ class TileReader:
         return TilePixels(self.cohort.work, self.cohort.members[member].source, self.grid(member))
 
     def _read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        return self._open(member).read(index)
+        pixels = self._open(member)
+        self._used.add(member)
+        return pixels.read(index)
+
+    def release(self, member: int) -> None:
+        """Let go of the decoded pieces that reading on in a slide would use."""
+        if member in self._used:
+            self._open(member).slide.release()
 
     def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the member's tiles `index`."""

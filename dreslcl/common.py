@@ -204,6 +204,35 @@ def check_id(value: str, where: str) -> str:
     return value
 
 
+MISSING = frozenset(("", "na", "n/a", "nan", "none", "null", "#n/a", "--", "?", "unknown", "not reported", "not available", "missing"))
+"""What tables write where they have no value, in lower case and without what `is_missing` strips."""
+
+
+def is_missing(value: str) -> bool:
+    """Whether a cell stands for no value: a word of MISSING in any case, also as GDC, pandas and TCGA write it ('--, <NA>, [Unknown])."""
+    return value.strip().strip("'<>[]").lower() in MISSING
+
+
+def missing_words(values: Iterable[str]) -> str:
+    """The words among these that stand for no value, counted, the most frequent first: "12 '', 3 'NA'"; "" where none does."""
+    return ", ".join(f"{count} {word!r}" for word, count in Counter(filter(is_missing, values)).most_common())
+
+
+def hashed(name: str, salt: str) -> str:
+    """A name as a model's folder holds it: a salted hash of its `same_name`; without a salt the name itself."""
+    return fingerprint(salt, same_name(name)) if salt else same_name(name)
+
+
+def remember(seen: Iterable[str], selected: Iterable[str]) -> dict[str, Any]:
+    """Names of slides and patients for a model's folder: those it learnt from and those that chose its epoch, hashed with one salt.
+
+    Nobody can read a name from it; who guesses one can test it.
+    """
+    names = {"seen": sorted(set(map(same_name, seen))), "selected": sorted(set(map(same_name, selected)))}
+    salt = fingerprint(names)
+    return {"salt": salt} | {kind: sorted(hashed(name, salt) for name in of) for kind, of in names.items()}
+
+
 def read_text(path: Path) -> str:
     """A text file, UTF-8 with or without a byte-order mark, or UTF-16 with one.
 
@@ -255,6 +284,11 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
     with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *([inert(cell) for cell in row] for row in rows)])
+
+
+def cores() -> int:
+    """Processor cores for this process: torchrun's processes on one machine share them."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -67,29 +67,36 @@ def encode_slides(
         return
     assert encoder is not None, "pixels need a tile encoder"
     device, reader = encoder.mean.device, reader or TileReader(cohort, workers=settings.workers)
-    jobs = [
-        (m, part) for m in members for part in np.split(chosen(m), range(CHUNK, cohort.members[m].tiles if tiles is None else tiles, CHUNK))
-    ]
+    total = sum(min(cohort.members[m].tiles, tiles or cohort.members[m].tiles) for m in members)
+
+    def jobs() -> Iterator[tuple[int, np.ndarray]]:  # one after another: of a whole cohort they would take a gigabyte
+        for m in members:
+            index = chosen(m)
+            yield from ((m, index[i : i + CHUNK]) for i in range(0, len(index), CHUNK))
+
     bad: dict[int, Exception] = {}
 
-    def read(job: tuple[int, np.ndarray]) -> np.ndarray | None:
+    def read(job: tuple[int, np.ndarray]) -> tuple[int, torch.Tensor | None, int]:
+        member, index = job
         try:
-            return None if job[0] in bad else reader.read(*job)
+            pixels = None if member in bad else torch.from_numpy(reader.read(member, index))
+            if pixels is not None and device.type == "cuda":
+                pixels = pixels.pin_memory().to(device, non_blocking=True)
+            return member, pixels, len(index)
         except (DreslclError, OSError, MemoryError) as error:
-            bad[job[0]] = error
-            return None
+            bad[member] = error
+            return member, None, len(index)
 
     def parts() -> Iterator[tuple[int, np.ndarray | None]]:
-        with counting(title, sum(len(index) for _, index in jobs), "tiles") as count:
-            for (member, index), pixels in zip(jobs, prefetch(read, jobs, reader.workers, ahead=2 * reader.workers)):
-                count(len(index))
+        with counting(title, total, "tiles") as count:
+            for member, pixels, done in prefetch(read, jobs(), reader.workers, ahead=2 * reader.workers):
+                count(done)
                 if pixels is None:
                     yield member, None
                     continue
                 with inference(encoder), autocast(device, settings.precision):
-                    batches = [pixels[i : i + settings.tile_batch] for i in range(0, len(pixels), settings.tile_batch)]
-                    done = [encoder.encode_tiles(torch.from_numpy(batch).to(device)) for batch in batches]
-                yield member, torch.cat(done).cpu().numpy()
+                    found = [encoder.encode_tiles(batch) for batch in pixels.split(settings.tile_batch)]
+                yield member, torch.cat(found).cpu().numpy()
 
     def checked(member: int, group: Iterable[tuple[int, np.ndarray | None]]) -> Iterator[np.ndarray]:
         for _, features in group:
@@ -99,6 +106,7 @@ def encode_slides(
 
     for member, group in groupby(parts(), key=itemgetter(0)):
         yield member, checked(member, group)
+        reader.release(member)
 
 
 def embed(
@@ -213,8 +221,9 @@ def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL
         raise DreslclError(f"none of the {len(failed)} slides could be embedded; {slide}: {why}")
     members, vectors, means = zip(*done)
     ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
-    seen = frozenset(trained.about["seen"]) if trained else frozenset()
-    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder)
+    about = trained.about if trained else {}
+    seen, selected = (frozenset(about.get(kind, ())) for kind in ("seen", "selected"))
+    return Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder, selected, about.get("salt", ""))
 
 
 def _slide_vector(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:

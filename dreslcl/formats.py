@@ -183,10 +183,12 @@ class Embeddings:
     patients: tuple[str, ...]  # of each slide; "" where unknown
     vectors: Float32[np.ndarray, "S E"]  # unit norm
     mean: Float32[np.ndarray, "S D"] | None = None  # of the slide's tile features: the baseline that an evaluation sets beside
-    seen: frozenset[str] = frozenset()  # ids of the slides that pretraining used, whether or not they are in `ids`
+    seen: frozenset[str] = frozenset()  # slides and patients that pretraining learnt from, in `ids` or not: hashes where there is a salt
     model: str = ""  # fingerprint of the model that made the vectors
     failed: Mapping[str, str] = field(default_factory=dict)  # slides that this run of `embed` could not do, and why; not in the file
     model_folder: str = ""  # RUN/model that made the vectors, "" where none did; in the file relative to the file's own folder
+    selected: frozenset[str] = frozenset()  # as `seen`: those whose retrieval chose the epoch that was kept
+    salt: str = ""  # of those hashes, see common.remember
 
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
@@ -203,12 +205,12 @@ class Embeddings:
         return len(self.ids)
 
     def save(self, path: Path) -> None:
-        """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen and mean_features, attribute model."""
-        texts = {"slide_id": self.ids, "patient_id": self.patients, "seen": sorted(self.seen)}  # datasets: attributes end at 64 KB
+        """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen, selected and mean_features, attributes model and salt."""
+        texts = {"slide_id": self.ids, "patient_id": self.patients, "seen": sorted(self.seen), "selected": sorted(self.selected)}
         with hdf5_file(path) as file:
             folder = self.model_folder and os.path.relpath(Path(self.model_folder).resolve(), Path(path).resolve().parent)
-            file.attrs.update(version=VERSION, model=self.model, model_folder=folder)
-            for name, values in texts.items():
+            file.attrs.update(version=VERSION, model=self.model, model_folder=folder, salt=self.salt)
+            for name, values in texts.items():  # datasets: attributes end at 64 KB
                 file.create_dataset(name, data=list(values), dtype=h5py.string_dtype())
             file["features"] = self.vectors
             if self.mean is not None:
@@ -229,14 +231,17 @@ class Embeddings:
             with h5py.File(path, "r") as file:
                 if file.attrs.get("version", 0) > VERSION:
                     raise StoreError(f"{path}: version {file.attrs['version']}, newer than this dreslcl reads ({VERSION})")
-                ids, patients, seen = (tuple(file[name].asstr()[:].tolist()) for name in ("slide_id", "patient_id", "seen"))
+                names = ("slide_id", "patient_id", "seen", "selected")
+                ids, patients, seen, selected = (
+                    tuple(file[name].asstr()[:].tolist()) if name in file or name != "selected" else () for name in names
+                )
                 vectors = file["features"][:].astype(np.float32)
                 mean = file["mean_features"][:].astype(np.float32) if "mean_features" in file else None
-                model, folder = (str(file.attrs.get(name, "")) for name in ("model", "model_folder"))
+                model, folder, salt = (str(file.attrs.get(name, "")) for name in ("model", "model_folder", "salt"))
         except (OSError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: not an embeddings file of dreslcl ({error})") from error
         folder = folder and str((path.resolve().parent / folder).resolve())
-        return cls(ids, patients, vectors, mean, frozenset(seen), model, model_folder=folder)
+        return cls(ids, patients, vectors, mean, frozenset(seen), model, {}, folder, frozenset(selected), salt)
 
     def by_patient(self) -> "Embeddings":
         """One row per patient: the mean of its slides' vectors at unit norm, and of their mean features; ids are the patients.
@@ -247,8 +252,8 @@ class Embeddings:
         rows = [np.flatnonzero(np.array(self.patients) == p) for p in patients]
         vectors = unit(np.stack([self.vectors[r].mean(0) for r in rows]))
         mean = None if self.mean is None else np.stack([self.mean[r].mean(0) for r in rows])
-        seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}
-        return replace(self, ids=tuple(patients), patients=tuple(patients), vectors=vectors, mean=mean, seen=frozenset(seen))
+        seen = {self.patients[i] for i, slide in enumerate(self.ids) if slide in self.seen}  # hashes hold patients already
+        return replace(self, ids=tuple(patients), patients=tuple(patients), vectors=vectors, mean=mean, seen=self.seen | seen)
 
 
 def write_vectors(out: Path, layout: Layout, embeddings: Embeddings) -> None:

@@ -5,6 +5,7 @@ kept out of test, and pretraining's reports are scanned for the words that name 
 """
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,19 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .common import TableError, read_table
+from .common import TableError, hashed, is_missing, missing_words, read_table, same_name
 from .formats import Embeddings
 from .formats import patient_of as barcode_patient
 
 Rows = list[dict[str, str]]
-UNLABELLED = {"", "na", "nan", "n/a", "null"}
-NEGATIVE = {"0", "no", "false", "negative", "neg", "normal", "benign", "healthy", "wt", "wildtype", "wild-type", "wild type", "absent"}
-NO_CLASS_WORDS = {"0", "1", "no", "yes", "false", "true", "negative", "neg", "positive", "pos", "wt", "mut", "absent", "present"}
-"""They name no class: the leak scan passes over them."""
+NEGATIVE = set("no not non without false negative neg normal benign healthy control wt wildtype unmutated absent low mss msil pmmr".split())
+POSITIVE = set(
+    "yes true positive pos mut mutated mutant altered amplified tumor tumour cancer malignant present high msi msih dmmr".split()
+)
+POSITIVE |= set("metastasis metastases metastatic deficient responder".split())
+NEGATION = re.compile(r"(non|not|no|un|in)")
+NO_CLASS_WORDS = {"no", "yes", "false", "true", "negative", "neg", "positive", "pos", "wt", "mut", "absent", "present", "high", "low"}
+"""They name no class by themselves: the leak scan passes over them."""
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient")
 
@@ -47,6 +52,8 @@ class Slides:
     patients: Shaped[np.ndarray, "n"]
     seen: Bool[np.ndarray, "n"]
     """Whether pretraining saw the slide's patient."""
+    selected: Bool[np.ndarray, "n"]
+    """Whether the patient chose the epoch that pretraining kept."""
     features: dict[str, np.ndarray]
     """embedding, and where there are: compared, mean-pool; (n, ...) each."""
     warnings: list[str] = field(default_factory=list)
@@ -59,7 +66,7 @@ class Slides:
 
     def subset(self, index: Int[np.ndarray, "m"]) -> "Slides":
         """Some of the slides, without folds; one that comes twice in `index` is there twice."""
-        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen")} | {
+        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen", "selected")} | {
             "y": self.y[index] if len(self.y) else self.y
         }
         features = {name: x[index] for name, x in self.features.items()}
@@ -93,30 +100,74 @@ def join_labels(named: Mapping[str, Embeddings], rows: Rows, columns: Sequence[s
             raise TableError(f"{where}: no column {column!r}; there are {columns_of(rows)}")
     first = named["embedding"]
     row_of, warnings = match_rows(first, rows, columns, where)
-    place = {name: {slide: i for i, slide in enumerate(e.ids)} for name, e in named.items()}
-    ids = [slide for slide in row_of if all(slide in there for there in place.values())]
+    place = {name: {same_name(slide): i for i, slide in enumerate(e.ids)} for name, e in named.items()}
+    ids = [slide for slide in row_of if all(same_name(slide) in there for there in place.values())]
     if not ids:
         others = [preview(e.ids) for e in named.values()]
         raise TableError(f"compare: no slide in common; the first embeddings have {others[0]}, the second {others[-1]}")
-    if alone := [slide for slide in row_of if any(slide not in there for there in place.values())]:
+    if alone := [slide for slide in row_of if any(same_name(slide) not in there for there in place.values())]:
         warnings.append(f"compare: {len(alone)} labelled slides are not in the second embeddings, so left out ({preview(alone)})")
-    index = {name: [there[slide] for slide in ids] for name, there in place.items()}
+    index = {name: [there[same_name(slide)] for slide in ids] for name, there in place.items()}
     features = {name: e.vectors[index[name]] for name, e in named.items()}
     if first.mean is not None:
         features["mean-pool"] = first.mean[index["embedding"]]
     patients = [patient_of(slide, table_patient(row_of[slide]), first.patients[i]) for slide, i in zip(ids, index["embedding"])]
-    seen = frozenset().union(*(e.seen for e in named.values()))
-    known = {row.get("slide_id", ""): table_patient(row) for row in rows} | dict(zip(ids, patients))
-    seen_patients = {patient_of(slide, known.get(slide, ""), "") for slide in seen}
-    was_seen = [slide in seen or patient in seen_patients for slide, patient in zip(ids, patients)]
-    return Slides(where, [row_of[slide] for slide in ids], *map(np.array, (ids, patients, was_seen)), features, warnings)
+    was = known_patients(named.values(), rows)
+    seen, selected = (np.array([patient in was[kind] for patient in patients]) for kind in ("seen", "selected"))
+    return Slides(where, [row_of[slide] for slide in ids], np.array(ids), np.array(patients), seen, selected, features, warnings)
+
+
+def known_patients(embeddings: Iterable[Embeddings], rows: Rows) -> dict[str, set[str]]:
+    """Which patients (and slides) pretraining has seen, or selected its epoch by: "seen" and "selected" -> names.
+
+    A seen slide makes its patient known wherever the table, the embeddings or a barcode name that patient.
+    """
+    found: dict[str, set[str]] = {"seen": set(), "selected": set()}
+    for e in embeddings:
+        pairs = {(row.get("slide_id", ""), table_patient(row)) for row in rows} | set(zip(e.ids, e.patients))
+        groups = [{slide, barcode_patient(slide), patient_of(slide, patient, "")} for slide, patient in pairs]
+        for kind in found:
+            told = set(getattr(e, kind))
+            told = told if e.salt else {form for name in told for form in (same_name(name), barcode_patient(name))}
+            new = {name for names in groups if told for name in names if hashed(name, e.salt) in told and not is_missing(name)}
+            while not new <= found[kind]:
+                found[kind] |= new
+                new = {name for names in groups if names & found[kind] for name in names if not is_missing(name)}
+            found[kind] |= set() if e.salt else told
+    return found
+
+
+def rows_by(key: str, rows: Rows, columns: Sequence[str], where: str) -> dict[str, dict[str, str]]:
+    """Name (`same_name`) in a column of ids -> its row; of several rows of one name each cell is the one that is not missing.
+
+    Raises:
+        TableError: two rows of one name differ in `columns`, or name two patients.
+    """
+    table: dict[str, dict[str, str]] = {}
+    line: dict[str, int] = {}
+    for i, row in enumerate(rows, start=2):  # as spreadsheets count: the header is row 1
+        name = same_name(row[key])
+        if is_missing(name):
+            continue
+        if name not in table:
+            table[name], line[name] = row, i
+            continue
+        first = table[name]
+        pairs = [("patient", table_patient(first), table_patient(row))] if key == "slide_id" else []
+        for column, a, b in [*pairs, *((c, first[c], row[c]) for c in columns)]:
+            if a != b and not is_missing(a) and not is_missing(b):
+                raise TableError(
+                    f"{where}: rows {line[name]} and {i} give {key} {row[key]!r} two values of {column}, {a!r} and {b!r}; keep one"
+                )
+        table[name] = row | {column: value for column, value in first.items() if not is_missing(value)}
+    return table
 
 
 def match_rows(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where: str) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Slide -> its row in the table, by slide_id or else by patient; and warnings about what has no partner.
 
     Raises:
-        TableError: neither id column is there, two rows of one id differ in `columns`, or nothing matches (both sides shown).
+        TableError: neither id column is there, as `rows_by`, or nothing matches (both sides shown).
     """
     there = list(rows[0]) if rows else []
     patients = [patient_of(slide, "", known) for slide, known in zip(embeddings.ids, embeddings.patients)]
@@ -124,27 +175,26 @@ def match_rows(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where
     if not keys:
         raise TableError(f"{where}: no column 'slide_id' or 'patient_id'; there are {columns_of(rows)}")
     for key, names in keys:
-        table: dict[str, dict[str, str]] = {}
-        for row in (row for row in rows if row[key]):
-            first = table.setdefault(row[key], row)
-            if differing := [c for c in columns if row[c] != first[c]]:
-                raise TableError(f"{where}: two rows of {key} {row[key]!r} differ in {differing[0]!r}; keep one")
-        found = {slide: table[name] for slide, name in zip(embeddings.ids, names) if name in table}
+        table = rows_by(key, rows, columns, where)
+        found = {slide: table[same_name(name)] for slide, name in zip(embeddings.ids, names) if same_name(name) in table}
         if found:
             break
     else:
         key, names = keys[0]
         theirs = preview(row[key] for row in rows)
         raise TableError(f"{where}: no {key} matches the embeddings; the table has {theirs}, they have {preview(names)}")
-    partners = set(names)
+    partners = set(map(same_name, names))
     alone, bare = [name for name in table if name not in partners], [slide for slide in embeddings.ids if slide not in found]
     lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
-    return found, [f"{where}: {len(left)} of {what} and are left out ({preview(left)})" for left, what in lost if left]
+    warnings = [f"{where}: {len(left)} of {what} and are left out ({preview(left)})" for left, what in lost if left]
+    if words := missing_words(row[key] for row in rows):
+        warnings.append(f"{where}: rows without a {key} are left out: {words}")
+    return found, warnings
 
 
 def table_patient(row: Mapping[str, str]) -> str:
     """The patient that a table's row names, "" for none."""
-    return next((row[c] for c in PATIENT_COLUMNS if row.get(c)), "")
+    return next((row[c] for c in PATIENT_COLUMNS if not is_missing(row.get(c, ""))), "")
 
 
 def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
@@ -152,26 +202,32 @@ def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
 
     A patient called like the slide says nothing: it only means that nobody knew.
     """
-    named = [name for name in (in_table, in_embeddings) if name not in ("", slide)]
-    return named[0] if named else barcode_patient(slide)
+    named = [name for name in (in_table, in_embeddings) if name != slide and not is_missing(name)]
+    return same_name(named[0]) if named else barcode_patient(slide)
 
 
 def labelled(slides: Slides, column: str, positive: str | None = None, binary: bool = False) -> Slides:
     """The slides that have a label in a column, with their class numbers and the classes' names (`class_numbers`)."""
-    slides = slides.subset(np.array([i for i, row in enumerate(slides.rows) if row[column].lower() not in UNLABELLED], int))
+    values = [row[column] for row in slides.rows]
+    if words := missing_words(values):
+        slides.warnings.append(f"{slides.where}: slides without {column} are left out: {words}")
+    slides = slides.subset(np.array([i for i, value in enumerate(values) if not is_missing(value)], int))
     y, classes = class_numbers([row[column] for row in slides.rows], column, positive, binary)
     return replace(slides, column=column, y=y, classes=classes)
 
 
 def class_numbers(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class numbers and names; with two classes the positive one is number 1.
-
-    The positive class is `positive` (against the rest), else the one that does not read as a negative ("0", "normal", "wild type" ...).
+    """Class numbers and names; with two classes the positive one is number 1: `positive` (against the rest), else `positive_of` the two.
 
     Raises:
-        TableError: fewer than two classes, more than two where `binary` asks for two, or no class `positive`.
+        TableError: fewer than two classes, more than two or no positive one where `binary` asks for it, no class `positive`, or two that
+            differ only in case or form ("LUAD" and "luad", "1" and "1.0").
     """
     classes = sorted(set(values))
+    alike: dict[str, str] = {}
+    for name in classes:
+        if (other := alike.setdefault(_class_key(name), name)) != name:
+            raise TableError(f"{column}: {other!r} and {name!r} differ only in how they are written; write one class in one way")
     if len(classes) < 2:
         raise TableError(f"{column}: {len(classes)} classes ({preview(classes)}) among the slides with an embedding; two are needed")
     if positive is not None:
@@ -179,12 +235,52 @@ def class_numbers(values: Sequence[str], column: str, positive: str | None, bina
             raise TableError(f"{column}: no class {positive!r} to be the positive one; there are {preview(classes, 20)}")
         rest = [name for name in classes if name != positive]
         return np.array([int(value == positive) for value in values]), (rest[0] if len(rest) == 1 else f"not {positive}", positive)
-    if binary and len(classes) > 2:
+    chosen = positive_of(*classes) if len(classes) == 2 else ""
+    if binary and not chosen:
         there = f"{len(classes)} classes ({preview(classes, 6)})"
-        raise TableError(f"{column}: {there} where two are asked for; --positive CLASS sets one against the rest")
-    if len(classes) == 2 and classes[1].lower() in NEGATIVE and classes[0].lower() not in NEGATIVE:
-        classes.reverse()
+        how = (
+            "where two are asked for; --positive CLASS sets one against the rest"
+            if len(classes) > 2
+            else "and no word that tells which is the positive one; use --positive CLASS"
+        )
+        raise TableError(f"{column}: {there} {how}")
+    classes.sort(key=lambda name: name == chosen)
     return np.array([classes.index(value) for value in values]), tuple(classes)
+
+
+def _class_key(name: str) -> str:
+    try:
+        return str(float(name.replace(",", ".")))
+    except ValueError:
+        return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
+def positive_of(a: str, b: str) -> str:
+    """Which of two classes is the positive one: mutated, positive, MSI-H, tumour ...; "" where the words do not tell.
+
+    It is the one that the other denies ("MSIH" of "nonMSIH", "responder" of "non-responder"); else the one that does not read as a negative
+    (a number up to 0, a word of NEGATIVE, a minus at the end) where the other does; else the only one that reads as a positive (another
+    number, a word of POSITIVE, a plus at the end).
+    """
+
+    def squash(name: str) -> str:
+        return re.sub(r"[\W_]+", "", name.lower())
+
+    def reads(name: str, words: set[str], sign: str) -> bool:
+        try:
+            return (float(name.replace(",", ".")) > 0) == (words is POSITIVE)
+        except ValueError:
+            found = {squash(name), *re.split(r"[\W_]+", name.lower())}
+            return bool(found & words) or name.rstrip()[-1:] in sign or (words is NEGATIVE and "wildtype" in squash(name))
+
+    for one, other in ((a, b), (b, a)):
+        if NEGATION.match(squash(other)) and NEGATION.sub("", squash(other), count=1) == squash(one):
+            return one
+    for words, sign, turn in ((NEGATIVE, "-−–", True), (POSITIVE, "+", False)):
+        first, second = reads(a, words, sign), reads(b, words, sign)
+        if first != second:
+            return (b if first else a) if turn else (a if first else b)
+    return ""
 
 
 def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
@@ -203,13 +299,14 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
         columns = sorted((c for c in (table[0] if table else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
         if not columns:
             raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {columns_of(table)}")
-        by = {row[c]: row for c in (*PATIENT_COLUMNS, "slide_id") for row in table if row.get(c)}
-        rows = [by.get(slide) or by.get(patient) or {} for slide, patient in zip(slides.ids, slides.patients)]
+        by = {same_name(row[c]): row for c in (*PATIENT_COLUMNS, "slide_id") for row in table if not is_missing(row.get(c, ""))}
+        rows = [by.get(same_name(slide)) or by.get(same_name(patient)) or {} for slide, patient in zip(slides.ids, slides.patients)]
         if not any(rows):
             raise TableError(f"{where}: no id matches; the table has {preview(by)}, the embeddings have {preview(slides.ids)}")
     folds = []
     for column in columns:
         words = [row.get(column, "").lower() for row in rows]
+        words = ["" if is_missing(word) else word for word in words]
         if unknown := sorted({*words} - {*PARTS, ""}):
             raise TableError(f"{where}: column {column!r} holds {preview(unknown)}; the parts of a split are train, val and test")
         part = np.array([PARTS.get(word, "") for word in words])
@@ -257,6 +354,9 @@ def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str
         TableError: nothing is left to test.
     """
     tested = np.unique(slides.tested)
+    if chose := int(slides.selected[tested].sum()):
+        told = "tested slides are of patients whose retrieval chose the epoch that pretraining kept; the numbers are a little optimistic"
+        slides.warnings.append(f"{slides.column}: {chose} of {len(tested)} {told}")
     seen = slides.ids[tested[slides.seen[tested]]].tolist()
     if not seen:
         return slides, []
@@ -275,13 +375,12 @@ def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str
 
 def leak_scan(reports: Rows, embeddings: Embeddings, names: Iterable[str]) -> tuple[str, list[str]]:
     """Search the reports that pretraining read (all, where none can be told) for the classes' names: a summary, and warnings."""
-    known = dict(zip(embeddings.ids, embeddings.patients))
-    patients = {patient_of(slide, "", known.get(slide, "")) for slide in embeddings.seen}
-    reports = [row for row in reports if row.get("slide_id") in embeddings.seen or table_patient(row) in patients] or reports
+    known = known_patients([embeddings], reports)["seen"]
+    reports = [row for row in reports if same_name(row.get("slide_id", "")) in known or table_patient(row) in known] or reports
     warnings = []
     for name in dict.fromkeys(names):
         words = [re.escape(word) for word in re.split(r"[\W_]+", name) if word]
-        if not words or len(name) < 2 or name.lower() in UNLABELLED | NO_CLASS_WORDS:
+        if not words or len(name) < 2 or name.lower() in NO_CLASS_WORDS or is_missing(name):
             continue
         pattern = re.compile(r"(?<!\w)" + r"[\W_]+".join(words) + r"s?(?!\w)", re.IGNORECASE)
         hits = [(row, hit) for row in reports if (hit := pattern.search(row.get("report", "")))]

@@ -118,6 +118,10 @@ class Slide:
         self._file.close()
         self._caches.clear()
 
+    def release(self) -> None:
+        """Let go of decoded pieces that reading on from the last tiles would use."""
+        self._caches.clear()
+
     def extent(self, size: int, mpp: Real) -> int:
         """Edge of a tile of `size` pixels at `mpp`, in level-0 pixels.
 

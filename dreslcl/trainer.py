@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .bank import MemoryBank, Rest, bank_bytes, fit_codebook
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
-from .common import ConfigError, DreslclError, SlideError, StoreError, hold, reason, track, write_bytes
+from .common import ConfigError, DreslclError, SlideError, StoreError, hold, reason, remember, track, write_bytes
 from .config import RunConfig
 from .distributed import Ranks, ranks
 from .embedding import encode_slides
@@ -139,7 +139,10 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or (tower and not vectors) else None
     text = Text.load(out / "text", encoder) if (out / "text").exists() else choose_text(cohort, config.encoder.text, encoder)
     reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if pixels else None
-    about = {"tiles": "pixels" if pixels else "features", "seen": [m.slide_id for m in cohort.members]}
+    seen, selected = ([name for m in part.members for name in (m.slide_id, m.patient_id)] for part in (cohort, held_out))
+    about = {"tiles": "pixels" if pixels else "features", **remember(seen, selected)}
+    counts = {"slides": len(cohort), "patients": len(patients), "reports": len(cohort.reports)}
+    about |= counts | {"tiles_seen": sum(m.tiles for m in cohort.members)}
     if reader:
         about |= {"mpp": reader.grid(0).mpp, "size": reader.grid(0).size}
     dim = encoder.dim if pixels and encoder else read_features(cohort.members[0].source).shape[1]
@@ -147,7 +150,13 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     model = DRESLCL(encoder, text, config.model, dim=dim, temperature=train.temperature, about=about).to(device)
     if encoder is not None:
         encoder.set_trainable(config.encoder.tune if pixels else "none", text=text.learns)
-        if pixels and config.encoder.tune != "none" and train.bank_share < 1 and not encoder.pretrained:
+        random = pixels and config.encoder.tune != "none" and not encoder.pretrained
+        if random and train.encoder_lr <= 2e-5:
+            raise ConfigError(
+                f"{config.encoder.name} starts from random weights and stays there at --encoder-lr {train.encoder_lr:g}: "
+                "give --pretrained FILE or TAG (--preset paper needs it), or a rate of about 1e-3"
+            )
+        if random and train.bank_share < 1:
             log.warning(
                 "the tile encoder has random weights, from which it does not begin to learn while tiles are left out: "
                 "use --bank-share 1 (--preset tiny has it), or --pretrained"

@@ -15,6 +15,8 @@ from dreslcl.common import (
     file_stamp,
     fingerprint,
     hold,
+    is_missing,
+    missing_words,
     read_table,
     same_name,
     slide_id,
@@ -147,3 +149,28 @@ def test_a_name_is_the_same_whatever_its_suffix_case_of_suffix_and_unicode_form(
 def test_other_names_stay_other_names():
     names = ["a", "A", "a.b", "a.1", "a_patches.h5", "tiff", "a b", "x/a.svs", "0.5"]
     assert [same_name(n) for n in names] == ["a", "A", "a.b", "a.1", "a_patches", "tiff", "a b", "x__a", "0.5"]
+
+
+def test_words_for_no_value_are_known_in_any_case_and_counted():
+    words = [
+        "",
+        " ",
+        "NA",
+        "na",
+        "N/A",
+        "#N/A",
+        "<NA>",
+        "nan",
+        "NaN",
+        "None",
+        "NULL",
+        "'--",
+        "--",
+        "?",
+        "Unknown",
+        "Not Reported",
+        "missing",
+    ]
+    assert all(map(is_missing, [*words, "not available", "[Not Available]"]))
+    assert not any(map(is_missing, ["-", "+", "0", "no", "unknown primary", "NA12878", "none seen", "n", "nano", "-1"]))
+    assert missing_words(["a", "?", "NA", "?", "0"]) == "2 '?', 1 'NA'" and missing_words(["a"]) == ""

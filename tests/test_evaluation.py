@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dreslcl import evaluation
-from dreslcl.common import ConfigError, ModelError, StoreError, TableError
+from dreslcl.common import ConfigError, ModelError, StoreError, TableError, remember
 from dreslcl.config import EvalConfig
 from dreslcl.evaluation import (
     classification_metrics,
@@ -232,9 +233,29 @@ def test_three_classes_have_no_auprc_and_every_class_is_counted():
     assert outcome.counts["classes"]["LUSC"] == {"slides": 20, "patients": 10, "tested": 20}
 
 
-@pytest.mark.parametrize("names, positive", [(("0", "1"), "1"), (("tumor", "normal"), "tumor"), (("mutated", "wild type"), "mutated")])
-def test_the_positive_class_is_the_one_that_does_not_read_as_a_negative(names, positive):
-    assert class_numbers(list(names), "c", None, True)[1][1] == positive
+PAIRS = """0 1|wild type, mutated|WT, MUT|EGFR wild-type, EGFR mut|normal, tumor|Normal, Tumour|nonMSIH, MSIH|MSS, MSI-H|MSI-L, MSI-H|
+pMMR, dMMR|Non-Responder, Responder|0.0, 1.0|-1, 1|False, True|HER2-, HER2+|ER negative, ER positive|no, yes|not present, present|
+no metastasis, metastasis|benign, malignant|benign tumor, malignant tumor|TMB low, TMB high|unmethylated, methylated|primary, metastatic|
+stroma, tumor|control, case|healthy, adenocarcinoma|absent, 1+|unmutated, mutated|N0, N+|inactive, active"""
+
+
+@pytest.mark.parametrize("pair", PAIRS.replace("\n", "").split("|"))
+def test_the_positive_class_is_the_one_that_a_reader_takes_for_it(pair):
+    negative, positive = pair.split(", ") if ", " in pair else pair.split()
+    for order in ((negative, positive), (positive, negative)):
+        y, names = class_numbers(list(order), "c", None, True)
+        assert names == (negative, positive) and y.tolist() == [int(name == positive) for name in order]
+
+
+@pytest.mark.parametrize("pair", ["LUAD LUSC", "1 2", "male female", "lepidic acinar", "grade1 grade2", "EGFR KRAS"])
+def test_two_classes_of_which_neither_is_positive_ask_for_it_but_as_subtypes_do_not(pair):
+    with pytest.raises(TableError, match=r"2 classes .* no word that tells which is the positive one; use --positive CLASS"):
+        class_numbers(pair.split(), "c", None, True)
+    assert class_numbers(pair.split(), "c", None, False)[1] == tuple(sorted(pair.split()))
+    with pytest.raises(TableError, match="'LUAD' and 'luad' differ only in how they are written"):
+        class_numbers(["luad", "LUAD", "x"], "c", None, False)
+    with pytest.raises(TableError, match=r"'1' and '1.0' differ only"):
+        class_numbers(["1.0", "1", "0"], "c", None, True)
 
 
 def test_one_class_is_set_against_the_rest_when_told():
@@ -247,11 +268,16 @@ def test_one_class_is_set_against_the_rest_when_told():
 
 def test_several_genes_in_one_call_each_count_their_positives_and_skip_unlabelled_slides():
     embeddings, rows = cohort(30, ("0", "1"))
-    genes = [{**row, "TP53": row["subtype"], "EGFR": "" if i < 10 else str(i // 2 % 3 // 2)} for i, row in enumerate(rows)]
-    first, second = run(embeddings, genes, "mutation", columns=["TP53", "EGFR"]).outcomes
+    genes = [
+        {**row, "TP53": row["subtype"], "EGFR": ("", "n/a", "Unknown")[i % 3] if i < 10 else str(i // 2 % 3 // 2)}
+        for i, row in enumerate(rows)
+    ]
+    result = run(embeddings, genes, "mutation", columns=["TP53", "EGFR"])
+    first, second = result.outcomes
     assert (first.column, first.counts["classes"]["1"]["slides"]) == ("TP53", 30)
     assert second.counts["unlabelled"] == 10 and second.counts["slides"] == 50
     assert second.counts["classes"]["1"]["slides"] == sum(row["EGFR"] == "1" for row in genes)
+    assert "labels: slides without EGFR are left out: 4 '', 3 'n/a', 3 'Unknown'" in result.warnings
 
 
 def test_zeroshot_averages_prompts_and_needs_one_for_each_class(texts, tmp_path):
@@ -298,7 +324,7 @@ def test_report_vectors_named_by_slide_or_by_patient_are_retrieved(model, tmp_pa
     made = load_model(Embeddings(("a",), ("a",), np.eye(1, 4, dtype=np.float32), model=fingerprint_of(model), model_folder=str(model)))
     ids, patients = tuple(f"s{i}" for i in range(6)), ("p0", "p0", "p1", "p1", "p2", "p2")
     keys = dict.fromkeys(ids if names == "slides" else patients)
-    vectors = {key: np.random.default_rng(0).normal(size=(2, made.text_dim)) + (i % 5) for i, key in enumerate(keys)}
+    vectors = {key: np.random.default_rng(0).normal(size=(2, made.text.dim)) + (i % 5) for i, key in enumerate(keys)}
     np.savez(tmp_path / "v.npz", **vectors)
     z = np.random.default_rng(0).normal(size=(6, made.joint_dim)).astype(np.float32)
     embeddings = Embeddings(ids, patients, z, model=made.fingerprint(), model_folder=str(model))
@@ -409,6 +435,28 @@ def test_slides_of_patients_seen_in_pretraining_are_never_tested_unless_asked():
     refused(r"saw the patients of all 80 slides to test.*use --include-seen .* or pretrain with --exclude", everyone, rows)
 
 
+@pytest.mark.parametrize("salted", [False, True])
+def test_a_seen_patient_is_known_without_a_label_of_the_seen_slide_and_a_selected_one_is_told(tmp_path, salted):
+    embeddings, rows = cohort(40)
+    seen, selected = ["s000_1.svs", "s001_1", *(["p001", "p002"] if salted else [])], ["s004_0"]  # pretraining knew their patients
+    known = {k: v if isinstance(v, str) else frozenset(v) for k, v in remember(seen, selected).items()}
+    known = known if salted else {"seen": frozenset(seen), "selected": frozenset(selected)}
+    replace(embeddings, **known).save(tmp_path / "embeddings.h5")
+    embeddings = Embeddings.load(tmp_path)
+    assert not salted or not {*seen, *selected} & (embeddings.seen | embeddings.selected)
+    labelled = [row for row in rows if row["slide_id"] not in ("s000_1", "s001_1")]
+    for e, labels in (
+        (embeddings, labelled),
+        (embeddings, [{**row, "patient_id": ""} for row in labelled]),
+        (embeddings.by_patient(), rows),
+    ):
+        result = run(e, labels)
+        gone = {patient[:4] for patient in e.patients if patient in ("p000", "p001", *(["p002"] if salted else []))}
+        assert set(result.outcomes[0].counts["seen_left_out"]) == {i for i, p in zip(e.ids, e.patients) if p in gone} - {"s000_1", "s001_1"}
+        number = "1 of" if len(e) == 40 else "2 of"
+        assert any(f"subtype: {number}" in text and "chose the epoch" in text for text in result.warnings), result.warnings
+
+
 def test_class_words_in_pretraining_reports_are_found_with_counts_and_an_example():
     embeddings, rows = cohort(20, ("squamous cell", "adeno"), seen=["s000_0", "s001_0"])
     reports = [
@@ -444,15 +492,39 @@ def test_tables_that_do_not_fit_are_refused_in_one_line_that_shows_both_sides():
     refused(r"no slide_id matches the embeddings; the table has 'xs000_0'.*they have 's000_0'", embeddings, wrong)
     refused("no column 'slide_id' or 'patient_id'; there are name, subtype", embeddings, [{"name": "x", "subtype": "A"}])
     refused(r"1 classes .* two are needed", embeddings, [row | {"subtype": "A"} for row in rows])
-    assert run(embeddings, [*rows, rows[0]]).outcomes[0].counts["slides"] == 40
-    refused("two rows of slide_id 's000_0' differ in 'subtype'; keep one", embeddings, [*rows, rows[0] | {"subtype": "B"}])
 
 
 def test_ids_on_one_side_only_are_counted_in_a_warning():
     embeddings, rows = cohort(20)
-    warnings = run(embeddings, [*rows[2:], {"slide_id": "zz", "patient_id": "q", "subtype": "A"}]).warnings
+    warnings = run(embeddings, [*rows[2:], {"slide_id": "zz", "patient_id": "q", "subtype": "A"}, rows[0] | {"slide_id": "NA"}]).warnings
     assert "labels: 1 of 39 ids have no embedding and are left out ('zz')" in warnings
     assert "labels: 2 of 40 embeddings have no row and are left out ('s000_0', 's000_1')" in warnings
+    assert "labels: rows without a slide_id are left out: 1 'NA'" in warnings
+
+
+def test_names_that_differ_in_suffix_or_unicode_form_are_one_slide_everywhere(tmp_path):
+    embeddings, rows = cohort(20, seen=["grün_0.TIFF"])
+    ids = [f"grün_{i}" for i in range(40)]
+    embeddings = replace(embeddings, ids=tuple(ids))
+    forms = ("{}.svs", "{}.SVS", "{}")
+    named = [row | {"slide_id": unicodedata.normalize("NFD", forms[i % 3].format(ids[i]))} for i, row in enumerate(rows)]
+    other = replace(embeddings, ids=tuple(f"{name}.h5" for name in ids), seen=frozenset())
+    (tmp_path / "k.tsv").write_text("slide_id\tfold_0\n" + "\n".join(f"{i}.tif\t{('train', 'test')[n % 8 > 3]}" for n, i in enumerate(ids)))
+    result = run((embeddings, other), named, split=tmp_path / "k.tsv", include_seen=True)
+    assert result.outcomes[0].counts["slides"] == 40 and len(result.outcomes[0].slides.ids) == 20
+    assert not [text for text in result.warnings if "left out (" in text]
+    assert run(embeddings, named).outcomes[0].counts["seen_left_out"] == ids[:2]
+
+
+def test_rows_of_one_slide_are_joined_where_they_agree_and_both_named_where_they_do_not():
+    embeddings, rows = cohort(20)
+    halves = [row | {"subtype": "NA"} for row in rows] + [{**row, "slide_id": f"{row['slide_id']}.svs", "patient_id": ""} for row in rows]
+    assert run(embeddings, [*halves, rows[0]]).outcomes[0].counts["slides"] == 40
+    for change, told in (({"subtype": "B"}, "subtype, 'A' and 'B'"), ({"patient_id": "p9"}, "patient, 'p000' and 'p9'")):
+        again = rows[0] | {"slide_id": "s000_0.svs"} | change
+        refused(f"labels: rows 2 and 42 give slide_id 's000_0.svs' two values of {told}; keep one", embeddings, [*rows, again])
+    by_patient = [{"case_id": row["patient_id"], "subtype": "AB"[i % 2]} for i, row in enumerate(rows)]
+    refused("rows 2 and 3 give case_id 'p000' two values of subtype, 'A' and 'B'", embeddings, by_patient)
 
 
 def test_too_many_shots_are_left_out_with_a_warning():

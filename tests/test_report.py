@@ -148,7 +148,11 @@ class Bank(MemoryBank):
     def __init__(self, rows, words):
         self.rows = rows
         self.nearest = {slide: ((x[:, None] - words) ** 2).sum(2).argmin(1).astype(np.uint16) for slide, x in rows.items()}
-        self.slides, self.tiles = list(rows), lambda slide: len(rows[slide])
+
+    slides = property(lambda self: list(self.rows))
+
+    def tiles(self, slide):
+        return len(self.rows[slide])
 
     def read(self, slide, index):
         return self.rows[slide][index].astype(np.float16), self.nearest[slide][index]
