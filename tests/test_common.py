@@ -4,14 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dreslcl import common
 from dreslcl.common import (
     BusyError,
+    ConfigError,
     TableError,
     atomic,
     check_id,
     file_stamp,
     fingerprint,
     hold,
+    rank_and_world,
     read_table,
     same_name,
     slide_id,
@@ -131,13 +134,40 @@ def test_folder_is_held_against_other_processes(tmp_path, mine, theirs, works):
         pass
 
 
-@pytest.mark.parametrize(
-    "text", ["Caf\u00e9 1.svs", "Cafe\u0301 1.SVS", " Caf\u00e9 1.Tiff", "Cafe\u0301 1", "Caf\u00e9 1.svs.h5", "Caf\u00e9 1.JPEG"]
-)
+@pytest.mark.parametrize("text", "Caf\u00e9.svs Cafe\u0301.SVS Caf\u00e9.Tiff Cafe\u0301 Caf\u00e9.svs.h5 Caf\u00e9.JPEG".split())
 def test_a_name_is_the_same_whatever_its_suffix_case_of_suffix_and_unicode_form(text):
-    assert same_name(text) == "Caf\u00e9 1"
+    assert same_name(f" {text} ") == "Caf\u00e9"
 
 
 def test_other_names_stay_other_names():
     names = ["a", "A", "a.b", "a.1", "a_patches.h5", "tiff", "a b", "x/a.svs", "0.5"]
     assert [same_name(n) for n in names] == ["a", "A", "a.b", "a.1", "a_patches", "tiff", "a b", "x__a", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": " "}, (0, 1)),
+        ({"WORLD_SIZE": "2"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "node1"}, (1, 3)),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+    ],
+)
+def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch, caplog, environment, expected):
+    common._tell_of_half_set_ranks.cache_clear()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"^[^\n]*torchrun sets all three[^\n]*$"):
+            rank_and_world()
+    else:
+        assert rank_and_world() == rank_and_world() == expected
+        assert len(caplog.records) == (len([v for v in environment.values() if v.strip()]) == 1)  # once
