@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -342,8 +343,25 @@ def cores() -> int:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun.
+
+    Raises:
+        ConfigError: RANK, WORLD_SIZE and MASTER_ADDR do not go together.
+    """
+    rank, world, address = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if not rank or not world:
+        _tell_of_half_set_ranks(rank, world)
+        return 0, 1
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)) or (int(world) > 1 and not address):
+        said = f"RANK={rank} WORLD_SIZE={world} MASTER_ADDR={address}"
+        raise ConfigError(f"{said}: torchrun sets all three, RANK from 0 to WORLD_SIZE - 1; unset them, or start with torchrun")
+    return int(rank), int(world)
+
+
+@cache
+def _tell_of_half_set_ranks(rank: str, world: str) -> None:
+    if rank or world:
+        log.warning("RANK=%s WORLD_SIZE=%s: torchrun sets both, so this is taken for one process that does all the work", rank, world)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dreslcl import common
 from dreslcl.common import (
     BusyError,
+    ConfigError,
     TableError,
     atomic,
     check_id,
@@ -19,6 +20,7 @@ from dreslcl.common import (
     is_missing,
     missing_words,
     one_value,
+    rank_and_world,
     read_list,
     read_table,
     same_name,
@@ -214,3 +216,32 @@ def test_words_for_no_value_are_known_in_any_case_and_counted():
     assert all(map(is_missing, ["", " ", *words, "Not Reported", "not available", "[Not Available]"]))
     assert not any(map(is_missing, ["-", "+", "0", "no", "unknown primary", "NA12878", "none seen", "n", "nano", "-1", "Nanette"]))
     assert missing_words(["a", "?", "NA", "?", "0"]) == "2 '?', 1 'NA'" and missing_words(["a"]) == ""
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": " "}, (0, 1)),
+        ({"WORLD_SIZE": "2"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "node1"}, (1, 3)),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+    ],
+)
+def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch, caplog, environment, expected):
+    common._tell_of_half_set_ranks.cache_clear()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"^[^\n]*torchrun sets all three[^\n]*$"):
+            rank_and_world()
+    else:
+        assert rank_and_world() == rank_and_world() == expected
+        assert len(caplog.records) == (len([v for v in environment.values() if v.strip()]) == 1)  # once
