@@ -41,13 +41,7 @@ CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
 - Pretrained on: {saw}. Reports were read as: {text}. No report is in this folder; slides and patients are kept as salted hashes.
 - Started from: {weights}, whose licence binds this model too. Aggregator: `{settings}`
 - Research use only: no medical device.
-
-```python
-import dreslcl
-model = dreslcl.load("this folder")
-model.embed_slide("scan.svs")
-model.embed_text("squamous cell carcinoma")
-```
+- Load: `model = dreslcl.load("this folder")`, then `model.embed_slide("scan.svs")`, `model.embed_text("squamous cell carcinoma")`.
 """
 
 
@@ -96,16 +90,16 @@ class Bag:
     """(n,) beside them."""
 
     def __add__(self, other: "Bag") -> "Bag":
-        both = [tuple(torch.cat(pair) for pair in zip(a, b)) for a, b in ((self.rows, other.rows), (self.weights, other.weights))]
-        return Bag(self.sums + other.sums, self.counts + other.counts, *both)
+        rows, weights = (tuple(map(torch.cat, zip(*pair))) for pair in ((self.rows, other.rows), (self.weights, other.weights)))
+        return Bag(self.sums + other.sums, self.counts + other.counts, rows, weights)
 
     def or_else(self, other: "Bag") -> "Bag":
         """The same, with `other`'s tiles for a slide that has none here."""
         empty = self.counts.sum(1) == 0
         sums = torch.where(empty[:, None, None], other.sums, self.sums)
         counts = torch.where(empty[:, None], other.counts, self.counts)
-        both = [tuple(a if len(a) else b for a, b in zip(*pair)) for pair in ((self.rows, other.rows), (self.weights, other.weights))]
-        return Bag(sums, counts, *both)
+        pairs = ((self.rows, other.rows), (self.weights, other.weights))
+        return Bag(sums, counts, *(tuple(a if len(a) else b for a, b in zip(*pair)) for pair in pairs))
 
     def times(self, factor: Float[Tensor, "B"]) -> "Bag":
         """The same with each slide's tiles weighing `factor` times as much."""
@@ -126,9 +120,6 @@ class Aggregator(nn.Module):
     """
 
     needs_rows = False
-    codewords: Tensor
-    centre: Tensor
-    spread: Tensor
 
     def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
         super().__init__()
@@ -266,8 +257,6 @@ class DRESLCL(nn.Module):
         about: what else the model's folder tells: tile size and resolution, slides seen in pretraining.
     """
 
-    text_centre: Tensor
-
     def __init__(
         self,
         encoder: Encoder | None,
@@ -301,10 +290,7 @@ class DRESLCL(nn.Module):
             return F.normalize(vectors, dim=-1)
         return F.normalize(self.text_head(vectors - self.text_centre), dim=-1)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.text_centre.device
+    device = property(lambda self: self.text_centre.device, doc="Where the weights are.")
 
     # use after training
 
@@ -314,9 +300,8 @@ class DRESLCL(nn.Module):
         Raises:
             ModelError: the model has no tile encoder (it was trained on features).
         """
-        encoder = self._tile_encoder()
         with inference(self):
-            return encoder.encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
+            return self._tile_encoder().encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
 
     def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
         """The slide vector of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
@@ -399,9 +384,10 @@ class DRESLCL(nn.Module):
         if self.encoder is not None and "size" in about:
             tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {self.encoder.name}"
         saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
-        weights = "random weights" if self.encoder is None or not self.encoder.pretrained else f"the weights of {self.encoder.name}"
-        settings = json.dumps(asdict(self.config))
-        return CARD.format(tiles=tiles, saw=saw or "not told", text=self.text.kind, weights=weights, settings=settings, E=self.joint_dim)
+        weights = f"the weights of {self.encoder.name}" if self.encoder is not None and self.encoder.pretrained else "random weights"
+        return CARD.format(
+            tiles=tiles, saw=saw, text=self.text.kind, weights=weights, settings=json.dumps(asdict(self.config)), E=self.joint_dim
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "DRESLCL":

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,10 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     pixels, vectors = cohort.work is not None, not isinstance(cohort.reports[0], str)
     tower = config.encoder.text.startswith("tower") or (config.encoder.text == "auto" and config.encoder.has_weights)
     encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or (tower and not vectors) else None
-    text = Text.load(out / "text", encoder) if (out / "text").exists() else choose_text(cohort, config.encoder.text, encoder)
+    owner = {m.report: m.patient_id for m in cohort.members}
+    owners = [owner[i] for i in range(len(cohort.reports))]
+    again = (out / "text").exists()
+    text = Text.load(out / "text", encoder) if again else make_text(config.encoder.text, encoder, cohort.reports, owners)
     reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if pixels else None
     seen, selected = ([name for m in part.members for name in (m.slide_id, m.patient_id)] for part in (cohort, held_out))
     about = {"tiles": "pixels" if pixels else "features", **remember(seen, selected)}
@@ -167,12 +171,6 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     run = Run(config, out, group, device, cohort, held_out, rank_of, model, reader, bank, [], list(cohort.notes), Journal(out))
     run.optimizer = make_optimizer(run)
     return run
-
-
-def choose_text(cohort: Cohort, setting: str, encoder: Encoder | None) -> Text:
-    """What reads the training reports, see `make_text`."""
-    owner = {m.report: m.patient_id for m in cohort.members}
-    return make_text(setting, encoder, cohort.reports, [owner[i] for i in range(len(cohort.reports))])
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -282,12 +280,8 @@ def announce(run: Run) -> None:
     each = max(read_s, encode_s) if run.device.type == "cuda" else read_s + encode_s  # without a GPU both share the cores
     fill, epoch = (sum(sizes) * each / 2, sum(min(train.tiles, M) for M in sizes) * each * run.encoder_learns)
     limit = "reading tiles" if read_s > encode_s else "the encoder"
-    log.info("time, an estimate: %s to fill the bank, %s an epoch; the limit is %s", *map(clock, (fill, epoch)), limit)
-
-
-def clock(seconds: float) -> str:
-    """A time as people say it."""
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    said = (timedelta(seconds=round(seconds)) for seconds in (fill, epoch))
+    log.info("time, an estimate: %s to fill the bank, %s an epoch; the limit is %s", *said, limit)
 
 
 # one step

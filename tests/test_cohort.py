@@ -172,6 +172,15 @@ def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
         cohort.split("nothing.txt", None)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_held_out_patients_is_read_as_windows_saves_it_and_names_that_match_nothing_are_told(tmp_path, encoding):
+    cohort = cohort_of(*(f"0d2a__TCGA-05-{4000 + i}-01Z-00-DX1.x" for i in range(4)), "e\u0301")
+    (tmp_path / "l.txt").write_bytes("TCGA-05-4000\r\n\r\nTCGA-05-4002-01Z-00-DX1.x.SVS\r\nTCGA-05-9999\r\n\u00e9.svs\r\n".encode(encoding))
+    kept, gone = cohort.split(str(tmp_path / "l.txt"), None)
+    assert [m.patient_id for m in kept.members] == ["TCGA-05-4001", "TCGA-05-4003"] and len(gone.members) == 3
+    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: like TCGA-05-9999")
+
+
 # batches
 
 

@@ -210,6 +210,25 @@ def test_a_table_sets_resolution_and_knobs_per_slide(scans, tmp_path):
             tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=Given(table))
 
 
+@pytest.mark.parametrize("theirs", ["Caf\u00e9", "Cafe\u0301", "Caf\u00e9.SVS", "Cafe\u0301.svs"])
+@pytest.mark.parametrize("ours", ["Caf\u00e9.svs", "Cafe\u0301.Tiff"])
+def test_files_of_other_tools_find_their_slide_in_either_unicode_form_with_or_without_suffix(scans, tmp_path, ours, theirs):
+    for folder in ("in/sub", "areas", "coords/patches"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(scans / "a" / "0.svs", tmp_path / "in" / "sub" / ours)
+    area = {"type": "Polygon", "coordinates": [[[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]]}
+    (tmp_path / "areas" / f"{theirs}.geojson").write_text(json.dumps(area), encoding="utf-16")
+    with h5py.File(tmp_path / "coords" / "patches" / f"{theirs}_patches.h5", "w") as file:
+        file.create_dataset("coords", data=[[10, 20]]).attrs.update(patch_size=64, patch_size_level0=128)
+    (tmp_path / "o.csv").write_text(f"slide_id,mpp\nsub/{theirs},0.25\n", encoding="utf-16")
+    given = Given(tmp_path / "o.csv", tmp_path / "areas", tmp_path / "coords")
+    [row] = tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=given)
+    assert (row["status"], row["tiles"], row["mpp"], row["mpp_source"]) == ("ok", 1, 0.25, "given")
+    (tmp_path / "o.csv").write_text(f"slide_id,mpp\n{theirs},0.25\n{ours},0.25\n Caf\u00e9.svs,0.5\n")
+    with pytest.raises(TableError, match="lines 3 and 4 give Café two values of mpp"):
+        tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=given)
+
+
 def test_annotations_replace_the_mask(scans, tmp_path):
     box = [[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]
     feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [box]}, "properties": {}}
@@ -249,8 +268,45 @@ def test_blurry_tiles_and_surplus_tiles_are_left_out(tmp_path):
 
 def test_a_dry_run_tells_what_would_be_and_writes_nothing(scans, tmp_path):
     rows = tile_slides(scans, tmp_path / "w", SMALL, write="nothing")
-    assert not (tmp_path / "w").exists() and [row["levels"] for row in rows] == [1] * 8
+    assert not (tmp_path / "w").exists() and {(row["levels"], row["regions"], row["warning"]) for row in rows} == {(1, 1, "")}
     assert [row["tiles"] for row in rows] == [row["tiles"] for row in tile_slides(scans, tmp_path / "w", SMALL)]
+
+
+def test_every_region_is_tiled_on_its_own_glass_and_no_tile_shows_two(tmp_path, caplog):
+    from test_slide_vendors import scn
+
+    glass = picture(896, 704)
+    tinted = (picture(1024, 640, seed=1) * np.array([0.98, 0.94, 0.87])).astype(np.uint8)
+    scn(tmp_path / "a.scn", glass, tinted)
+    write_scan(tmp_path / "b.svs", picture(), mpp=0.03)
+    rows = tile_slides(tmp_path, tmp_path / "w", SMALL, write="nothing")
+    grids = []
+    for path in (tmp_path / "a.scn", tmp_path / "b.svs"):
+        with Slide.open(path) as slide:
+            grids.append(find_tiles(slide, SMALL))
+    assert [row["regions"] for row in rows] == [2, 1] and [row["tiles"] for row in rows] == [len(grid) for grid in grids]
+    assert rows[0]["warning"] == "2 scanned regions, side by side" and "no light microscope has 0.03" in rows[1]["warning"]
+    assert {record.message for record in caplog.records} >= {f"{row['warning']} ({row['path']})" for row in rows}
+    x = grids[0].xy[:, 0]
+    assert 20 < (x >= 4096).sum() < 60 and 20 < (x < 1024).sum() < 60 and ((x < 1024 - 63) | (x >= 4096)).all()
+    assert rows[1]["status"] == "empty" and "the scan has 0.03" in rows[1]["error"]
+
+
+def test_a_check_finds_damaged_stored_tiles_of_finished_slides_too(tmp_path):
+    write_scan(tmp_path / "in" / "a.svs", picture(), tile=64, levels=())
+    write_scan(tmp_path / "in" / "b.svs", picture(), tile=64, levels=())
+    with Slide.open(tmp_path / "in" / "a.svs") as slide:
+        at = int(slide._parts[0][0][1].offsets[100])
+    with (tmp_path / "in" / "a.svs").open("r+b") as file:
+        stat = os.fstat(file.fileno())
+        file.seek(at)
+        file.write(bytes(50))
+    os.utime(tmp_path / "in" / "a.svs", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    calls = [(write, check) for write in ("nothing", "grids") for check in ("sample", "full")]
+    for write, check in [("grids", ""), *calls]:
+        rows = tile_slides(tmp_path / "in", tmp_path / "w", SMALL, write=write, check=check)
+        if check:
+            assert [row["status"] for row in rows] == ["error", "ok"] and "stored tile 100 cannot be decoded" in rows[0]["error"]
 
 
 # -- runs that are repeated, killed, shared out, doubled -----------------------------------------------------------------
@@ -296,7 +352,7 @@ tile_slides(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), TileConfig(siz
 
 def test_shards_running_at_once_do_what_one_run_does(scans, tmp_path):
     tile_slides(scans, tmp_path / "whole", SMALL)
-    env = [os.environ | {"RANK": str(i), "WORLD_SIZE": "3"} for i in range(3)]
+    env = [os.environ | {"RANK": str(i), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"} for i in range(3)]
     processes = [subprocess.Popen([sys.executable, "-c", RUN, scans, tmp_path / "w"], env=e) for e in env]
     assert [p.wait() for p in processes] == [0, 0, 0]
     assert outputs(tmp_path / "w") == outputs(tmp_path / "whole")

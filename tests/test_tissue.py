@@ -169,8 +169,9 @@ def test_qupath_exports_are_read_in_their_several_shapes(tmp_path):
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}, "properties": {}}
     path = tmp_path / "a.geojson"
     for data, count in [(feature, 1), ([feature, ignored, point], 1), ({"type": "FeatureCollection", "features": [feature, many]}, 3)]:
-        path.write_text(json.dumps(data))
-        assert len(read_geojson(path)) == count
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            path.write_text(json.dumps(data | {"é": 1} if isinstance(data, dict) else data, ensure_ascii=False), encoding=encoding)
+            assert len(read_geojson(path)) == count
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"features": [7]}', '{"type": "Polygon", "coordinates": 4}', '{"features": []}'])
