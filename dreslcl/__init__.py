@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from .encoder import Encoder as Encoder
     from .evaluation import evaluate as evaluate
     from .formats import Embeddings as Embeddings
+    from .model import AGGREGATORS as AGGREGATORS
     from .model import DRESLCL as DRESLCL
-    from .residual import Codebook as Codebook
-    from .residual import ResidualAggregator as ResidualAggregator
-    from .residual import residual_sums as residual_sums
+    from .model import Aggregator as Aggregator
+    from .model import Bag as Bag
+    from .model import residual_sums as residual_sums
     from .slide import Slide as Slide
     from .tiles import TileGrid as TileGrid
     from .tiles import tile_slides as tile_slides
@@ -29,20 +30,21 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "Cohort": "cohort",
-    "Codebook": "residual",
     "DRESLCL": "model",
     "DreslclError": "common",
     "Embeddings": "formats",
     "embed": "embedding",
     "Encoder": "encoder",
     "MemoryBank": "bank",
-    "ResidualAggregator": "residual",
+    "AGGREGATORS": "model",
+    "Aggregator": "model",
+    "Bag": "model",
     "Slide": "slide",
     "TileGrid": "tiles",
     "evaluate": "evaluation",
     "load": "embedding",
     "pretrain": "trainer",
-    "residual_sums": "residual",
+    "residual_sums": "model",
     "tile_slides": "tiles",
     "tissue_mask": "tissue",
 }

@@ -215,6 +215,10 @@ def tile(
     shard: Annotated[
         str | None, option("I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.", panel=_RUNNING)
     ] = None,
+    check: Annotated[
+        Literal["sample", "full"] | None,
+        option("Decode a sample of each scan's stored tiles, or all: finds damage.", panel=_RUNNING),
+    ] = None,
     dry_run: Annotated[bool, option("Print what is there and would be done; write nothing.", "--dry-run", panel=_RUNNING)] = False,
 ) -> None:
     """Find the tissue tiles of each scan: grids, overlays and slides.csv."""
@@ -228,9 +232,10 @@ def tile(
         workers=workers,
         shard=_shard(shard),
         write="nothing" if dry_run else "packs" if pack else "grids",
+        check=check or "",
     )
     if dry_run:
-        shown = ["slide_id", "status", "width", "height", "levels", "mpp", "mpp_source", "tiles", "error"]
+        shown = "slide_id status width height levels regions mpp mpp_source tiles warning error".split()
         print_table(shown, [[str(row.get(c, "")) for c in shown] for row in rows])
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "empty", "error")}
     total = sum(int(row["tiles"] or 0) for row in rows)
@@ -480,6 +485,9 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.Abort:
         code = 130
+    except DreslclError as error:  # before a command runs
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = 2
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dreslcl"
         message = error.format_message().rstrip(".").replace("Value error, ", "") or "no command given"

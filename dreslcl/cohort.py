@@ -1,7 +1,6 @@
 """Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
 
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +13,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from .common import ConfigError, TableError, file_stamp, read_table
-from .formats import _key, _rows, patient_of, read_corners, read_report_vectors, read_reports
+from .common import ConfigError, TableError, cores, file_stamp, read_list, same_name
+from .formats import patient_of, read_corners, read_patients, read_report_vectors, read_reports, report_rows
 from .tiles import TileGrid, TilePixels, grid_path, read_slides
 
 log = logging.getLogger(__name__)
@@ -69,12 +68,12 @@ class Cohort:
             TableError: no slide in WORK has tiles.
         """
         rows = read_slides(work)
-        known = _patients(patients) if patients else {}
+        known = read_patients(patients) if patients else {}
         members = []
         for row in rows:
             if row["status"] == "ok":
                 slide = row["slide_id"]
-                members.append(SlideRecord(slide, known.get(_key(slide)) or patient_of(slide), int(row["tiles"]), Path(row["path"])))
+                members.append(SlideRecord(slide, known.get(same_name(slide)) or patient_of(slide), int(row["tiles"]), Path(row["path"])))
         if not members:
             raise TableError(f"{work}: none of its {len(rows)} slides has tiles; see status and error in slides.csv")
         without = len(rows) - len(members)
@@ -90,8 +89,8 @@ class Cohort:
         Raises:
             TableError: no file holds a tile.
         """
-        known = _patients(patients) if patients else {}
-        members = [SlideRecord(s, known.get(_key(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
+        known = read_patients(patients) if patients else {}
+        members = [SlideRecord(s, known.get(same_name(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
         if not members:
             raise TableError(f"none of the {len(files)} files of features holds a tile")
         without = len(files) - len(members)
@@ -116,11 +115,11 @@ class Cohort:
         else:
             raise ConfigError("pretraining needs reports: --reports TABLE or --report-embeddings FILE")
         source = vectors or reports
-        by_slide = _index([(_key(s), i) for i, (s, _, _) in enumerate(rows) if s], rows, source)
-        by_patient = _index([(p, i) for i, (s, p, _) in enumerate(rows) if p and s in ("", p)], rows, source)
+        by_slide = _index([(same_name(s), i) for i, (s, _, _) in enumerate(rows) if s], rows, source)
+        by_patient = _index([(same_name(p), i) for i, (s, p, _) in enumerate(rows) if p and s in ("", p)], rows, source)
         members, texts, numbers, used, bare = [], [], {}, set(), []
         for m in self.members:
-            row = by_slide.get(_key(m.slide_id), by_patient.get(m.patient_id))
+            row = by_slide.get(same_name(m.slide_id), by_patient.get(same_name(m.patient_id)))
             if row is None:
                 bare.append(m.slide_id)
                 continue
@@ -169,19 +168,24 @@ class Cohort:
         if rule is None:
             return self, self.subset([])
         if Path(rule).is_file():
-            named = {line.strip() for line in Path(rule).read_text(encoding="utf-8").splitlines() if line.strip()}
+            named = set(read_list(Path(rule)))
         elif "=" in rule and table is not None:
             column, value = rule.split("=", 1)
-            named = {row.get(key, "") for row in _rows(table, column) if row[column] == value for key in ("slide_id", "patient_id")} - {""}
+            rows = [row for row in report_rows(table, column) if row[column] == value]
+            named = {same_name(row.get(key, "")) for row in rows for key in ("slide_id", "patient_id")} - {""}
         else:
             raise ConfigError(f"{rule!r} is neither a file of ids nor column=value")
-        keys = {_key(n) for n in named}
-        out = {m.patient_id for m in self.members if _key(m.slide_id) in keys or m.patient_id in named}
+        names = [{same_name(m.slide_id), same_name(m.patient_id)} for m in self.members]
+        known, wanted = set().union(*names), named | {patient_of(name) for name in named}  # a slide's barcode names its patient
+        out = {m.patient_id for m, own in zip(self.members, names) if own & wanted}
+        lost = sorted(name for name in named if not {name, patient_of(name)} & known)
         if not out:
             raise TableError(f"{rule!r} names none of the {len(self)} slides, which are like {self.members[0].slide_id}")
         kept = self.subset([m for m in self.members if m.patient_id not in out])
         gone = self.subset([m for m in self.members if m.patient_id in out])
         notes = (*self.notes, f"{rule}: {len(gone)} slides of {len(out)} patients kept out, {len(kept)} slides stay")
+        if lost and Path(rule).is_file():
+            notes += (f"{rule}: {len(lost)} of {len(named)} names match no slide and no patient:{_like(lost)}",)
         return replace(kept, notes=notes), gone
 
     def subset(self, members: Sequence[SlideRecord]) -> "Cohort":
@@ -190,10 +194,6 @@ class Cohort:
         place = {-1: -1} | {old: new for new, old in enumerate(numbers)}
         chosen = tuple(replace(m, report=place[m.report]) for m in members)
         return replace(self, members=chosen, reports=tuple(self.reports[i] for i in numbers))
-
-
-def _patients(table: Path) -> dict[str, str]:
-    return {_key(row["slide_id"]): row["patient_id"] for row in read_table(table, ["slide_id", "patient_id"])}
 
 
 def _like(names: Sequence[str]) -> str:
@@ -271,8 +271,8 @@ class TileReader:
     """
 
     def __init__(self, cohort: Cohort, *, workers: int = 0, cache_bytes: int = 0):
-        self.cohort, self.workers = cohort, workers or os.cpu_count() or 1
-        self._open = lru_cache(maxsize=128)(self._open_tiles)
+        self.cohort, self.workers = cohort, workers or cores()
+        self._open, self._used = lru_cache(maxsize=128)(self._open_tiles), set()
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
         fits = sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
@@ -282,7 +282,14 @@ class TileReader:
         return TilePixels(self.cohort.work, self.cohort.members[member].source, self.grid(member))
 
     def _read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        return self._open(member).read(index)
+        pixels = self._open(member)
+        self._used.add(member)
+        return pixels.read(index)
+
+    def release(self, member: int) -> None:
+        """Let go of the decoded pieces that reading on in a slide would use."""
+        if member in self._used:
+            self._open(member).slide.release()
 
     def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the member's tiles `index`."""

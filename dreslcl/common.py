@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,6 +184,17 @@ def slide_id(path: Path, root: Path) -> str:
     return "__".join(relative.with_suffix("").parts)
 
 
+_SUFFIXES = re.compile(r"(\.(svs|tiff?|ndpi|scn|bif|qptiff|png|jpe?g|mrxs|dcm|h5|pt))+$", re.IGNORECASE)
+
+
+def same_name(text: str) -> str:
+    """What to compare names of slides by: the name without suffix (in any case) and blanks around it, in one Unicode form, "/" as "__".
+
+    So `A/é.SVS` of a table, written with a composed or a decomposed é, finds the slide `A__é`.
+    """
+    return re.sub(r"[/\\]+", "__", _SUFFIXES.sub("", unicodedata.normalize("NFC", text).strip()))
+
+
 def check_id(value: str, where: str) -> str:
     """Return an id that can safely name a file.
 
@@ -195,7 +208,6 @@ def check_id(value: str, where: str) -> str:
 
 MISSING = frozenset(("", "na", "n/a", "nan", "none", "null", "#n/a", "--", "?", "unknown", "not reported", "not available", "missing"))
 """What tables write where they have no value, in lower case and without what `is_missing` strips."""
-_SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|mrxs|vsi|czi|dcm|jp2|png|jpe?g|h5|hdf5|pt)$", re.IGNORECASE)
 
 
 def is_missing(value: str) -> bool:
@@ -206,11 +218,6 @@ def is_missing(value: str) -> bool:
 def missing_words(values: Iterable[str]) -> str:
     """The words among these that stand for no value, counted, the most frequent first: "12 '', 3 'NA'"; "" where none does."""
     return ", ".join(f"{count} {word!r}" for word, count in Counter(filter(is_missing, values)).most_common())
-
-
-def same_name(name: str) -> str:
-    """The form in which names are compared: two that differ only in Unicode form (NFC, NFD) or in the suffix of a file are the same."""
-    return _SUFFIX.sub("", unicodedata.normalize("NFC", name.strip()))
 
 
 def hashed(name: str, salt: str) -> str:
@@ -236,38 +243,87 @@ def read_text(path: Path) -> str:
     """
     try:
         data = Path(path).read_bytes()
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     except OSError as error:
         raise TableError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise TableError(f"{path}: not UTF-8 text (byte {error.start}); save it as CSV, UTF-8") from error
     if "\x00" in text:
         raise TableError(f"{path}: holds NUL characters, so it is no text; save it as CSV, UTF-8")
-    return text
+    return text.replace("\ufeff", "")  # marks stand in the middle too, where files were joined
 
 
-def read_table(path: Path, required: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Rows of a CSV or TSV file as dictionaries of strings ("007" stays "007").
+class Row(dict[str, str]):
+    """A row of a table: column -> text, "" where its cell is empty; `where` is its place in the file."""
+
+    def __init__(self, cells: Any, where: str = ""):
+        super().__init__(cells)
+        self.where = where
+
+
+def read_table(path: Path, required: Sequence[str] = ()) -> list[Row]:
+    """Rows of a CSV or TSV file, cells as texts ("007" stays "007"). Columns are parted by tab, comma, semicolon or bar.
 
     Raises:
-        TableError: as `read_text`; no header, a column twice, or a required one absent (those there are listed).
+        TableError: as `read_text`; no header, a column twice, or a required one absent (those there are listed); a quote that does not
+            close, or a row of more cells than there are columns.
     """
-    path = Path(path)
-    lines = read_text(path).splitlines(keepends=True)
-    if not lines:
-        raise TableError(f"{path}: empty; a header line is needed")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in lines[0] else ";" if ";" in lines[0] and "," not in lines[0] else ","
-    reader = csv.DictReader(lines, delimiter=delimiter)
+    path, rows, line, text = Path(path), [], 1, read_text(path)
+    first, end, _ = re.split("(\r\n|\r|\n)", text.lstrip("\r\n") + "\n", maxsplit=1)
+    delimiter = next((d for d in "\t,;|" if d in first), "\t" if path.suffix.lower() == ".tsv" else ",")
+    if end != "\r":  # then a lone return is part of a text, which not every program quotes; a NUL keeps its place
+        text = re.sub("\r(?!\n)", "\0", text)
+    lines = io.StringIO(text, newline="")  # cut at line ends only, not at form feeds and the like
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
-        rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None and not isinstance(v, list)} for row in reader]
+        for cells in reader:
+            if cells:
+                rows.append((line, [cell.replace("\0", "\r").strip() for cell in cells]))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise TableError(f"{path}: line {reader.line_num}: {error}") from error
-    columns = [c.strip() for c in reader.fieldnames or []]
+        why = "a quote opens that never closes" if "end of data" in str(error) else f"{error}; quotes in a quoted text are doubled"
+        raise TableError(f"{path}: line {line}: {why}") from error
+    if not rows:
+        raise TableError(f"{path}: empty; a header line is needed")
+    columns = rows.pop(0)[1]
     if twice := [c for c, times in Counter(columns).items() if c and times > 1]:
         raise TableError(f"{path}: column {twice[0]!r} comes twice; keep one")
     if missing := [c for c in required if c not in columns]:
         raise TableError(f"{path}: no column {', '.join(map(repr, missing))}; there are {', '.join(columns)}")
-    return rows
+    for line, cells in rows:
+        if any(cells[len(columns) :]):
+            raise TableError(f"{path}: line {line}: {len(cells)} cells for {len(columns)} columns; quote texts that hold {delimiter!r}")
+    return [Row(zip(columns, cells + [""] * len(columns)), f"line {line}") for line, cells in rows]
+
+
+def read_list(path: Path) -> list[str]:
+    """Names (`same_name`) of slides or patients: one on each line, or those of a table with slide_id or patient_id.
+
+    Raises:
+        TableError: as `read_table`.
+    """
+    names = re.split("[\r\n]+", read_text(path).strip())
+    keys = {"slide_id", "patient_id"}.intersection(re.split(r"[\t,;|\s\"]+", names[0]))
+    if keys:
+        names = [row[key] for row in read_table(path, sorted(keys)) for key in sorted(keys)]
+    return list(dict.fromkeys(same_name(name.strip(' "')) for name in names if not is_missing(name)))
+
+
+def one_value(path: Path, rows: Iterable[Row], key: str, column: str) -> dict[str, str]:
+    """Name (`same_name`) in the column `key` -> value in `column`, of rows that have both.
+
+    Raises:
+        TableError: a name has two values; both rows are named.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        name, value = same_name(row.get(key, "")), row.get(column, "")
+        if not is_missing(name) and not is_missing(value):
+            first = found.setdefault(name, row)
+            if first[column] != value:
+                both = " and ".join(f"{reprlib.repr(r[column])} ({r.where})" for r in (first, row))
+                raise TableError(f"{path}: {key} {name!r} has more than one {column}: {both}; keep one")
+    return {name: row[column] for name, row in found.items()}
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -281,9 +337,31 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
         csv.writer(file).writerows([columns, *([inert(cell) for cell in row] for row in rows)])
 
 
+def cores() -> int:
+    """Processor cores for this process: torchrun's processes on one machine share them."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun.
+
+    Raises:
+        ConfigError: RANK, WORLD_SIZE and MASTER_ADDR do not go together.
+    """
+    rank, world, address = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if not rank or not world:
+        _tell_of_half_set_ranks(rank, world)
+        return 0, 1
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)) or (int(world) > 1 and not address):
+        said = f"RANK={rank} WORLD_SIZE={world} MASTER_ADDR={address}"
+        raise ConfigError(f"{said}: torchrun sets all three, RANK from 0 to WORLD_SIZE - 1; unset them, or start with torchrun")
+    return int(rank), int(world)
+
+
+@cache
+def _tell_of_half_set_ranks(rank: str, world: str) -> None:
+    if rank or world:
+        log.warning("RANK=%s WORLD_SIZE=%s: torchrun sets both, so this is taken for one process that does all the work", rank, world)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from operator import itemgetter
@@ -62,43 +62,53 @@ def encode_slides(
     if cohort.work is None:
         for m in track(members, title, "slides"):
             yield m, (read_features(cohort.members[i].source)[chosen(i)] for i in [m])
-        return
-    if not len(members):
-        return
-    assert encoder is not None, "pixels need a tile encoder"
-    device, reader = encoder.mean.device, reader or TileReader(cohort, workers=settings.workers)
-    jobs = [
-        (m, part) for m in members for part in np.split(chosen(m), range(CHUNK, cohort.members[m].tiles if tiles is None else tiles, CHUNK))
-    ]
-    bad: dict[int, Exception] = {}
+    elif len(members):
+        assert encoder is not None, "pixels need a tile encoder"
+        reader = reader or TileReader(cohort, workers=settings.workers)
+        jobs = ((m, part) for m in members for part in np.split(chosen(m), range(CHUNK, len(chosen(m)), CHUNK)))  # one after another
+        bad: dict[int, Exception] = {}
+        found = _encode_ahead(encoder, reader, jobs, settings, bad)
+        total = sum(min(cohort.members[m].tiles, tiles or cohort.members[m].tiles) for m in members)
+        with counting(title, total, "tiles") as count:
+            for member, group in groupby(found, key=itemgetter(0)):
+                yield member, _checked(group, bad, count)
+                reader.release(member)
 
-    def read(job: tuple[int, np.ndarray]) -> np.ndarray | None:
+
+def _encode_ahead(
+    encoder: Encoder, reader: TileReader, jobs: Iterable[tuple[int, np.ndarray]], settings: TrainConfig, bad: dict[int, Exception]
+) -> Iterator[tuple[int, np.ndarray | int]]:
+    """(slide, features of some of its tiles), or the number of tiles of a slide that is in `bad`; pixels are read and copied ahead."""
+    device = encoder.mean.device
+
+    def read(job: tuple[int, np.ndarray]) -> tuple[int, torch.Tensor | int]:
+        member, index = job
         try:
-            return None if job[0] in bad else reader.read(*job)
+            if member not in bad:
+                pixels = torch.from_numpy(reader.read(member, index))
+                return member, pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels
         except (DreslclError, OSError, MemoryError) as error:
-            bad[job[0]] = error
-            return None
+            bad[member] = error
+        return member, len(index)
 
-    def parts() -> Iterator[tuple[int, np.ndarray | None]]:
-        with counting(title, sum(len(index) for _, index in jobs), "tiles") as count:
-            for (member, index), pixels in zip(jobs, prefetch(read, jobs, reader.workers, ahead=2 * reader.workers)):
-                count(len(index))
-                if pixels is None:
-                    yield member, None
-                    continue
-                with inference(encoder), autocast(device, settings.precision):
-                    batches = [pixels[i : i + settings.tile_batch] for i in range(0, len(pixels), settings.tile_batch)]
-                    done = [encoder.encode_tiles(torch.from_numpy(batch).to(device)) for batch in batches]
-                yield member, torch.cat(done).cpu().numpy()
+    for member, pixels in prefetch(read, jobs, reader.workers, ahead=2 * reader.workers):
+        if isinstance(pixels, int):
+            yield member, pixels
+            continue
+        with inference(encoder), autocast(device, settings.precision):
+            features = torch.cat([encoder.encode_tiles(batch) for batch in pixels.split(settings.tile_batch)])
+        yield member, features.cpu().numpy()
 
-    def checked(member: int, group: Iterable[tuple[int, np.ndarray | None]]) -> Iterator[np.ndarray]:
-        for _, features in group:
-            if features is None:
-                raise bad[member]
-            yield features
 
-    for member, group in groupby(parts(), key=itemgetter(0)):
-        yield member, checked(member, group)
+def _checked(
+    group: Iterable[tuple[int, np.ndarray | int]], bad: dict[int, Exception], count: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """The parts of one slide; raises what was wrong with it."""
+    for member, features in group:
+        count(features if isinstance(features, int) else len(features))
+        if member in bad:
+            raise bad[member]
+        yield features
 
 
 def embed(
@@ -119,7 +129,6 @@ def embed(
     out and named, with the reason, in the result's `failed`. Under torchrun the ranks share the slides.
 
     Args:
-        cohort: tiled slides, or files of tile features.
         out: gets embeddings.h5 and slide_features/<slide_id>.h5 (TRIDENT's slide-feature layout).
         model: folder of a trained model; without one, a slide's vector is the mean of its tile features.
         encoder: which encoder makes those tile features, where there is no model.
@@ -127,7 +136,6 @@ def embed(
         by: slide, or patient: the normalised mean of a patient's slide vectors.
         layout: whose files to write besides, see formats.py.
         tile_features: write each slide's tile features too, in that layout; holds those of one slide in memory.
-        force: embed slides again that are done.
 
     Raises:
         ConfigError: tile features asked for where there are no pixels, or of a tool that reads none.
@@ -139,10 +147,8 @@ def embed(
     towers = trained.encoder if trained else Encoder.create(encoder).to(device) if encoder and cohort.work else None
     if trained:
         check_tiles(trained, cohort)
-    if layout == "clam" and not tile_features:
-        raise ConfigError("CLAM reads tile features, not slide vectors: add --tile-features")
-    if tile_features and cohort.work is None:
-        raise ConfigError("--tile-features needs the folder that `dreslcl tile` wrote: the features are already in files")
+    if (layout == "clam") > tile_features or tile_features > (cohort.work is not None):
+        raise ConfigError("--layout clam needs --tile-features, and these the folder that `dreslcl tile` wrote")
     name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
     with ranks(device) as group, hold(out) if group.first else nullcontext():
         todo, marks, failed = _plan(cohort, out, name, layout if tile_features else None, force)

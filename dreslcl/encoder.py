@@ -186,14 +186,13 @@ class Encoder(nn.Module):
         for p in self.text_parameters():
             p.requires_grad_(text)
         visual = self.clip.visual
-        tail = {n: p for n, p in visual.named_parameters() if _AFTER_BLOCKS.match(n)}
-        chosen = {"all": list(visual.parameters()), "none": []}.get(tune, list(tail.values()))
+        chosen = list(visual.parameters()) if tune == "all" else []
         if tune.startswith("last:"):
-            towers = [m for n, m in visual.named_modules() if _BLOCKS.match(n)]
-            if not towers:
+            last, towers = int(tune[5:]), [m for n, m in visual.named_modules() if _BLOCKS.match(n)]
+            if last and not towers:
                 raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use --tune all or none")
-            last = int(tune[5:])
-            chosen += [p for block in list(towers[0].children())[-last:] * (last > 0) for p in block.parameters()]
+            chosen = [p for n, p in visual.named_parameters() if _AFTER_BLOCKS.match(n)]
+            chosen += [p for block in list(towers[0].children())[-last:] for p in block.parameters()] if last else []
         for p in chosen:
             p.requires_grad_(True)
 

@@ -2,10 +2,12 @@
 
 import io
 import json
+import logging
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +18,22 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from . import __version__
-from .common import ConfigError, StoreError, TableError, check_id, hdf5_file, read_table, reason, write_bytes, write_table
+from .common import (
+    ConfigError,
+    Row,
+    StoreError,
+    TableError,
+    check_id,
+    hdf5_file,
+    is_missing,
+    missing_words,
+    one_value,
+    read_table,
+    read_text,
+    reason,
+    write_bytes,
+    write_table,
+)  # fmt: skip
 from .tiles import TileGrid
 
 Layout = Literal["trident", "clam", "stamp", "patho-bench"]
@@ -40,7 +57,10 @@ LAYOUTS: dict[Layout, _Files] = {
     "stamp": _Files("stamp_tiles", None, "stamp_slides", "feats", np.float16, np.float32),
     "patho-bench": _Files(None, None, "patho_bench", "features", np.float32, np.int64),
 }
+log = logging.getLogger(__name__)
+
 VERSION = 1  # of embeddings.h5
+_CELLS = ("slide_id", "patient_id", "report")
 _PLACES = ("", "pt_files", "h5_files")  # a folder of features, and CLAM's two in it; of two files for one slide the last one counts
 
 
@@ -274,51 +294,68 @@ def write_vectors(out: Path, layout: Layout, embeddings: Embeddings) -> None:
         write_table(out / f"{files.vectors}.csv", ("PATIENT", "FILENAME"), [(p, f"{s}.h5") for s, p in zip(ids, patients)])
 
 
-_SUFFIX = re.compile(r"\.(svs|tiff?|ndpi|scn|bif|qptiff|png|jpe?g|h5|pt)$", re.IGNORECASE)
-
-
-def _key(slide_id: str) -> str:
-    return _SUFFIX.sub("", slide_id)
-
-
 def patient_of(slide_id: str) -> str:
-    """The patient in a TCGA barcode (its first 12 characters), else the slide id itself."""
-    return slide_id[:12] if re.match(r"TCGA-\w{2}-\w{4}", slide_id) else slide_id
+    """The patient in a TCGA barcode (its first 12 characters), wherever in the id that stands; else the slide id itself."""
+    found = re.findall(r"(?<![A-Za-z0-9])TCGA-\w{2}-[A-Z0-9]{4}(?![A-Za-z0-9])", slide_id)
+    return found[-1] if found else slide_id
 
 
-def _rows(path: Path, *required: str) -> list[dict[str, str]]:
+def read_patients(path: Path) -> dict[str, str]:
+    """Slide (`same_name`) -> patient, without the slides whose patient is missing.
+
+    Raises:
+        TableError: no columns slide_id and patient_id, or a slide with two patients.
+    """
+    rows = _known(path, read_table(path, ["slide_id", "patient_id"]))
+    return one_value(path, rows, "slide_id", "patient_id")
+
+
+def report_rows(path: Path, *required: str) -> list[Row]:
     """Rows of a table of reports or labels with slide_id and/or patient_id, from any of the layouts of `read_reports`."""
     path = Path(path)
     if path.suffix.lower() != ".json":
         rows = read_table(path, required)
-        if rows and "patient_filename" in rows[0]:
-            rows = [row | {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")} for row in rows]
+        for row in rows:
+            if "patient_filename" in row:
+                row |= {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")}
         return rows
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-        return [{"slide_id": str(r["id"]), "split": part, "report": str(r["report"])} for part, records in parts.items() for r in records]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        parts = json.loads(read_text(path))
+        found = [(part, str(record["id"]), str(record["report"])) for part, records in parts.items() for record in records]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TableError(f"{path}: not HistGen's layout {{split: [{{id, report}}]}} ({error!r})") from error
+    return [Row({"slide_id": slide, "split": part, "report": text}, f"record {n}") for n, (part, slide, text) in enumerate(found, 1)]
 
 
-def read_reports(path: Path) -> list[dict[str, str]]:
-    """Rows slide_id, patient_id ("" where the table has none) and report; those without an id or a text are left out.
+def read_reports(path: Path) -> list[Row]:
+    """Rows slide_id, patient_id ("" where missing) and report; those without an id or a text are left out, and counted in the log.
 
     Reads our table (slide_id and/or patient_id, report), TCGA_Reports.csv (patient_filename, text) and HistGen's JSON
     ({split: [{id, report}]}; the split counts as a column).
 
     Raises:
-        TableError: none of the three, or no report in it.
+        TableError: none of the three, no report in it, or a slide with two patients or two reports.
     """
-    rows = _rows(path)
+    rows = report_rows(path)
     columns = set(rows[0]) if rows else set()
     if not ("report" in columns and columns & {"slide_id", "patient_id"}):
         raise TableError(f"{path}: needs columns report and slide_id or patient_id; there are {', '.join(sorted(columns)) or 'none'}")
-    found = [{key: row.get(key, "") for key in ("slide_id", "patient_id", "report")} for row in rows if row["report"].strip()]
-    found = [row for row in found if row["slide_id"] or row["patient_id"]]
+    found = [row for row in _known(path, rows) if row["report"] and (row["slide_id"] or row["patient_id"])]
     if not found:
         raise TableError(f"{path}: none of its {len(rows)} rows has a report and an id")
+    one_value(path, found, "slide_id", "patient_id")
+    one_value(path, found, "slide_id", "report")
+    one_value(path, [row for row in found if row["slide_id"] in ("", row["patient_id"])], "patient_id", "report")
     return found
+
+
+def _known(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """The cells slide_id, patient_id and report, "" where they are missing, in one Unicode form. What is missing is logged."""
+    for key in _CELLS:
+        if words := missing_words(row[key] for row in rows if key in row):
+            log.info("%s: %d rows; taken as a missing %s: %s", path, len(rows), key, words)
+    texts = [({key: row.get(key, "") for key in _CELLS}, row.where) for row in rows]
+    return [Row({k: "" if is_missing(x) else unicodedata.normalize("NFC", x) for k, x in cells.items()}, at) for cells, at in texts]
 
 
 def read_report_vectors(path: Path) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ OPACITY = 140  # of a map over its thumbnail, 0-255
 
 def contributions(
     aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
-) -> tuple[Int64[np.ndarray, "M"], Float32[np.ndarray, "M"]]:
+) -> tuple[Int64[np.ndarray, "M"], Float[np.ndarray, "M"]]:
     """The codeword of each tile of a slide, and each tile's first-order contribution to the score s = direction · z of the slide.
 
     Tile i weighs w_i in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂w_i at w = 1: tokens, shares and mean path are
@@ -93,10 +93,10 @@ def draw_heatmaps(
     """
     if cohort.work is None:
         raise ConfigError("heatmaps need the folder that `dreslcl tile` wrote: maps are drawn over the scans")
-    if text and labels:
-        raise ConfigError("give --text or --labels: a map shows one score")
     trained = load_model(embedded)
     check_tiles(trained, cohort)
+    if text and labels:
+        raise ConfigError("give --text or --labels: a map shows one score")
     targets = class_targets(embedded, labels, column) if labels else {}
     if text:
         targets = dict.fromkeys(embedded.ids, Target(f"Contribution to the similarity with “{text}”", trained.embed_text(text)))
@@ -105,11 +105,8 @@ def draw_heatmaps(
         raise ConfigError(f"none of the {len(cohort)} tiled slides is in the embeddings, which are like {embedded.ids[0]!r}")
     failed: dict[str, str] = {}
     with hold(out):
-        marks = {}
-        for i in chosen:
-            target = targets.get(cohort.members[i].slide_id)
-            score = target and [target.title, *(f"{x:.4g}" for x in target.direction)]
-            marks[i] = fingerprint(embedded.model, cohort.mark(i), score)
+        scores = {slide: [target.title, *(f"{x:.4g}" for x in target.direction)] for slide, target in targets.items()}
+        marks = {i: fingerprint(embedded.model, cohort.mark(i), scores.get(cohort.members[i].slide_id)) for i in chosen}
         todo = [i for i in chosen if force or _drawn(out, cohort.members[i].slide_id) != marks[i]]
         for i, parts in encode_slides(trained.encoder, cohort, todo, settings, "heatmaps"):
             slide = cohort.members[i].slide_id

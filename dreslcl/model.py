@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .common import ConfigError, ModelError, SlideError, fingerprint, write_bytes, write_json
+from .common import ConfigError, ModelError, SlideError, fingerprint, write_bytes, write_json, write_text
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder, inference
 from .slide import Slide
@@ -35,6 +35,14 @@ log = logging.getLogger(__name__)
 VERSION = 2
 HEADS = 4  # attention heads of the Transformer
 FLAT = 1e-3  # mean residual below which a codeword's sum fades to zero, so that tiles on their codeword leave no noise at unit length
+CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
+
+- Reads: {tiles}. Gives: one vector of width {E} per slide, unit norm.
+- Pretrained on: {saw}. Reports were read as: {text}. No report is in this folder; slides and patients are kept as salted hashes.
+- Started from: {weights}, whose licence binds this model too. Aggregator: `{settings}`
+- Research use only: no medical device.
+- Load: `model = dreslcl.load("this folder")`, then `model.embed_slide("scan.svs")`, `model.embed_text("squamous cell carcinoma")`.
+"""
 
 
 # residual sums
@@ -82,16 +90,16 @@ class Bag:
     """(n,) beside them."""
 
     def __add__(self, other: "Bag") -> "Bag":
-        both = [tuple(torch.cat(pair) for pair in zip(a, b)) for a, b in ((self.rows, other.rows), (self.weights, other.weights))]
-        return Bag(self.sums + other.sums, self.counts + other.counts, *both)
+        rows, weights = (tuple(map(torch.cat, zip(*pair))) for pair in ((self.rows, other.rows), (self.weights, other.weights)))
+        return Bag(self.sums + other.sums, self.counts + other.counts, rows, weights)
 
     def or_else(self, other: "Bag") -> "Bag":
         """The same, with `other`'s tiles for a slide that has none here."""
         empty = self.counts.sum(1) == 0
         sums = torch.where(empty[:, None, None], other.sums, self.sums)
         counts = torch.where(empty[:, None], other.counts, self.counts)
-        both = [tuple(a if len(a) else b for a, b in zip(*pair)) for pair in ((self.rows, other.rows), (self.weights, other.weights))]
-        return Bag(sums, counts, *both)
+        pairs = ((self.rows, other.rows), (self.weights, other.weights))
+        return Bag(sums, counts, *(tuple(a if len(a) else b for a, b in zip(*pair)) for pair in pairs))
 
     def times(self, factor: Float[Tensor, "B"]) -> "Bag":
         """The same with each slide's tiles weighing `factor` times as much."""
@@ -112,9 +120,6 @@ class Aggregator(nn.Module):
     """
 
     needs_rows = False
-    codewords: Tensor
-    centre: Tensor
-    spread: Tensor
 
     def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
         super().__init__()
@@ -252,8 +257,6 @@ class DRESLCL(nn.Module):
         about: what else the model's folder tells: tile size and resolution, slides seen in pretraining.
     """
 
-    text_centre: Tensor
-
     def __init__(
         self,
         encoder: Encoder | None,
@@ -287,10 +290,7 @@ class DRESLCL(nn.Module):
             return F.normalize(vectors, dim=-1)
         return F.normalize(self.text_head(vectors - self.text_centre), dim=-1)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.text_centre.device
+    device = property(lambda self: self.text_centre.device, doc="Where the weights are.")
 
     # use after training
 
@@ -300,9 +300,8 @@ class DRESLCL(nn.Module):
         Raises:
             ModelError: the model has no tile encoder (it was trained on features).
         """
-        encoder = self._tile_encoder()
         with inference(self):
-            return encoder.encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
+            return self._tile_encoder().encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
 
     def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
         """The slide vector of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
@@ -375,8 +374,20 @@ class DRESLCL(nn.Module):
             self.encoder.save(folder / "open_clip")
         self.text.save(folder)
         write_bytes(folder / "weights.safetensors", save(self._own_state()))
+        write_text(folder / "README.md", self.card())
         header = {"version": VERSION, "model": asdict(self.config), "dim": self.dim, "about": self.about}
         write_json(folder / "config.json", header | {"encoder": self.encoder is not None})
+
+    def card(self) -> str:
+        """The model card: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
+        about, tiles = self.about, "tile features made elsewhere"
+        if self.encoder is not None and "size" in about:
+            tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {self.encoder.name}"
+        saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
+        weights = f"the weights of {self.encoder.name}" if self.encoder is not None and self.encoder.pretrained else "random weights"
+        return CARD.format(
+            tiles=tiles, saw=saw, text=self.text.kind, weights=weights, settings=json.dumps(asdict(self.config)), E=self.joint_dim
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "DRESLCL":

@@ -76,7 +76,7 @@ class Segments:
     counts: Integer[np.ndarray, "S"]
     decode: Decoder
     planes: int = 1
-    """3 where red, green and blue lie in separate segments."""
+    """3 or 4 where red, green, blue (and alpha) lie in separate segments."""
 
     def __post_init__(self) -> None:
         (w, h), found = self.edge, {len(self.offsets), len(self.counts)}
@@ -116,6 +116,8 @@ class Segments:
             pixels = self.decode(stored[0], index, buffer)
             if self.planes > 1:
                 pixels = np.concatenate([pixels, *(self.decode(data, index, buffer) for data in stored[1:])], axis=2)
+            if pixels.shape[2] == 4:  # what is wholly transparent was never scanned
+                pixels = np.where(pixels[..., 3:] == 0, np.uint8(255), pixels[..., :3])
             (h, w, colours), columns = pixels.shape, self.grid[0]
             for got, edge, size, at in zip((w, h), self.edge, self.size, (index % columns, index // columns)):
                 if got not in (edge, size - at * edge) or colours != 3:  # whole, or cut at the border of the level
@@ -132,12 +134,11 @@ class Segments:
         cache: DecodeCache,
         pool: Executor | None = None,
     ) -> None:
-        """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); white outside the level.
+        """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); what lies outside the level stays as it is.
 
         `cache` holds segments of this level decoded by an earlier read, and holds those for the next one afterwards.
         """
         shape = np.array(windows.shape[2:0:-1])
-        windows[((corners < 0) | (corners + shape > self.size)).any(axis=1)] = 255
         segments, starts, copies = self._plan(corners, shape)
         keep = self._worth_keeping(segments, len(copies))
 
@@ -195,7 +196,8 @@ def from_page(page: Any, name: str) -> Segments:
         SlideError: not 8-bit colour, or a compression that is not read.
     """
     key, only = page.keyframe, "only 8-bit RGB scans can be tiled"
-    samples, planes = key.samplesperpixel, 3 if key.planarconfig == 2 else 1
+    samples, planes = key.samplesperpixel, key.samplesperpixel if key.planarconfig == 2 else 1
+    shown = 4 if samples == 4 and key.extrasamples in ((1,), (2,)) else 3  # with alpha, associated or not
     refused = {
         f"{samples} channel(s), {_brief(key.photometric)}, not RGB; {only} (convert it or take a brightfield scan)": (
             samples not in (3, 4) or key.photometric not in (RGB, YCBCR)
@@ -213,12 +215,13 @@ def from_page(page: Any, name: str) -> Segments:
     elif key.compression in LOSSLESS and key.photometric == RGB:
 
         def decode(data: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
-            return key.decode(data, index)[0][0, ..., :3]
+            return key.decode(data, index)[0][0, ..., : shown if planes == 1 else 1]
 
     else:
         how = f"photometric {int(key.photometric)}, planar {key.planarconfig}"
         raise SlideError(f"{name}: {_brief(key.compression)} compression ({how}) is not read; convert it")
-    wanted = 3 * (len(page.dataoffsets) // samples) if planes == 3 else None  # an alpha plane is left out
+    planes = min(planes, shown)
+    wanted = None if planes == 1 else planes * (len(page.dataoffsets) // samples)
     offsets, counts = (np.array(values, np.int64)[:wanted] for values in (page.dataoffsets, page.databytecounts))
     return Segments(name, (key.imagewidth, key.imagelength), edge, offsets, counts, decode, planes)
 
@@ -248,7 +251,7 @@ def from_image(data: bytes, name: str) -> Segments:
 
     def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
         is_jpeg = data[:2] == b"\xff\xd8"
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer) if is_jpeg else imagecodecs.png_decode(data)[..., :3]
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer) if is_jpeg else imagecodecs.png_decode(data)
 
     return Segments(name, (width, height), (width, height), np.array([0]), np.array([len(data)]), decode)
 

@@ -1,16 +1,20 @@
 """Slide: open a scan, know its resolution, read tiles of any µm/px fast.
 
+Several scanned regions of one file (SCN, OME-TIFF) lie side by side in one coordinate system, the largest at the left; its places
+are those of the region alone.
+
 tifffile parses the file once, in the opening thread; pixels are then read on our own descriptor (segments.py), so one slide serves many
 threads and forked processes. Only the pyramid is kept: label and macro images hold patient data and are never exposed.
 """
 
+import html
 import logging
 import math
 import re
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,12 @@ from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from
 Real = float | int
 log = logging.getLogger(__name__)
 
-PLAUSIBLE_MPP = 0.01, 40.0
-"""µm per pixel; what a file states outside of it (72 dpi is 353) is no microscope's resolution."""
-CHUNK_BYTES = 64 << 20
-"""Most bytes of level pixels held at once while tiles are resampled."""
-BLOCK = 2048
-"""Edge of the pieces that a thumbnail is read in, level pixels."""
+PLAUSIBLE_MPP = 0.01, 40.0  # µm per pixel; what a file states outside of it (72 dpi is 353) is not believed
+MICROSCOPE_MPP = 0.05, 20.0  # the same, outside of which it is warned of: no light microscope has it, so a unit is wrong
+SPREAD = 1.05  # a scan coarser than asked for by up to this is enlarged: scanners differ so much around one magnification
+CHUNK_BYTES = 64 << 20  # most bytes of level pixels held at once while tiles are resampled
+BLOCK = 2048  # edge of the pieces that a thumbnail is read in, level pixels
+REGION_STEP = 4096  # regions start at multiples of this, level-0 pixels, so at whole pixels of each level
 
 CONVERT = "convert it to a tiled pyramidal TIFF (for example: bfconvert, or vips tiffsave --tile --pyramid)"
 OVERVIEW = re.compile(r"^(label|macro|thumbnail|overview|probability)", re.IGNORECASE | re.MULTILINE)
@@ -57,13 +61,14 @@ class Slide:
     Reads may run in many threads at once. A pickled slide opens its file again; a forked one reads on.
     """
 
-    def __init__(self, path: Path, stored: list[Segments], vendor: str, mpp_xy: tuple[Real, ...], source: str):
-        self.path, self.vendor, self.mpp_source, self._stored = path, vendor, source, stored
-        self.levels = tuple(Level(i, s.size, _downsample(stored[0].size, s.size)) for i, s in enumerate(stored))
-        self.size = stored[0].size
-        self.mpp_xy = mpp_xy or None
-        self.mpp = sum(mpp_xy) / 2 if mpp_xy else None
-        self._caches: deque[tuple[int, DecodeCache]] = deque(maxlen=2)  # (level, what its last read left); a read takes one out
+    def __init__(self, path: Path, regions: list[list[Segments]], said: "Said"):
+        self.path, self.vendor, self.mpp_source = path, said.vendor, said.source
+        self.levels, self.regions, self._parts = _lay_out(regions)
+        self.size = self.levels[0].size
+        self.mpp_xy = said.mpp or None
+        self.mpp = sum(said.mpp) / 2 if said.mpp else None
+        self.warnings = tuple(said.warnings)  # what a user should know of the file, each in a few words
+        self._caches: deque[tuple[Segments, DecodeCache]] = deque(maxlen=2)  # (of what, what its last read left); a read takes one out
         self._file = path.open("rb", buffering=0)
 
     @classmethod
@@ -90,16 +95,20 @@ class Slide:
             raise SlideError(f"{path.name}: cannot be opened ({error.strerror})") from error
         known = path.suffix.lower() not in FOREIGN
         if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and known:
-            stored, vendor, mpp_xy, source = _open_tiff(path)
+            regions, said = _open_tiff(path)
         elif (head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n") and known:
-            stored, vendor, mpp_xy, source = [from_image(path.read_bytes(), path.name)], "image", (), "none"
+            regions, said = [[from_image(path.read_bytes(), path.name)]], Said("image")
         else:
             raise SlideError(f"{path.name}: {_what(path, head)}")
-        for level in stored:
+        for level in (level for stored in regions for level in stored):
             level.check_inside(file_bytes)
-        if mpp or (default_mpp and not mpp_xy):
-            mpp_xy, source = (mpp or default_mpp,) * 2, "given" if mpp else "default"
-        return cls(path, stored, vendor, mpp_xy, source)
+        if mpp or (default_mpp and not said.mpp):
+            said.mpp, said.source = (mpp or default_mpp,) * 2, "given" if mpp else "default"
+        elif said.mpp and not MICROSCOPE_MPP[0] <= min(said.mpp) <= max(said.mpp) <= MICROSCOPE_MPP[1]:
+            said.warnings += [f"no light microscope has {min(said.mpp):g} µm/px; give the right one with --overrides"]
+        if said.mpp and max(said.mpp) > 1.01 * min(said.mpp):
+            said.warnings += ["{:g} µm/px across and {:g} down; tiles take the mean".format(*said.mpp)]
+        return cls(path, regions, said)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).open, (self.path, *(self.mpp if self.mpp_source == source else None for source in ("given", "default")))
@@ -118,6 +127,10 @@ class Slide:
         self._file.close()
         self._caches.clear()
 
+    def release(self) -> None:
+        """Let go of decoded pieces that reading on from the last tiles would use."""
+        self._caches.clear()
+
     def extent(self, size: int, mpp: Real) -> int:
         """Edge of a tile of `size` pixels at `mpp`, in level-0 pixels.
 
@@ -127,14 +140,9 @@ class Slide:
         return round(size * step * level.downsample)
 
     def read_tiles(
-        self,
-        xy: Integer[np.ndarray, "N 2"],
-        size: int,
-        mpp: Real,
-        *,
-        threads: int = 1,
+        self, xy: Integer[np.ndarray, "N 2"], size: int, mpp: Real, *, threads: int = 1,
         out: UInt8[np.ndarray, "N size size 3"] | None = None,
-    ) -> UInt8[np.ndarray, "N size size 3"]:
+    ) -> UInt8[np.ndarray, "N size size 3"]:  # fmt: skip
         """Tiles of `size` pixels at `mpp`, in the order of their top-left corners `xy` (level-0 pixels).
 
         Each stored segment is decoded once over all tiles, so many tiles in one call, or calls in raster order, are faster than single
@@ -175,9 +183,18 @@ class Slide:
             out[top : top + block] = np.concatenate(row, axis=1)[: h - top, :w]
         return out
 
+    def check(self, most: int = 0) -> None:
+        """Decode `most` stored tiles of each level, drawn evenly over it (0: all). Raises SlideError for one that is damaged."""
+        for stored in (stored for parts in self._parts for _, stored in parts):
+            count, buffer = stored.grid[0] * stored.grid[1], DecodeCache().buffer(stored.edge)
+            for index in np.unique(np.linspace(0, count - 1, min(most or count, count)).round().astype(int)).tolist():
+                stored.load(self._file.fileno(), index, buffer)
+
     def _known_mpp(self) -> float:
-        if self.mpp is None:
-            raise SlideError(f"{self.path.name}: the file does not say its resolution; give it with --overrides or --default-mpp")
+        if self.mpp is None or max(self.mpp_xy) > SPREAD * min(self.mpp_xy):
+            unequal = self.mpp_xy and "says {:g} µm/px across and {:g} down; give one with --overrides".format(*self.mpp_xy)
+            unknown = "does not say its resolution; give it with --overrides or --default-mpp"
+            raise SlideError(f"{self.path.name}: the file {unequal or unknown}")
         return self.mpp
 
     def _choose(self, size: int, mpp: Real) -> tuple[Level, float]:
@@ -187,7 +204,7 @@ class Slide:
             step = scale / level.downsample
             if abs(step - 1) < min(0.02, 1 / size):
                 return level, 1.0
-            if step >= 1:
+            if step >= 1 or (level.index == 0 and step * SPREAD >= 1):
                 return level, step
         raise SlideError(f"{self.path.name}: asked for {mpp:g} µm/px but the scan has {self.mpp:g}; use --mpp {self.mpp:.4g} or larger")
 
@@ -199,7 +216,7 @@ class Slide:
         if edge == size:
             return self._fill(level.index, np.rint(corners).astype(np.int64), out, pool)
         low = np.floor(corners + 1e-6).astype(np.int64)
-        inset = np.maximum(corners - low, 0.0)
+        inset, kernel = np.maximum(corners - low, 0.0), Image.Resampling.BOX if edge > size else Image.Resampling.BILINEAR
         reach = math.ceil(edge + float(inset.max(initial=0.0)) - 1e-6)
         order = np.lexsort((low[:, 0], low[:, 1]))  # raster order lets one chunk leave segments for the next
         chunk = max(1, CHUNK_BYTES // (3 * reach * reach))
@@ -209,7 +226,7 @@ class Slide:
             tile, window = item
             x, y = inset[tile]
             area = (x, y, min(x + edge, reach), min(y + edge, reach))
-            out[tile] = Image.fromarray(window).resize((size, size), Image.Resampling.BOX, box=area)
+            out[tile] = Image.fromarray(window).resize((size, size), kernel, box=area)
 
         for start in range(0, len(order), chunk):
             tiles = order[start : start + chunk]
@@ -218,16 +235,41 @@ class Slide:
                 pass
 
     def _fill(self, level: int, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
-        """Copy stored pixels of a level, from `corners` (level pixels), with what an earlier read left."""
+        """Copy stored pixels of a level, from `corners` (level pixels), with what an earlier read left; white where nothing is stored."""
         if self._file.closed:
             raise SlideError(f"{self.path.name}: the slide is closed; open it again")
-        try:
-            held, cache = self._caches.pop()
-        except IndexError:  # none yet, or other threads have them
-            held, cache = level, DecodeCache()
-        cache = cache if held == level else DecodeCache()
-        self._stored[level].read(self._file.fileno(), corners, out, cache, pool)
-        self._caches.append((level, cache))
+        ends = corners + np.array(out.shape[2:0:-1])
+        whole = [((corners >= at) & (ends <= at + np.array(stored.size))).all(axis=1) for at, stored in self._parts[level]]
+        out[~np.any(whole, axis=0)] = 255
+        for at, stored in self._parts[level]:
+            rows = np.flatnonzero(((ends > at) & (corners < at + np.array(stored.size))).all(axis=1))
+            if not len(rows):
+                continue
+            windows = out if len(rows) == len(out) else out[rows]  # a copy
+            try:
+                held, cache = self._caches.popleft()
+            except IndexError:  # none yet, or other threads have them
+                held, cache = stored, DecodeCache()
+            cache = cache if held is stored else DecodeCache()
+            stored.read(self._file.fileno(), corners[rows] - at, windows, cache, pool)
+            self._caches.append((stored, cache))
+            if windows is not out:
+                out[rows] = windows
+
+
+def _lay_out(regions: list[list[Segments]]) -> tuple[tuple[Level, ...], list[tuple[int, ...]], list[list[tuple[np.ndarray, Segments]]]]:
+    """Levels that all regions have; (left, top, right, bottom) of each region, level-0 pixels; per level where each one's segments lie."""
+    full, boxes, levels, parts = [stored[0].size for stored in regions], [], [], []
+    for w, h in full:
+        left = -(-boxes[-1][2] // REGION_STEP) * REGION_STEP if boxes else 0
+        boxes.append((left, 0, left + w, h))
+    for stored in zip(*regions):
+        downsamples = [_downsample(size, s.size) for size, s in zip(full, stored)]
+        if max(downsamples) < 1.01 * min(downsamples):
+            parts.append([(np.array([round(box[0] / downsamples[0]), 0]), s) for box, s in zip(boxes, stored)])
+            w, h = np.max([at + s.size for at, s in parts[-1]], axis=0).tolist()
+            levels.append(Level(len(levels), (w, h), downsamples[0]))
+    return tuple(levels), boxes, parts
 
 
 def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
@@ -253,56 +295,86 @@ def _what(path: Path, head: bytes) -> str:
     return "a text file, not a scan; give the scan itself" if text else f"not a scan of a known format; {CONVERT}"
 
 
-def _open_tiff(path: Path) -> tuple[list[Segments], str, tuple[Real, ...], str]:
-    """Levels, vendor, µm/px (x, y; empty if unknown) and where that stands."""
+@dataclass
+class Said:
+    """What a file says of its scan."""
+
+    vendor: str
+    mpp: tuple[Real, ...] = ()  # µm/px (x, y); empty if unknown
+    source: str = "none"  # what states it
+    warnings: list[str] = field(default_factory=list)
+
+
+def _open_tiff(path: Path) -> tuple[list[list[Segments]], Said]:
+    """The levels of each region, and what the file says."""
     try:
         with TiffFile(path) as tif:
-            series = _pyramid(tif, path.name)
-            stored = []
-            for i, level in enumerate([series, *(s for s in series.levels if s is not series)]):
-                in_focus = (p for p in level.pages if p is not None and p.keyframe.tags.valueof(65424, 0) == 0)  # Hamamatsu: z offset
-                page = next(in_focus, level.pages[0])
-                if page.parent.filehandle.path != tif.filehandle.path:
-                    raise SlideError(f"{path.name}: part of a set of several files, which is not read; {CONVERT}")
-                stored.append(from_page(page, f"{path.name}: level {i}"))
-            vendor, source, read = next((v for kind, v in VENDORS.items() if getattr(tif, f"is_{kind}")), ("generic", "", None))
-            said = {source: read(tif, series) if read else [], "TIFF resolution": _tiff_resolution(series.keyframe)}
-            likely = {s: tuple(m) for s, m in said.items() if len(m) == 2 and PLAUSIBLE_MPP[0] <= min(m) <= max(m) <= PLAUSIBLE_MPP[1]}
-            source, mpp = next(iter(likely.items()), ("none", ()))
-            if series.keyframe.compression in JPEG2000:
+            found, left_out = _regions(tif, path.name)
+            said, planes = _said(tif, found[0]), len(found[0].pages)
+            said.warnings += [f"{len(found)} scanned regions, side by side"] if len(found) > 1 else []
+            said.warnings += [f"{planes} focal planes or channels; one is read"] if planes > 1 else []
+            said.warnings += [f"left out an image of {s.keyframe.imagewidth} x {s.keyframe.imagelength} px" for s in left_out]
+            regions = [_levels(tif, series, path.name, said.warnings) for series in found]
+            if found[0].keyframe.compression in JPEG2000:
                 log.info("%s: JPEG 2000 decodes 9-18 times slower than JPEG", path.name)
     except SlideError:
         raise
     except Exception as error:  # a broken header makes tifffile raise anything
         raise SlideError(f"{path.name}: not a readable TIFF ({type(error).__name__}: {str(error)[:120]}); {DAMAGED}") from error
-    return _consistent(stored, path.name), vendor, mpp, source
+    return regions, said
 
 
-def _pyramid(tif: TiffFile, name: str) -> Any:
-    """The series that holds the scan: by its place where the vendor fixes one, else the largest; never label, macro or overview."""
+def _regions(tif: TiffFile, name: str) -> tuple[list[Any], list[Any]]:
+    """The series of the scanned regions, the largest first, and large ones that are left out; never label, macro or overview.
+
+    By their place where the vendor fixes one; of SCN and OME all images of the largest one's kind and resolution; else the largest.
+    """
     if not tif.series:
         raise SlideError(f"{name}: a TIFF without images; {DAMAGED}")
     first = tif.series[0]
     if first.kind in ("svs", "bif", "qpi", "philips"):
-        scan = first if first.name == "Baseline" else None
+        images = [first] if first.name == "Baseline" else []
     elif first.kind == "ndpi":
-        scan = next((s for s in tif.series if s.keyframe.tags.valueof(65421, 0) > 0), None)  # magnification; macro -1, map -2
+        images = [s for s in tif.series if s.keyframe.tags.valueof(65421, 0) > 0][:1]  # magnification; macro -1, map -2
     else:
         images = [s for s in tif.series if not OVERVIEW.search(s.name) and not OVERVIEW.search(s.keyframe.description)]
-        scan = max(images, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength, default=None)
-    if scan is None:
+    if not images:
         raise SlideError(f"{name}: holds no scan, only label or overview images; {DAMAGED}")
-    return scan
+
+    def area(series: Any) -> int:
+        return series.keyframe.imagewidth * series.keyframe.imagelength
+
+    def alike(series: Any) -> bool:
+        (key, mpp), (own, own_mpp) = ((s.keyframe, _said(tif, s).mpp) for s in (series, largest))
+        same = (key.samplesperpixel, key.bitspersample, len(mpp)) == (own.samplesperpixel, own.bitspersample, len(own_mpp))
+        return first.kind in ("scn", "ome") and same and all(1 / SPREAD < a / b < SPREAD for a, b in zip(mpp, own_mpp))
+
+    largest, *others = sorted(images, key=area, reverse=True)
+    return [largest, *filter(alike, others)], [s for s in others if 16 * area(s) >= area(largest) and not alike(s)]
 
 
-def _consistent(stored: list[Segments], name: str) -> list[Segments]:
-    """Levels from fine to coarse; one of another shape than the scan is left out."""
-    (w, h) = stored[0].size
-    levels: list[Segments] = []
+def _said(tif: TiffFile, series: Any) -> Said:
+    vendor, source, read = next((v for kind, v in VENDORS.items() if getattr(tif, f"is_{kind}")), ("generic", "", None))
+    for said, mpp in ((source, read(tif, series) if read else []), ("TIFF resolution", _tiff_resolution(series.keyframe))):
+        if len(mpp) == 2 and all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in mpp):
+            return Said(vendor, tuple(mpp), said)
+    return Said(vendor)
+
+
+def _levels(tif: TiffFile, series: Any, name: str, warnings: list[str]) -> list[Segments]:
+    """Levels from fine to coarse; one of another shape than the scan is left out, with a warning."""
+    stored: list[Segments] = []
+    for i, level in enumerate([series, *(s for s in series.levels if s is not series)]):
+        in_focus = (p for p in level.pages if p is not None and p.keyframe.tags.valueof(65424, 0) == 0)  # Hamamatsu: z offset
+        page = next(in_focus, level.pages[0])
+        if page.parent.filehandle.path != tif.filehandle.path:
+            raise SlideError(f"{name}: part of a set of several files, which is not read; {CONVERT}")
+        stored.append(from_page(page, f"{name}: level {i}"))
+    (w, h), levels = stored[0].size, []
     for level in sorted(stored, key=lambda s: -s.size[0]):
         stretch = level.size[0] * h / (w * level.size[1])
         if level.size[0] > w or abs(stretch - 1) > 0.02 + 2 / min(level.size):
-            log.warning("%s: left out a level of %d x %d px: not the scan's shape", name, *level.size)
+            warnings.append(f"left out a level of {level.size[0]} x {level.size[1]} px: not the scan's shape")
         elif not levels or level.size[0] < levels[-1].size[0]:
             levels.append(level)
     return levels
@@ -310,32 +382,44 @@ def _consistent(stored: list[Segments], name: str) -> list[Segments]:
 
 # What files say of their resolution: lists [x, y] of µm/px, shorter where something is missing
 
+NUMBER = r"([0-9]*[.,]?[0-9]+(?:[eE][+-]?[0-9]+)?)"  # with a decimal point or comma
+UNITS = {  # a unit, however it is written -> µm
+    r"(â?[µμ]|î¼|\ufffd|u|\\u00b5|\\u03bc)m?|micro.*": 1.0, r"nm|nano.*": 1e-3, r"mm|milli.*": 1e3, r"cm|centi.*": 1e4,
+    r"m|met(er|re)s?": 1e6, r'in|inch(es)?|"': 25400.0,
+}  # fmt: skip
+
 
 def _number(pattern: str, text: str) -> list[float]:
     """The first match of `pattern`, in which {} stands for a number."""
-    match = re.search(pattern.format(r"\s*([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)"), text)
-    return [float(match[1])] if match else []
+    match = re.search(pattern.format(r"\s*" + NUMBER), text)
+    return [float(match[1].replace(",", "."))] if match else []
+
+
+def _unit(text: str) -> float:
+    """µm of a unit; nan for what is no length (pixel)."""
+    text = html.unescape(text).strip().lower()
+    return next((factor for pattern, factor in UNITS.items() if re.fullmatch(pattern, text)), math.nan)
 
 
 def _tiff_resolution(page: Any) -> list[float]:
-    unit = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof(296, 2)))
+    said = re.search(r"^unit=(.+)$", page.description, re.MULTILINE) if page.description.startswith("ImageJ=") else None
+    unit = _unit(said[1]) if said else {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof(296, 2)), math.nan)
     fractions = [page.tags.valueof(code) for code in (282, 283)]
-    return [unit * f[1] / f[0] for f in fractions] if unit and all(f and f[0] and f[1] for f in fractions) else []
+    return [unit * f[1] / f[0] for f in fractions] if all(f and f[0] and f[1] for f in fractions) else []
 
 
 def _philips(tif: TiffFile, _: Any) -> list[float]:
     spacings = re.findall(r'DICOM_PIXEL_SPACING"[^>]*>([^<]*)<', tif.pages.first.description)  # mm, row then column, one per level
-    pairs = [[float(v) * 1000 for v in re.findall(r"[0-9.]+(?:e-?[0-9]+)?", spacing)] for spacing in spacings]
+    pairs = [[float(v.replace(",", ".")) * 1000 for v in re.findall(NUMBER, spacing)] for spacing in spacings]
     return min((p for p in pairs if len(p) == 2 and min(p) > 0), default=[])[::-1]
 
 
 def _ome(tif: TiffFile, series: Any) -> list[float]:
     images = re.split("<Image[ >]", tif.pages.first.description)[1:]  # one per series
-    text, mpp = "".join(images[tif.series.index(series) :][:1]), []
-    factors = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
+    text, mpp = "".join(images[next(n for n, s in enumerate(tif.series) if s is series) :][:1]), []
     for axis in "XY":
-        unit = re.search(f'PhysicalSize{axis}Unit="([^"]*)"', text)
-        mpp += [value * factors.get(unit[1] if unit else "µm", 0.0) for value in _number(f'PhysicalSize{axis}="{{}}', text)]
+        unit = re.search(f"""PhysicalSize{axis}Unit=["'](.*?)["']""", text)
+        mpp += [value * _unit(unit[1] if unit else "µm") for value in _number(f"""PhysicalSize{axis}=["']{{}}""", text)]
     return mpp
 
 

@@ -1,14 +1,13 @@
 """How a report becomes vectors: by the encoder's text tower, by the words of the training reports, by a sentence encoder, or elsewhere.
 
-A report is cleaned of what character recognition leaves and cut into pieces; each piece has a vector. A training step draws some of a
-report's pieces; everywhere else (retrieval, `embed_text`, prompts) a text is the mean of all its pieces. Both belong to the model, so a
-text has one vector. `make_text` chooses; the figures behind its choice are in examples/RESULTS.md.
+A report is cut into pieces, and each piece has a vector. A training step draws some of a report's pieces; everywhere else (retrieval,
+`embed_text`, prompts) a text is the mean of all its pieces. `make_text` chooses; the figures behind it are in examples/RESULTS.md.
 """
 
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,21 +21,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from .common import ConfigError, ModelError, write_bytes, write_json
 from .encoder import Encoder
 
 log = logging.getLogger(__name__)
-
-WINDOW = 64  # words of a piece
+WINDOW = 64  # most words of a piece
 WIDTH = 256  # of an LSA vector
 TFIDF = {"sublinear_tf": True, "stop_words": "english", "token_pattern": r"(?u)\b[a-zA-Z]{3,}\b"}  # letters only: no number, no barcode
 MIN_PATIENTS = 3  # whose reports hold a word that LSA keeps: rarer ones may name a patient, most are misread
-PLACES = frozenset(  # where a slide of TCGA comes from, not what it shows
-    "tcga uuid asterand bioserve candler christiana cornell cureline emory greenville harvard hopkins ilsbio indivumed kettering mayo "
-    "mskcc penrose pittsburgh roswell sloan uvm vanderbilt vermont".split()
+# words that say where a slide of TCGA comes from, not what it shows
+PLACES = set(
+    "tcga uuid asterand christiana cureline emory ilsbio indivumed kettering mayo mskcc pittsburgh roswell sloan uvm vanderbilt".split()
 )
 MEDICAL = {"biomedclip": "15 million figures of PubMed Central, arXiv 2303.00915", "quiltnet": "Quilt-1M, histology, arXiv 2306.11207"}
 """OpenCLIP models pretrained on medical text, by a part of their names, and on what: `--text auto` uses their text tower."""
@@ -51,13 +48,7 @@ def clean_report(text: str) -> str:
 
 
 class Text(nn.Module):
-    """Vectors of texts, of width X. The class itself stands for vectors made elsewhere: it knows their width and encodes nothing.
-
-    Attributes:
-        kind: vectors, tower, lsa or sentence.
-        dim: X.
-        learns: whether training changes the vectors; else each piece is encoded once.
-    """
+    """Vectors of texts, of width X = `dim`; `learns`: training changes them. As it is, for vectors made elsewhere: it encodes nothing."""
 
     kind, learns, room = "vectors", False, WINDOW
     described: tuple[str, ...] = ("kind", "dim", "learns")
@@ -71,24 +62,21 @@ class Text(nn.Module):
         return len(text.split())
 
     def pieces(self, report: str) -> list[str]:
-        """A cleaned report in windows of words whose sizes add up to at most `room`, each sharing half with the one before. Never empty."""
-        text = clean_report(report)
-        if self.size(text) <= self.room:
-            return [text]
-        words, found, start, stop = text.split(), [], 0, 0
-        ends = np.cumsum([0, *(max(1, self.size(word)) for word in words)])
-        while stop < len(words):
-            stop = max(start + 1, int(np.searchsorted(ends, ends[start] + self.room, "right")) - 1)
-            found.append(" ".join(words[start:stop]))
-            start = max(start + 1, (start + stop) // 2)
+        """The sentences of a cleaned report; one of a size above `room` in windows, each sharing half with the one before. Never empty."""
+        found: list[str] = []
+        for sentence in re.split(r"(?<=[.!?;])\s+", clean_report(report)):
+            words, start, stop = sentence.split(), 0, 0
+            if self.size(sentence) <= self.room:
+                found, words = [*found, sentence], []
+            ends = np.cumsum([0, *(max(1, self.size(word)) for word in words)])
+            while stop < len(words):
+                stop = max(start + 1, int(np.searchsorted(ends, ends[start] + self.room, "right")) - 1)
+                found.append(" ".join(words[start:stop]))
+                start = max(start + 1, (start + stop) // 2)
         return found
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "n X"]:
-        """Unit-norm vectors of pieces, float32; zero for a piece of which nothing is known.
-
-        Raises:
-            ModelError: the vectors are made elsewhere, or what makes them is missing here.
-        """
+        """Vectors of pieces, float32, of unit norm but for LSA's. ModelError where they are made elsewhere, or cannot be made here."""
         raise ModelError("this model was trained on report vectors made elsewhere and reads no text; use --report-embeddings")
 
     def vector(self, report: str) -> Float[Tensor, "X"]:
@@ -105,26 +93,22 @@ class Text(nn.Module):
 
     @staticmethod
     def load(folder: Path, encoder: Encoder | None) -> "Text":
-        """Read what `save` wrote; `encoder` has the text tower. Nothing is fitted or downloaded.
-
-        Raises:
-            ModelError: no such files, or damaged ones.
-        """
+        """Read what `save` wrote; `encoder` has the text tower. Nothing is fitted or downloaded. ModelError: no or damaged files."""
         file = Path(folder) / "text.json"
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            kind, dim = told["kind"], told["dim"]
-            if kind == "tower" and encoder is not None:
-                return Tower(encoder, told["learns"])
-            if kind == "sentence":
-                return Sentence(told["name"], dim, told["check"])
-            if kind == "lsa":
-                return Lsa(told["vocabulary"], **load_file(file.with_suffix(".safetensors")))
-            if kind == "vectors":
-                return Text(dim)
-            raise ValueError(f"kind {kind} without its encoder")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ModelError(f"{file}: no whole description of report vectors ({str(error).splitlines()[0]})") from error
+            match json.loads(file.read_text(encoding="utf-8")):
+                case {"kind": "tower", "learns": learns} if encoder is not None:
+                    return Tower(encoder, learns)
+                case {"kind": "lsa", "vocabulary": vocabulary}:
+                    return Lsa(vocabulary, **load_file(file.with_suffix(".safetensors")))
+                case {"kind": "sentence", "name": name, "dim": dim, "check": check}:
+                    return Sentence(name, dim, check)
+                case {"kind": "vectors", "dim": dim}:
+                    return Text(dim)
+            why = "something is missing"
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            why = str(error).splitlines()[0]
+        raise ModelError(f"{file}: no whole description of report vectors ({why})")
 
 
 class Tower(Text):
@@ -139,57 +123,56 @@ class Tower(Text):
 
     def size(self, text: str) -> int:
         """Tokens."""
-        tokenizer = self._encoder[0].tokenizer
-        inner = getattr(tokenizer, "tokenizer", None)  # a Hugging Face tokenizer keeps its own inside
-        return len(tokenizer.encode(text) if inner is None else inner.encode(text, add_special_tokens=False))
+        own = self._encoder[0].tokenizer
+        inner = getattr(own, "tokenizer", None)  # a Hugging Face tokenizer inside
+        return len(inner.encode(text, add_special_tokens=False) if inner else own.encode(text))
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "n X"]:
         """As Text.encode, with gradient where one is asked for."""
-        encoder = self._encoder[0]
-        parts = [encoder.tokenizer(list(texts[i : i + 64])).to(encoder.mean.device) for i in range(0, len(texts), 64)]
-        return F.normalize(torch.cat([encoder.clip.encode_text(part) for part in parts]).to(encoder.mean.dtype), dim=-1)
+        (encoder,) = self._encoder
+        tokens = encoder.tokenizer(list(texts)).to(encoder.mean.device)
+        return F.normalize(encoder.clip.encode_text(tokens).to(encoder.mean.dtype), dim=-1)
 
 
 class Lsa(Text):
-    """Latent semantic analysis (Deerwester et al. 1990): TF-IDF of words, reduced by an SVD, both learnt from the training reports alone.
+    """Latent semantic analysis (Deerwester et al. 1990): TF-IDF of words, reduced by an SVD, both fitted on the training reports alone.
 
-    It keeps the words that several patients' reports hold, and their statistics: no report, no rare word.
+    It keeps the words that several patients' reports hold, and statistics of them: no report, no rare word. Vectors are not of unit
+    norm: a sentence that says more counts more, so that the mean over sentences is that of the whole report.
     """
 
     kind, described = "lsa", (*Text.described, "vocabulary")
 
     def __init__(self, vocabulary: list[str], idf: Float32[np.ndarray, "V"], components: Float32[np.ndarray, "X V"]):
         super().__init__(len(components))
-        if components.shape[1:] != (len(vocabulary),):
-            raise ValueError(f"{len(vocabulary)} words, components of shape {components.shape}")
+        if components.shape[1:] != idf.shape:
+            raise ValueError(f"{idf.shape} words, components of shape {components.shape}")
         self.vocabulary, self.idf, self.components = vocabulary, idf, components
-        self.tfidf = TfidfVectorizer(vocabulary=vocabulary, **TFIDF)
+        self.tfidf = TfidfVectorizer(vocabulary=vocabulary, norm=None, **TFIDF)
         self.tfidf.idf_ = idf.astype(float)
 
     @classmethod
     def fit(cls, reports: Sequence[str], patients: Sequence[str] | None = None) -> "Lsa":
-        """Learn the words of reports. `patients` says whose each is; without it each counts as another patient's.
-
-        Raises:
-            ConfigError: the patients share too few words.
-        """
-        cut, words = [Text(0).pieces(report) for report in reports], TfidfVectorizer(**TFIDF).build_analyzer()
-        known: dict[Any, set[str]] = {}
-        for patient, pieces in zip(patients or range(len(cut)), cut, strict=True):
-            known.setdefault(patient, set()).update(word for piece in pieces for word in words(piece))
+        """Learn the words of reports; `patients` says whose each is, else each is another's. ConfigError: they share too few words."""
+        reports, words = [clean_report(report) for report in reports], TfidfVectorizer(**TFIDF).build_analyzer()
+        known: dict[Any, set[str]] = defaultdict(set)
+        for patient, report in zip(patients or range(len(reports)), reports, strict=True):
+            known[patient].update(words(report))
         counts = Counter(word for found in known.values() for word in found)
         vocabulary = sorted(word for word, n in counts.items() if n >= MIN_PATIENTS and word not in PLACES)
         if len(vocabulary) < 2:
             there = f"the reports of {len(known)} patients share {len(vocabulary)} words, counting those of at least {MIN_PATIENTS}"
             raise ConfigError(f"{there}: too few to tell them apart by; use --text tower or --report-embeddings")
         tfidf = TfidfVectorizer(vocabulary=vocabulary, **TFIDF)
-        svd = TruncatedSVD(min(WIDTH, len(vocabulary) - 1), random_state=0)
-        svd.fit(tfidf.fit_transform([piece for pieces in cut for piece in pieces]))
-        return cls(vocabulary, np.float32(tfidf.idf_), np.ascontiguousarray(svd.components_, np.float32))
+        svd = TruncatedSVD(min(WIDTH, len(vocabulary) - 1, len(reports) - 1), random_state=0).fit(tfidf.fit_transform(reports))
+        text = cls(vocabulary, np.float32(tfidf.idf_), np.ascontiguousarray(svd.components_, np.float32))
+        sentences = text.encode([piece for report in reports for piece in text.pieces(report)])
+        text.components /= sentences.norm(dim=1).mean().item()  # 1 in the mean
+        return text
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "n X"]:
-        """As Text.encode; zero for a piece without a known word."""
-        return torch.from_numpy(np.float32(normalize(self.tfidf.transform(texts) @ self.components.T)))
+        """Vectors of pieces; zero for one without a known word."""
+        return torch.from_numpy(np.float32(self.tfidf.transform(texts) @ self.components.T))
 
     def save(self, folder: Path) -> None:
         """As Text.save."""
@@ -200,8 +183,7 @@ class Lsa(Text):
 class Sentence(Text):
     """A model of sentence-transformers, by name or folder; loaded when a text is first encoded, and never copied.
 
-    Args:
-        check: how the model's vector of one word began in training; another model under the same name is refused.
+    Another model under the same name is refused: `check` is how the vector of one word began in training.
     """
 
     kind, described = "sentence", (*Text.described, "name", "check")
@@ -218,10 +200,10 @@ class Sentence(Text):
         """The loaded sentence encoder."""
         try:
             from sentence_transformers import SentenceTransformer
+
+            model = SentenceTransformer(self.name)
         except ImportError as error:
             raise ModelError(f"--text sentence:{self.name} needs sentence-transformers: pip install 'dreslcl[text]'") from error
-        try:
-            model = SentenceTransformer(self.name)
         except Exception as error:  # many types for a name that does not exist, a folder that is none, a missing network
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ModelError(f"sentence encoder {self.name} cannot be loaded ({why}); without a network give its folder") from error
@@ -240,11 +222,7 @@ def make_text(
     """What `EncoderConfig.text` asks for. The training reports are texts, or vectors (n, X) made elsewhere; `patients` says whose each is.
 
     `auto` is the tower where its weights are pretrained on medical text (`MEDICAL`), else lsa. `tower` is frozen where its weights are
-    pretrained and learns where they are random; `tower:tune` learns. `sentence:NAME` takes a name or folder.
-
-    Raises:
-        ConfigError: an unknown setting, or reports that share too few words.
-        ModelError: the sentence encoder cannot be loaded.
+    pretrained and learns where they are random; `tower:tune` learns. ConfigError or ModelError where it cannot be had.
     """
     if not isinstance(reports[0], str):
         return Text(reports[0].shape[1])
@@ -255,7 +233,13 @@ def make_text(
             log.warning("%s: the text tower has random weights and learns from these reports alone; --text lsa does better", encoder.name)
         return Tower(encoder, setting == "tower:tune" or not pretrained)
     if setting in ("auto", "lsa"):
-        return Lsa.fit(reports, patients)
+        try:
+            return Lsa.fit(reports, patients)
+        except ConfigError as error:
+            if setting == "lsa" or encoder is None:
+                raise
+            log.warning("%s; the encoder's text tower reads them", str(error).split(":")[0])
+            return Tower(encoder, not pretrained)
     kind, _, name = setting.partition(":")
     if kind == "sentence" and name:
         return Sentence(name)

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ from .common import (
     rank_and_world,
     read_table,
     reason,
+    same_name,
     slide_id,
     write_bytes,
     write_json,
@@ -56,14 +57,12 @@ from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, p
 
 log = logging.getLogger(__name__)
 
-MASK_MPP = 8.0
-"""Resolution of the tissue mask, µm per pixel; finer where tiles are small, coarser where the mask would be huge."""
-QUALITY = 90
-"""Of the JPEG tiles in packs (without chroma subsampling)."""
-CHUNK = 256
-"""Tiles read at a time."""
+MASK_MPP = 8.0  # resolution of the tissue mask, µm per pixel; finer where tiles are small, coarser where the mask would be huge
+QUALITY = 90  # of the JPEG tiles in packs (without chroma subsampling)
+CHUNK = 256  # tiles read at a time
+SAMPLE = 256  # stored tiles per level that a check decodes
 
-COLUMNS = "slide_id path status tiles mpp mpp_source width height vendor tissue_mm2 seconds error".split()
+COLUMNS = "slide_id path status tiles mpp mpp_source width height levels regions vendor tissue_mm2 seconds warning error".split()
 SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split())  # what `Slide` reads
 FOREIGN = set(".dcm .mrxs .vms .vmu .czi .isyntax .i2syntax .zvi .vsi .svslide .lif .sdpc .kfb".split())  # scans that get an error row
 OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide: the scan's own mpp, and settings of TileConfig
@@ -141,8 +140,7 @@ class Tissue:
 def find_tissue(slide: Slide, config: TileConfig, annotation: Path | None = None) -> Tissue:
     """The tissue of an open scan: as we find it, or as an annotation (GeoJSON) draws it.
 
-    Raises:
-        SlideError: the scan or the annotation cannot be read, or the scan says no resolution, or one too coarse for the tiles.
+    Raises SlideError: the scan or the annotation cannot be read, or the scan says no resolution, or one too coarse for the tiles.
     """
     slide.extent(config.size, config.mpp)  # raises
     mpp = max(min(MASK_MPP, config.size * config.mpp / 8), slide.mpp, max(slide.size) * slide.mpp / 8192)
@@ -150,19 +148,18 @@ def find_tissue(slide: Slide, config: TileConfig, annotation: Path | None = None
     if annotation is not None:
         polygons = read_geojson(annotation)
         return Tissue(thumbnail, draw_polygons(polygons, thumbnail.shape[:2], slide.size), polygons)
-    mask = tissue_mask(thumbnail, mpp, threshold=config.threshold, drop_pen=config.drop_pen)
+    mask = np.zeros(thumbnail.shape[:2], bool)
+    for box in slide.regions:  # each on its own glass
+        x0, y0, x1, y1 = (round(edge * slide.mpp / mpp) for edge in box)
+        mask[y0:y1, x0:x1] = tissue_mask(thumbnail[y0:y1, x0:x1], mpp, threshold=config.threshold, drop_pen=config.drop_pen)
     return Tissue(thumbnail, mask, mask_polygons(mask, slide.size))
 
 
 def find_tiles(slide: Slide, config: TileConfig = TileConfig(), tissue: Tissue | None = None, coords: Path | None = None) -> TileGrid:  # noqa: B008
     """The tissue tiles of an open scan; nothing is written.
 
-    Args:
-        tissue: where tissue is; none: as `find_tissue` says.
-        coords: tiles that TRIDENT or CLAM wrote for this scan, in place of our grid.
-
-    Raises:
-        SlideError: as `find_tissue`, or `coords` cannot be read.
+    `tissue` says where tissue is (none: as `find_tissue` says), `coords` is a file of tiles that TRIDENT or CLAM wrote, in place of
+    our grid. Raises SlideError as `find_tissue` does, or if `coords` cannot be read.
     """
     mask, size, mpp, overlap = (tissue or find_tissue(slide, config)).mask, config.size, config.mpp, config.overlap
     if coords is not None:
@@ -173,7 +170,8 @@ def find_tiles(slide: Slide, config: TileConfig = TileConfig(), tissue: Tissue |
         step = max(1, round(extent * (size - overlap) / size))
         xy = grid_corners(slide.size, extent, step)
     share = box_fractions(mask, xy, extent, slide.size)
-    rows = np.flatnonzero((share >= config.min_tissue) & (share > 0) if coords is None else np.ones(len(xy), bool))
+    whole = [((xy >= box[:2]) & (xy + extent <= box[2:])).all(axis=1) for box in slide.regions]  # no tile shows two regions
+    rows = np.flatnonzero((share >= config.min_tissue) & (share > 0) & np.any(whole, axis=0) if coords is None else np.ones(len(xy), bool))
     if config.min_sharpness:
         chunks = (slide.read_tiles(xy[rows[start : start + CHUNK]], size, mpp) for start in range(0, len(rows), CHUNK))
         rows = rows[np.concatenate([np.zeros(0, bool), *(sharpness(tiles) >= config.min_sharpness for tiles in chunks)])]
@@ -230,18 +228,17 @@ def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int
 class TilePixels:
     """The pixels of a grid's tiles: read from its pack, if there is one of this very grid in WORK, else from the scan.
 
-    Raises:
-        SlideError: the pack or the scan cannot be opened.
+    Raises SlideError if that cannot be opened.
     """
 
     def __init__(self, work: Path, scan: Path, grid: TileGrid):
         self.grid, path = grid, pack_path(work, grid.slide_id)
-        packed = path.exists() and packed_fingerprint(path) == grid.fingerprint
-        if path.exists() and not packed:
+        self.slide, self.xy = None, grid.xy
+        if path.exists() and packed_fingerprint(path) == grid.fingerprint:
+            self.slide, self.xy = Slide.open(path, mpp=grid.mpp), np.arange(len(grid))[:, None] * np.array([0, _pitch(grid)])
+        elif path.exists():
             log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
-        down = np.arange(len(grid), dtype=np.int64)[:, None] * _pitch(grid)
-        self.slide = Slide.open(path, mpp=grid.mpp) if packed else grid.open_scan(scan)
-        self.xy = np.pad(down, ((0, 0), (1, 0))) if packed else grid.xy  # where the tiles lie in it
+        self.slide = self.slide or grid.open_scan(scan)
 
     def read(self, rows: Integer[np.ndarray, "n"], threads: int = 1) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the tiles in those rows of the grid. Raises SlideError as `Slide.read_tiles` does."""
@@ -327,6 +324,7 @@ def tile_slides(
     workers: int = 0,
     shard: tuple[int, int] | None = None,
     write: Literal["nothing", "grids", "packs"] = "grids",
+    check: Literal["", "sample", "full"] = "",
 ) -> list[dict[str, Any]]:
     """Find the tissue tiles of a scan, or of every scan in a folder, and write grids, polygons, overlays and slides.csv.
 
@@ -337,7 +335,8 @@ def tile_slides(
         given: files about the scans.
         workers: slides at a time; 0: one per CPU, at most 8.
         shard: (i, n) does every n-th slide from the i-th, 0 <= i < n; none: as torchrun's RANK and WORLD_SIZE say.
-        write: "nothing" is a dry run: rows get a column `levels`, and `tiles` as it would be; "packs" also writes packs.
+        write: "nothing" is a dry run: rows as they would be; "packs" also writes packs.
+        check: decode a sample of each scan's stored tiles, or all, of finished slides too: a scan with a damaged one fails.
 
     Returns the rows of this run's slides (of its shard), those that were already there included.
 
@@ -354,31 +353,16 @@ def tile_slides(
     for row in refused:
         log.warning("%s (%s)", row["error"], row["path"])
     if write == "nothing":
-        return refused + _run(jobs, workers, _tile)
-
-    def done(job: _Job) -> bool:
-        row, made_of = made.get(job.slide_id, ({"status": "error"}, ""))
-        if made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
-            return False
-        packed = write == "grids" or not row["tiles"] or packed_fingerprint(pack_path(out, job.slide_id)) == job.fingerprint
-        return packed and grid_path(out, job.slide_id).exists()
-
-    with ExitStack() as stack:
+        return refused + _run(jobs, workers, lambda job: _tile(job, check))
+    with hold(out, shared=count > 1), hold(out, f".lock-{index}-of-{count}"):
+        made = _read_rows(out)
+        done = {job.slide_id for job in jobs if not check and _is_done(job, *made.get(job.slide_id, (None, "")), out, write == "packs")}
         try:
-            stack.enter_context(hold(out, shared=count > 1))
-            if count > 1:
-                stack.enter_context(hold(out, f".lock-{index}-of-{count}"))
-            made = _read_rows(out)
-            todo = [job for job in jobs if not done(job)]
-            rows = [made[job.slide_id][0] for job in jobs if job not in todo]
-            try:
-                rows += _run(todo, workers, lambda job: _tile(job, out, write == "packs"))
-            finally:  # also when it is stopped
-                _gather(out, every_job, unusable)
-            _contact_sheet(out)
-        except OSError as error:
-            raise StoreError(f"{out}: cannot be written ({error.strerror or error})") from error
-    return sorted(refused + rows, key=lambda row: row["slide_id"])
+            rows = _run([job for job in jobs if job.slide_id not in done], workers, lambda job: _tile(job, check, out, write == "packs"))
+        finally:  # also when it is stopped
+            _gather(out, every_job, unusable)
+        _contact_sheet(out)
+    return sorted(refused + rows + [made[name][0] for name in done], key=lambda row: row["slide_id"])
 
 
 def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[dict[str, Any]]]:
@@ -397,20 +381,20 @@ def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[d
         raise ConfigError(f"{source}: no scan in there; scans end in {' '.join(sorted(SCANS))}")
     by_id = defaultdict(list)
     for path in sorted(paths):
-        by_id[slide_id(path, source)].append(path)
+        by_id[same_name(slide_id(path, source))].append(path)
     scans, unusable = [], []
-    for name, same in sorted(by_id.items()):
-        problem = f"{' and '.join(p.name for p in same)} would share this id; rename or move one" if len(same) > 1 else ""
+    for path, *more in sorted(by_id.values(), key=lambda same: slide_id(same[0], source)):
+        name = slide_id(path, source)
         try:
-            check_id(name, str(same[0]))
+            check_id(name, str(path))
+            problem = f"{' and '.join(p.name for p in (path, *more))} would share this id; rename or move one" if more else ""
+            problem = "the path is too long to name files after; shorten it" if len(os.fsencode(name)) > 200 else problem
         except TableError as error:
             problem = str(error)
-        if len(os.fsencode(name)) > 200:
-            problem = "the path is too long to name files after; shorten it"
         if problem:
-            unusable.append(_row(name, same[0]) | {"error": problem})
+            unusable.append(_row(name, path) | {"error": problem})
         else:
-            scans.append((name, same[0]))
+            scans.append((name, path))
     return scans, unusable
 
 
@@ -420,23 +404,17 @@ def _row(name: str, path: Path) -> dict[str, Any]:
 
 
 def _plan(scans: list[tuple[str, Path]], config: TileConfig, given: Given) -> list[_Job]:
-    values: dict[str, dict[str, Any]] = defaultdict(dict)
-    for line, row in enumerate(read_table(given.overrides, ["slide_id"]) if given.overrides else (), start=2):
-        if unknown := [column for column in row if column not in ("slide_id", *OVERRIDES)]:
-            raise TableError(f"{given.overrides}: unknown column {unknown[0]!r}; there can be slide_id, {', '.join(OVERRIDES)}")
-        try:
-            values[row["slide_id"]] |= {key: OVERRIDES[key](value) for key, value in row.items() if value and key != "slide_id"}
-        except ValueError as error:
-            raise TableError(f"{given.overrides}, line {line}: {error}") from error
-    names = {s for s, _ in scans} | {path.name for _, path in scans}
-    if lost := [name for name in values if name not in names]:
-        log.warning("%d rows of %s name no scan here, the first is %r", len(lost), given.overrides, lost[0])
+    values = _read_overrides(given.overrides) if given.overrides else {}
+    if lost := values.keys() - {same_name(text) for name, path in scans for text in (name, path.name)}:
+        log.warning("%d rows of %s name no scan here, the first is %r", len(lost), given.overrides, min(lost))
+    areas, places = _named(given.tissue_geojson, "*.geojson"), _named(given.coords, "*.h5", "patches/*.h5")
     jobs = []
     for name, path in scans:
-        own = values.get(path.name, {}) | values.get(name, {})
+        keys = same_name(name), same_name(path.name)
+        own = values.get(keys[1], {}) | values.get(keys[0], {})
         mpp = own.pop("mpp", None)
-        annotation = given.tissue_geojson / f"{name}.geojson" if given.tissue_geojson else None
-        coords = _find_coords(given.coords, name, path) if given.coords else None
+        annotation = given.tissue_geojson and (areas.get(keys[0]) or areas.get(keys[1]) or given.tissue_geojson / f"{name}.geojson")
+        coords = given.coords and (places.get(keys[0]) or places.get(keys[1]) or given.coords / f"{name}.h5")
         settings = replace(config, **own)
         stamps = [file_stamp(p) if p and p.exists() else None for p in (path, annotation, coords)]
         made_of = fingerprint(__version__, asdict(settings), mpp, bool(annotation), bool(coords), stamps)
@@ -444,25 +422,41 @@ def _plan(scans: list[tuple[str, Path]], config: TileConfig, given: Given) -> li
     return jobs
 
 
-def _find_coords(folder: Path, name: str, path: Path) -> Path:
-    places = (
-        folder / pattern.format(stem) for stem in (name, path.stem) for pattern in ("{}.h5", "{}_patches.h5", "patches/{}_patches.h5")
-    )
-    return next((place for place in places if place.exists()), folder / f"{name}.h5")
+def _read_overrides(table: Path) -> dict[str, dict[str, Any]]:
+    """What a table sets for each slide, by `same_name`."""
+    values: dict[str, dict[str, Any]] = defaultdict(dict)
+    lines: dict[tuple[str, str], int] = {}
+    for line, row in enumerate(read_table(table, ["slide_id"]), start=2):
+        name = same_name(row.pop("slide_id"))
+        for column, text in ((column, text) for column, text in row.items() if text or column not in OVERRIDES):
+            if column not in OVERRIDES:
+                raise TableError(f"{table}: unknown column {column!r}; there can be slide_id, {', '.join(OVERRIDES)}")
+            try:
+                value = OVERRIDES[column](text)
+            except ValueError as error:
+                raise TableError(f"{table}, line {line}: {error}") from error
+            if values[name].setdefault(column, value) != value:
+                raise TableError(f"{table}: lines {lines[name, column]} and {line} give {name} two values of {column}; keep one")
+            lines[name, column] = line
+    return values
+
+
+def _named(folder: Path | None, *patterns: str) -> dict[str, Path]:
+    """The files of a folder by `same_name`, without TRIDENT's `_patches`; those of the first pattern win."""
+    paths = [path for pattern in reversed(patterns) for path in sorted(folder.glob(pattern))] if folder else []
+    return {same_name(path.stem.removesuffix("_patches")): path for path in paths}
 
 
 def _run(jobs: list[_Job], workers: int, work: Callable[[_Job], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the jobs, done several at a time.
-
-    Threads, since nearly all work releases the interpreter's lock: two processes were no faster (1.1 and 1.1 times one, on a busy machine).
-    """
+    """Rows of the jobs. On threads, since nearly all work releases the interpreter's lock: processes were no faster."""
     rows = []
     with counting("tiling", len(jobs), "slides") as count, ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         try:
             for done in as_completed([pool.submit(work, job) for job in jobs]):
                 rows.append(row := done.result())
-                if row["status"] == "error":
-                    log.warning("%s (%s)", row["error"], row["path"])
+                for text in (row["error"] if row["status"] == "error" else "", row["warning"]):
+                    if text:
+                        log.warning("%s (%s)", text, row["path"])
                 log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
                 count()
         finally:
@@ -470,17 +464,20 @@ def _run(jobs: list[_Job], workers: int, work: Callable[[_Job], dict[str, Any]])
     return sorted(rows, key=lambda row: row["slide_id"])
 
 
-def _tile(job: _Job, out: Path | None = None, pack: bool = False) -> dict[str, Any]:
+def _tile(job: _Job, check: str, out: Path | None = None, pack: bool = False) -> dict[str, Any]:
     """Tile one slide and, with `out`, write its files; whatever is wrong with the scan becomes its row. Only a fault of `out` is raised."""
     start, row = time.perf_counter(), _row(job.slide_id, job.path)
     try:
         with Slide.open(job.path, job.mpp, job.config.default_mpp) as slide:
-            row |= {"mpp": slide.mpp or "", "mpp_source": slide.mpp_source, "vendor": slide.vendor}
-            row |= {"width": slide.size[0], "height": slide.size[1]} | ({} if out else {"levels": len(slide.levels)})
+            row |= {"mpp": slide.mpp or "", "mpp_source": slide.mpp_source, "vendor": slide.vendor, "warning": "; ".join(slide.warnings)}
+            row |= {"width": slide.size[0], "height": slide.size[1], "levels": len(slide.levels), "regions": len(slide.regions)}
+            if check:
+                slide.check(SAMPLE if check == "sample" else 0)
             tissue = find_tissue(slide, job.config, job.annotation)
             grid = find_tiles(slide, job.config, tissue, job.coords)
             row["tissue_mm2"] = round(float(tissue.mask.mean()) * slide.size[0] * slide.size[1] * slide.mpp**2 / 1e6, 4)
-            why = f"smaller than one tile of {grid.extent_px} px" if grid.extent_px > min(slide.size) else "no tissue found"
+            small = f"smaller than one tile of {grid.extent_px} px ({job.config.size} px at {grid.mpp:g} µm/px, the scan has {slide.mpp:g})"
+            why = small if grid.extent_px > min(slide.size) else "no tissue found"
             row |= {"tiles": len(grid), "status": "ok" if len(grid) else "empty", "error": "" if len(grid) else why}
             if out:
                 grid = replace(grid, slide_id=job.slide_id, fingerprint=job.fingerprint)
@@ -492,11 +489,10 @@ def _tile(job: _Job, out: Path | None = None, pack: bool = False) -> dict[str, A
                     write_pack(slide, grid, pack_path(out, job.slide_id))
     except DiskError:  # not the scan's fault
         raise
-    except (DreslclError, OSError, MemoryError) as error:
-        row |= {"status": "error", "tiles": 0, "error": reason(error)}
     except Exception as error:
         log.debug("%s", job.path, exc_info=True)
-        row |= {"status": "error", "tiles": 0, "error": f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"}
+        known = isinstance(error, (DreslclError, OSError, MemoryError))
+        row |= {"status": "error", "tiles": 0, "error": ("" if known else f"unexpected {type(error).__name__}: ") + reason(error)}
     row["seconds"] = round(time.perf_counter() - start, 2)
     if out:
         write_json(out / "rows" / f"{job.slide_id}.json", {"fingerprint": job.fingerprint, "row": row})
@@ -523,10 +519,17 @@ def _read_rows(out: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """What `_tile` left of each slide: its row and fingerprint; a damaged file counts as not there."""
     rows = {}
     for path in sorted((out / "rows").glob("*.json")):
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, OSError):
             made = json.loads(path.read_bytes())
             rows[path.stem] = {column: made["row"][column] for column in COLUMNS}, made["fingerprint"]
     return rows
+
+
+def _is_done(job: _Job, row: dict[str, Any] | None, made_of: str, out: Path, pack: bool) -> bool:
+    if row is None or made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
+        return False
+    packed = not (pack and row["tiles"]) or packed_fingerprint(pack_path(out, job.slide_id)) == job.fingerprint
+    return packed and grid_path(out, job.slide_id).exists()
 
 
 def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None:
@@ -548,20 +551,19 @@ def _contact_sheet(out: Path) -> None:
     """All overlays on one page, small, each under its id: what to look at first."""
     with hold(out, "rows/.lock", wait=True):
         paths = sorted((out / "overlays").glob("*.jpg"))
-        if not paths:
-            return
-        columns = math.ceil(math.sqrt(len(paths)))
+        columns = max(1, math.ceil(math.sqrt(len(paths))))
         cell = max(48, min(256, 4096 // columns))
         sheet = Image.new("RGB", (columns * cell, -(-len(paths) // columns) * (cell + 12)), "white")
         draw = ImageDraw.Draw(sheet)
         for n, path in enumerate(paths):
             x, y = n % columns * cell, n // columns * (cell + 12)
-            with Image.open(path) as overlay:
+            with suppress(OSError), Image.open(path) as overlay:  # a damaged one stays blank
                 overlay.draft("RGB", (cell, cell))
                 overlay.thumbnail((cell - 4, cell - 4))
                 sheet.paste(overlay, (x, y + 12))
             draw.text((x, y), path.stem[-(cell // 6) :], fill="black")
-        _save_jpeg(sheet, out / "contact_sheet.jpg")
+        if paths:
+            _save_jpeg(sheet, out / "contact_sheet.jpg")
 
 
 def _save_jpeg(image: Image.Image, path: Path) -> None:

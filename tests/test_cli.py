@@ -30,13 +30,15 @@ def dreslcl(monkeypatch, capsys):
 
 @pytest.fixture
 def features(tmp_path):
-    """Six slides of tile features with reports."""
+    """Six slides of tile features with reports, report vectors and labels."""
     rng, folder = np.random.default_rng(0), tmp_path / "features"
     folder.mkdir()
     for i in range(6):
         with h5py.File(folder / f"s{i}.h5", "w") as file:
             file["features"] = rng.normal(size=(20, 8)).astype(np.float32)
     write_table(tmp_path / "reports.csv", ["slide_id", "report"], [(f"s{i}", f"Finding {i}.") for i in range(6)])
+    write_table(tmp_path / "labels.csv", ["slide_id", "subtype"], [(f"s{i}", "ab"[i % 2]) for i in range(6)])
+    write_table(tmp_path / "bad.csv", ["slide_id", "text"], [("s0", "x")])
     np.savez(tmp_path / "vectors.npz", **{f"s{i}": rng.normal(size=5) for i in range(6)})
     return folder
 
@@ -48,88 +50,83 @@ def fails(result, code, *words):
         assert word in result[2], result[2]
 
 
-@pytest.mark.parametrize("name", ["tile", "pretrain", "embed", "eval", "demo", "encoders"])
-def test_help_of_each_command_says_what_its_options_count(dreslcl, name, monkeypatch):
+UNITS = {"tile": "µm per pixel", "pretrain": "GB", "embed": "Tiles in one pass", "heatmap": "Tiles in one pass", "encoders": "px"}
+
+
+@pytest.mark.parametrize("name", [*UNITS, "eval", "demo"])
+def test_help_of_each_command_says_what_its_options_count_and_has_at_most_twelve_of_its_own(dreslcl, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, err = dreslcl(name, "--help")
-    assert code == 0 and err == "" and f"dreslcl {name}" in out
-    units = {
-        "tile": ["µm per pixel", "pixels"],
-        "pretrain": ["GB", "Tiles in one pass"],
-        "embed": ["Tiles in one pass"],
-        "encoders": ["px"],
-    }
-    for unit in units.get(name, []):
-        assert unit in " ".join(out.split())
+    assert code == 0 and err == "" and f"dreslcl {name}" in out and UNITS.get(name, "") in " ".join(out.split())
+    panels = re.split(r"^╭─ (\w[\w ]*) ─", out, flags=re.MULTILINE)
+    own = [text for title, text in zip(panels[1::2], panels[2::2]) if title not in cli._PANELS.values()]
+    flags = {flag for text in own for flag in re.findall(r"^│[ *]+(--[\w-]+)", text, re.MULTILINE)} - {"--help", "--config"}
+    assert (flags and len(flags) <= 12) or name == "encoders", flags
 
 
-def test_version_is_printed(dreslcl):
+def test_version_is_printed_also_of_the_module_as_torchrun_needs(dreslcl):
     assert dreslcl("--version") == (0, "dreslcl 0.1.0\n", "")
+    done = subprocess.run([sys.executable, "-m", "dreslcl", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "dreslcl 0.1.0\n"
 
 
-def test_mistakes_in_the_command_end_in_one_line_and_code_2(dreslcl, tmp_path):
-    out = ("--out", tmp_path / "o")
-    fails(dreslcl("tile", tmp_path / "nothing", *out), 2, "nothing", "does not exist", "dreslcl tile --help")
-    fails(dreslcl("tile", tmp_path), 2, "Missing option", "--out")
-    fails(dreslcl("tile", tmp_path, *out, "--mpp", "half"), 2, "--mpp")
-    fails(dreslcl("tile", tmp_path, *out, "--mpp", "-1"), 2, "mpp must be positive, got -1.0")
-    fails(dreslcl("tile", tmp_path, *out, "--shard", "3"), 2, "--shard is I/N, like 0/4; got '3'")
-    fails(dreslcl("tile", tmp_path, *out, "--shard", "4/4"), 2, "from 0 to 3")
-    fails(dreslcl("tlie"), 2, "No such command")
-    fails(dreslcl("embed", *out), 2, "--features FOLDER")
-    fails(dreslcl("embed", tmp_path, "--features", tmp_path, *out), 2, "give either")
-    fails(dreslcl("pretrain", *out, "--preset", "huge"), 2, "--preset")
+BAGS = "--features FOLDER/features"
+TRAIN = f"-q pretrain {BAGS} --out FOLDER/o --reports FOLDER"
+VECTORS = f"-q pretrain {BAGS} --out FOLDER/o --report-embeddings FOLDER/vectors.npz"
 
 
-def test_wrong_inputs_end_in_one_line(dreslcl, tmp_path, features):
-    reports, out = tmp_path / "reports.csv", ("--out", tmp_path / "run")
-    write_table(tmp_path / "bad.csv", ["slide_id", "text"], [("s0", "x")])
-    log = dreslcl("--quiet", "pretrain", "--features", features, "--reports", tmp_path / "bad.csv", *out)
-    fails(log, 1, "TableError", "bad.csv: needs columns report", "there are slide_id, text")
-    fails(dreslcl("pretrain", "--features", features, *out), 2, "--reports TABLE")
-    fails(dreslcl("-q", "pretrain", "--features", features, "--reports", reports, *out, "--encoder", "ViT-S-61"), 1, "near names: ViT-S-16")
-    fails(dreslcl("pretrain", "--features", features, "--reports", reports, *out, "--exclude", "split=test"), 1, "no column 'split'")
-    fails(dreslcl("encoders", "ViT-S-61"), 1, "near names: ViT-S-16")
-    fails(dreslcl("embed", tmp_path, *out), 1, "slides.csv")
-    fails(dreslcl("embed", "--features", features, "--model", tmp_path, *out), 1, "not a whole dreslcl model folder")
-    fails(dreslcl("embed", "--features", features, "--tile-features", *out), 2, "already in files")
-    fails(dreslcl("embed", "--features", features, "--layout", "clam", *out), 2, "add --tile-features")
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        ("tile FOLDER/nothing --out FOLDER/o", 2, ["nothing", "does not exist", "dreslcl tile --help"]),
+        ("tile FOLDER", 2, ["Missing option", "--out"]),
+        ("tile FOLDER --out FOLDER/o --mpp half", 2, ["--mpp"]),
+        ("tile FOLDER --out FOLDER/o --mpp -1", 2, ["mpp must be positive, got -1.0"]),
+        ("tile FOLDER --out FOLDER/o --shard 3", 2, ["--shard is I/N, like 0/4; got '3'"]),
+        ("tile FOLDER --out FOLDER/o --shard 4/4", 2, ["from 0 to 3"]),
+        ("tlie", 2, ["No such command"]),
+        ("embed --out FOLDER/o", 2, ["--features FOLDER"]),
+        (f"embed FOLDER {BAGS} --out FOLDER/o", 2, ["give either"]),
+        ("pretrain --out FOLDER/o --preset huge", 2, ["--preset"]),
+        ("heatmap FOLDER", 2, ["Missing option", "--embeddings"]),
+        ("eval FOLDER --task subtype --out FOLDER/o", 2, ["--labels TABLE"]),
+        ("eval FOLDER --task retrieval --out FOLDER/o", 2, ["--reports TABLE or --report-embeddings FILE"]),
+        (f"{TRAIN}/bad.csv", 1, ["TableError", "bad.csv: needs columns report", "there are slide_id, text"]),
+        (f"pretrain {BAGS} --out FOLDER/o", 2, ["--reports TABLE"]),
+        (f"{TRAIN}/reports.csv --text tower --encoder ViT-S-61", 1, ["near names: ViT-S-16"]),
+        (f"{VECTORS} --aggregator mean", 2, ["no aggregator 'mean'", "residual, attention, mean-mlp"]),
+        (f"{TRAIN}/reports.csv --exclude split=test", 1, ["no column 'split'"]),
+        ("encoders ViT-S-61", 1, ["near names: ViT-S-16"]),
+        ("embed FOLDER --out FOLDER/o", 1, ["slides.csv"]),
+        (f"embed {BAGS} --model FOLDER --out FOLDER/o", 1, ["not a whole dreslcl model folder"]),
+        (f"embed {BAGS} --tile-features --out FOLDER/o", 2, ["already in files"]),
+        (f"embed {BAGS} --layout clam --out FOLDER/o", 2, ["add --tile-features"]),
+    ],
+)
+def test_a_mistake_ends_in_one_line_that_says_what_to_do(dreslcl, tmp_path, features, words, code, said):
+    fails(dreslcl(*(word.replace("FOLDER", str(tmp_path)) for word in words.split())), code, *said)
 
 
-def test_features_and_report_vectors_train_a_model_that_refuses_other_widths(dreslcl, tmp_path, features):
-    code, out, _ = dreslcl(
-        *("pretrain", "--features", features, "--report-embeddings", tmp_path / "vectors.npz", "--out", tmp_path / "run"),
-        *("--epochs", "1", "--batch", "3", "--codewords", "3", "--joint-dim", "6"),
-    )
+def test_features_and_report_vectors_are_forecast_train_go_on_and_refuse_other_settings_and_widths(dreslcl, tmp_path, features):
+    train = ("pretrain", "--features", features, "--report-embeddings", tmp_path / "vectors.npz", "--out", tmp_path / "run")
+    train = (*train, "--batch", "3", "--codewords", "3", "--joint-dim", "6", "--epochs")
+    code, out, err = dreslcl(*train, "1", "--dry-run")
+    assert code == 0 and out == "" and not (tmp_path / "run").exists()
+    assert "6 of 6 slides have a report" in err and "120 tile features" in err and "the bank takes" in err
+    code, out, _ = dreslcl(*train, "1")
     assert code == 0 and out == f"model: {tmp_path / 'run' / 'model'}\n"
-    code, out, _ = dreslcl("embed", "--features", features, "--model", tmp_path / "run" / "model", "--out", tmp_path / "emb")
+    assert "going on after epoch 1 of 2; changed: epochs 1 → 2" in dreslcl(*train, "2")[2]
+    fails(dreslcl("-q", *train, "2", "--tiles", "5"), 1, "started with other settings (tiles 16 → 5)")
+    embed = ("-q", "embed", "--features", features, "--model", tmp_path / "run" / "model", "--out")
+    code, out, _ = dreslcl(*embed, tmp_path / "emb")
     assert code == 0 and out.startswith("6 vectors of width 6")
+    fails(dreslcl("-q", "heatmap", tmp_path, "--embeddings", tmp_path / "emb"), 1, "slides.csv")
     for path in features.glob("*.h5"):
         with h5py.File(path, "w") as file:
             file["features"] = np.ones((4, 9))
-    result = dreslcl("-q", "embed", "--features", features, "--model", tmp_path / "run" / "model", "--out", tmp_path / "emb2")
-    fails(result, 1, "features have width 9, the model was trained on width 8")
-    write_table(tmp_path / "labels.csv", ["slide_id", "subtype"], [(f"s{i}", "ab"[i % 2]) for i in range(6)])
-    fails(dreslcl("eval", tmp_path / "emb", "--task", "subtype", "--out", tmp_path / "ev"), 2, "--labels TABLE")
-    wrong = dreslcl(
-        "eval", tmp_path / "emb", "--task", "subtype", "--labels", tmp_path / "labels.csv", "--column", "grade", "--out", tmp_path
-    )
-    fails(wrong, 1, "grade", "subtype")
-
-
-def test_frozen_text_tower_with_random_weights_is_said_to_tell_little(dreslcl, tmp_path, features):
-    train = ("pretrain", "--features", features, "--reports", tmp_path / "reports.csv", "--out", tmp_path / "run", "--text", "frozen")
-    code, out, err = dreslcl("-q", *train, "--epochs", "1", "--batch", "3", "--codewords", "3")
-    assert code == 0 and out.startswith("model: ")
-    assert err.count("\n") == 1 and "the frozen text tower has random weights" in err and "--report-embeddings" in err
-
-
-def test_dry_run_forecasts_and_writes_nothing(dreslcl, tmp_path, features):
-    code, out, err = dreslcl(
-        "pretrain", "--features", features, "--report-embeddings", tmp_path / "vectors.npz", "--out", tmp_path / "run", "--dry-run"
-    )
-    assert code == 0 and out == "" and not (tmp_path / "run").exists()
-    assert "6 of 6 slides have a report" in err and "120 tile features" in err and "the bank takes" in err
+    fails(dreslcl(*embed, tmp_path / "emb2"), 1, "features have width 9, the model was trained on width 8")
+    labels = ("--labels", tmp_path / "labels.csv", "--column", "grade", "--out", tmp_path)
+    fails(dreslcl("eval", tmp_path / "emb", "--task", "subtype", *labels), 1, "grade", "subtype")
 
 
 def test_encoders_are_a_table_of_width_and_input(dreslcl):
@@ -140,68 +137,41 @@ def test_encoders_are_a_table_of_width_and_input(dreslcl):
     assert dreslcl("encoders", "ViT-S-16")[1].splitlines()[1].split("\t")[-2:] == ["21.8", "40.4"]
 
 
-def test_tiling_with_a_bad_scan_exits_1_and_names_the_count(tmp_path, dreslcl):
+def test_a_bad_slide_is_left_out_and_counted_and_the_code_is_1(tmp_path, dreslcl, features):
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "bad.svs").write_bytes(b"not a scan")
     code, out, err = dreslcl("-q", "tile", tmp_path / "scans", "--out", tmp_path / "work")
     assert code == 1 and out.startswith("1 slides: 0 ok") and "1 of 1 slides failed" in err
     assert read_table(tmp_path / "work" / "slides.csv")[0]["status"] == "error"
-
-
-def test_embedding_with_a_bad_slide_does_the_others_and_exits_1_with_the_count(tmp_path, dreslcl, features):
     (features / "s2.h5").write_bytes(b"torn")
     code, out, err = dreslcl("-q", "embed", "--features", features, "--out", tmp_path / "emb")
     assert code == 1 and out.startswith("5 vectors of width 8")
     assert err.count("\n") == 1 and "1 of 6 slides failed, the others are done; s2: " in err and "not a readable file" in err
 
 
-def test_heatmaps_say_what_they_need(tmp_path, dreslcl, features, model):
-    out = ("--out", tmp_path / "o")
-    fails(dreslcl("embed", "--features", features, *out, "--heatmaps"), 2, "--heatmaps needs --model")
-    fails(dreslcl("embed", "--features", features, "--model", model, *out, "--heatmaps"), 2, "drawn over the scans")
-    fails(dreslcl("embed", "--features", features, *out, "--heatmap-text", "x"), 2, "need --heatmaps")
-
-
-def test_texts_are_encoded_by_the_model_of_each_embedding(tmp_path, dreslcl, work, model):
-    assert dreslcl("-q", "embed", work, "--model", model, "--out", tmp_path / "emb")[0] == 0
-    ask = ("-q", "eval", tmp_path / "emb", "--task", "retrieval", "--reports", work / "reports.csv", "--bootstrap", "10")
-    ask = (*ask, "--include-seen", "--out", tmp_path / "ev", "--compare", tmp_path / "emb")
-    code, out, err = dreslcl(*ask)
-    assert code == 0, err
-    assert [line for line in out.splitlines() if line.startswith("report\tembedding − compared\tslide → report\t0.000 (0.000, 0.000)")]
-
-
-def test_heatmaps_from_the_command_line_enter_the_evaluations_page(tmp_path, dreslcl, work, model):
+def test_maps_and_texts_of_the_embeddings_model_enter_the_evaluations_page(tmp_path, dreslcl, work, model):
     write_table(tmp_path / "labels.csv", ["slide_id", "subtype"], [(f"s{i}", "ab"[i // 2 % 2]) for i in range(8)])
-    maps = ("--heatmaps", "--heatmap-labels", tmp_path / "labels.csv")
-    code, out, err = dreslcl("-q", "embed", work, "--model", model, "--out", tmp_path / "emb", *maps)
-    assert (code, err) == (0, "") and out.endswith(f"maps: {tmp_path / 'emb' / 'heatmaps'}\n")
-    protocol = ("--folds", "2", "--bootstrap", "10", "--include-seen")
-    code, _, err = dreslcl(
-        "-q", "eval", tmp_path / "emb", "--task", "subtype", "--labels", tmp_path / "labels.csv", "--out", tmp_path, *protocol
-    )
+    emb, labels = tmp_path / "emb", ("--labels", tmp_path / "labels.csv")
+    assert dreslcl("-q", "embed", work, "--model", model, "--out", emb)[0] == 0
+    assert dreslcl("-q", "heatmap", work, "--embeddings", emb, *labels) == (0, f"maps: {emb / 'heatmaps'}\n", "")
+    protocol = ("--bootstrap", "10", "--include-seen", "--out", tmp_path / "ev")
+    assert dreslcl("-q", "eval", emb, "--task", "subtype", *labels, "--folds", "2", *protocol)[0] == 0
+    assert "data:image/jpeg" in (tmp_path / "ev" / "report.html").read_text()
+    code, out, err = dreslcl("-q", "eval", emb, "--task", "retrieval", "--reports", work / "reports.csv", "--compare", emb, *protocol)
     assert code == 0, err
-    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+    assert "report\tembedding − compared\tslide → report\t0.000 (0.000, 0.000)" in out
 
 
-def test_ctrl_c_says_how_to_go_on(dreslcl, tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def start(*arguments, **options):
+    """The command in a process of its own, stdout and stderr in one pipe."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": "1"}}
+    return subprocess.Popen([sys.executable, "-m", "dreslcl", *map(str, arguments)], **pipes | options)
 
-    monkeypatch.setattr("dreslcl.tiles.tile_slides", interrupt)
+
+def test_ctrl_c_says_how_to_go_on_also_in_a_long_step_on_threads(dreslcl, tmp_path, monkeypatch):
+    monkeypatch.setattr("dreslcl.tiles.tile_slides", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     code, _, err = dreslcl("tile", tmp_path, "--out", tmp_path / "o")
     assert code == 130 and "run the same command again" in err
-
-
-def start(*arguments, **environment):
-    """The command in a process of its own, stdout and stderr in one pipe."""
-    command = [sys.executable, "-m", "dreslcl", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    )
-
-
-def test_ctrl_c_in_a_long_step_on_threads_ends_it_in_one_line(tmp_path):
     process = start("demo", "--out", tmp_path / "demo", "--slides", "400")
     assert process.stdout.readline().startswith("1/5 drawing 400")
     process.send_signal(signal.SIGINT)
@@ -210,27 +180,18 @@ def test_ctrl_c_in_a_long_step_on_threads_ends_it_in_one_line(tmp_path):
     assert out.strip() == "stopped; delete the folder of --out, or choose another, and run it again"
 
 
-def test_output_that_is_no_terminal_holds_no_control_characters(tmp_path, work):
-    for arguments in (
-        ["--help"],
-        ["embed", "--help"],
-        ["-v", "tile", work.parent / "slides", "--out", tmp_path],
-        ["tile", tmp_path / "no"],
-    ):
-        out = start(*arguments).communicate(timeout=60)[0]
-        assert out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out), repr(out)
+@pytest.mark.parametrize("words", ["--help", "embed --help", "-v tile SLIDES --out OUT", "tile OUT/no"])
+def test_output_that_is_no_terminal_holds_no_control_characters(tmp_path, work, words):
+    words = words.replace("SLIDES", str(work.parent / "slides")).replace("OUT", str(tmp_path))
+    out = start(*words.split()).communicate(timeout=60)[0]
+    assert out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out), repr(out)
 
 
 @pytest.mark.parametrize("choice", [{}, {"NO_COLOR": "1"}])
 def test_a_terminal_gets_colours_unless_no_color_says_not_to(choice):
     leader, follower = os.openpty()
-    command = [sys.executable, "-m", "dreslcl", "tile", "--help"]
-    process = subprocess.Popen(
-        command,
-        stdout=follower,
-        stderr=follower,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm-256color", **choice},
-    )
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm-256color"}
+    process = start("tile", "--help", stdout=follower, stderr=follower, env=variables | choice)
     os.close(follower)
     seen = b""
     with suppress(OSError):  # how a terminal ends
@@ -244,7 +205,7 @@ def test_a_terminal_gets_colours_unless_no_color_says_not_to(choice):
 def test_shells_are_given_the_words_that_fit():
     words = {"_DRESLCL_COMPLETE": "complete_bash", "COMP_WORDS": "dreslcl eval --task ", "COMP_CWORD": "3"}
     program = "import sys; sys.argv = ['dreslcl']; from dreslcl.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **words}, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | words, timeout=60)
     assert done.stdout.split() == ["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 
 
@@ -257,8 +218,3 @@ def test_knobs_come_from_a_file_and_flags_override_them(dreslcl, tmp_path, work)
         assert file["tissue_fraction"][:].min() >= 0.9
     (tmp_path / "knobs.toml").write_text("[tile]\nszie = 64\n")
     fails(dreslcl(*tile), 2, "unknown key 'szie'; there are size")
-
-
-def test_package_runs_as_a_module_as_torchrun_needs():
-    done = subprocess.run([sys.executable, "-m", "dreslcl", "--version"], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "dreslcl 0.1.0\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dreslcl.cohort import (
     Cohort,
-    Member,
+    SlideRecord,
     TileReader,
     deal_patients,
     draw_tiles,
@@ -172,13 +172,22 @@ def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
         cohort.split("nothing.txt", None)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_held_out_patients_is_read_as_windows_saves_it_and_names_that_match_nothing_are_told(tmp_path, encoding):
+    cohort = cohort_of(*(f"0d2a__TCGA-05-{4000 + i}-01Z-00-DX1.x" for i in range(4)), "e\u0301")
+    (tmp_path / "l.txt").write_bytes("TCGA-05-4000\r\n\r\nTCGA-05-4002-01Z-00-DX1.x.SVS\r\nTCGA-05-9999\r\n\u00e9.svs\r\n".encode(encoding))
+    kept, gone = cohort.split(str(tmp_path / "l.txt"), None)
+    assert [m.patient_id for m in kept.members] == ["TCGA-05-4001", "TCGA-05-4003"] and len(gone.members) == 3
+    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: like TCGA-05-9999")
+
+
 # batches
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.integers(1, 6), st.integers(0, 99))
 def test_a_batch_never_holds_two_slides_of_a_patient(owners, batches, seed):
-    members = [Member(f"s{i}", f"p{p}", 1, Path("x")) for i, p in enumerate(owners)]
+    members = [SlideRecord(f"s{i}", f"p{p}", 1, Path("x")) for i, p in enumerate(owners)]
     plan = plan_epoch(members, range(len(members)), batches, np.random.default_rng(seed))
     for batch in plan:
         assert len({members[i].patient_id for i in batch}) == len(batch)
@@ -189,7 +198,7 @@ def test_a_batch_never_holds_two_slides_of_a_patient(owners, batches, seed):
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.integers(1, 5))
 def test_shards_keep_a_patient_together_and_are_about_equal(owners, shards):
-    members = [Member(f"s{i}", f"p{p}", 1, Path("x")) for i, p in enumerate(owners)]
+    members = [SlideRecord(f"s{i}", f"p{p}", 1, Path("x")) for i, p in enumerate(owners)]
     home = deal_patients(members, shards)
     assert all(len({h for h, o in zip(home, owners) if o == p}) == 1 for p in set(owners))
     sizes = np.bincount(home, minlength=shards)
@@ -210,7 +219,8 @@ def test_reader_gives_the_tiles_asked_for_with_and_without_cache(work):
     cohort = Cohort.load(work)
     plain, cached = TileReader(cohort), TileReader(cohort, cache_bytes=1 << 30)
     jobs = [(i, np.array([5, 2])) for i in (0, 3, 0)]
-    for a, b, (member, index) in zip(plain.stream(jobs, ahead=2), cached.stream(jobs, ahead=2), jobs):
+    for member, index in jobs:
+        a, b = plain.read(member, index), cached.read(member, index)
         grid = cohort.grid(member)
         assert a.shape == (2, grid.size, grid.size, 3) and np.array_equal(a, b)
         scan = Slide.open(cohort.members[member].source, mpp=grid.mpp_level0)

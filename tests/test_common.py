@@ -1,13 +1,15 @@
+import csv
 import logging
 import multiprocessing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dreslcl import common
 from dreslcl.common import (
     BusyError,
+    ConfigError,
     TableError,
     atomic,
     check_id,
@@ -17,6 +19,9 @@ from dreslcl.common import (
     hold,
     is_missing,
     missing_words,
+    one_value,
+    rank_and_world,
+    read_list,
     read_table,
     same_name,
     slide_id,
@@ -37,25 +42,82 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
         write_json(tmp_path / "deep" / "a.json", {"ü": 1})
 
 
-letters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp", "Zs"])
-cell = st.text(letters, max_size=8).filter(lambda s: s[:1] not in ("=", "+", "-", "@"))
+# tables and lists
+
+ODD = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # what str.splitlines cuts at, and no program that writes tables
+letters = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufeff") | st.sampled_from(ODD + "\r\n\"',;|\t é"), max_size=12)
+cells = letters | st.sampled_from(["nan", "NA", "<NA>", "None", "'--", "007", "1,5"])
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(cell, cell.map(lambda s: s + '",;\t x')), min_size=1))
-def test_table_that_was_written_is_read_back_as_strings(tmp_path_factory, rows):
+def theirs(path, delimiter, encoding):
+    """The rows as pandas reads them; as Python's csv module does where there is no pandas."""
+    try:
+        import pandas
+    except ImportError:
+        with path.open(newline="", encoding=encoding) as file:
+            return list(csv.DictReader(file, delimiter=delimiter))
+    return pandas.read_csv(path, sep=delimiter, encoding=encoding, dtype=str, keep_default_na=False).to_dict("records")
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(st.text("ab0é", min_size=1), cells, cells), min_size=1),
+    st.sampled_from(",;\t|"),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    st.sampled_from(["\r\n", "\n"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+@example([("a", "x\ry", f"x{ODD}y")], ",", "utf-8", "\n", csv.QUOTE_MINIMAL)
+def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, rows, delimiter, encoding, end, quoting):
+    path = tmp_path_factory.mktemp("t") / ("t.tsv" if delimiter == "\t" else "t.csv")
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=quoting).writerows([["slide_id", "x", "report"], *rows])
+    read = [[value.strip() for value in row.values()] for row in read_table(path)]
+    assert read == [[cell.strip() for cell in row] for row in rows]
+    bare = any("\r" in cell for row in rows for cell in row) and (end, quoting) == ("\n", csv.QUOTE_MINIMAL)
+    if not bare:  # a lone return stands there without quotes, and both cut at it
+        assert read == [[value.strip() for value in row.values()] for row in theirs(path, delimiter, encoding)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(letters, letters), min_size=1))
+def test_a_table_that_was_written_is_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("t") / "t.csv"
     write_table(path, ["id", "text"], rows)
-    assert [(r["id"], r["text"]) for r in read_table(path, ["text"])] == [(a, b.strip()) for a, b in rows]
+    inert = [["'" * (c[:1] in tuple("=+-@\t\r")) + c for c in row] for row in rows]
+    assert [[*row.values()] for row in read_table(path, ["text"])] == [[c.strip() for c in row] for row in inert]
+
+
+LISTS = {
+    "lines": 'TCGA-05-4000.svs\r\ne\u0301.SVS\r\n\r\n "b.ome.tif" \r\nN/A\r\nb.ome\r\nunknown',
+    "a column": "patient_id\nTCGA-05-4000\né\nnan\nb.ome\n",
+    "a table": 'subtype\tslide_id\tpatient_id\nx\tTCGA-05-4000.ndpi\tNA\n\t"e\u0301"\t\n\tb.ome.TIFF\t?',
+    "old line ends": "TCGA-05-4000\ré\rb.ome\r",
+}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_tables_of_other_programs_are_read(tmp_path, encoding, delimiter):
-    text = f'slide_id{delimiter} report \r\n007{delimiter}"two\r\nlines, größer"\r\n'
-    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
-    (row,) = read_table(tmp_path / "t.csv", ["slide_id", "report"])
-    assert row["slide_id"] == "007" and row["report"].split() == ["two", "lines,", "größer"]
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_of_names_is_read_as_other_programs_write_it(tmp_path, encoding, kind):
+    (tmp_path / "l.txt").write_bytes(LISTS[kind].encode(encoding))
+    assert read_list(tmp_path / "l.txt") == ["TCGA-05-4000", "é", "b.ome"]
+
+
+def test_a_name_is_one_name_whatever_it_holds_and_marks_where_files_were_joined_are_no_part_of_it(tmp_path):
+    names = [f"a{c}b" for c in ODD]
+    (tmp_path / "l.txt").write_bytes("\r\n\ufeff".join(["", *names]).encode())
+    assert read_list(tmp_path / "l.txt") == names
+    (tmp_path / "t.csv").write_bytes("\ufeffslide_id,x\r\na,1\r\n\ufeffb,2\r\n".encode())
+    assert [row["slide_id"] for row in read_table(tmp_path / "t.csv")] == ["a", "b"]
+
+
+def test_a_name_with_two_values_is_refused_and_both_rows_are_named(tmp_path):
+    (tmp_path / "t.csv").write_text('slide_id,patient_id\na,P1\n"b\n",P2\nb.svs,NA\n\na.svs,P1\nB,P3\n')
+    rows = read_table(tmp_path / "t.csv")
+    assert one_value(tmp_path / "t.csv", rows, "slide_id", "patient_id") == {"a": "P1", "b": "P2", "B": "P3"}
+    (tmp_path / "t.csv").write_text('slide_id,patient_id\na,P1\n"b\n",P2\n\na.svs,P3\n')
+    with pytest.raises(TableError, match=r"slide_id 'a' has more than one patient_id: 'P1' \(line 2\) and 'P3' \(line 6\); keep one"):
+        one_value(tmp_path / "t.csv", read_table(tmp_path / "t.csv"), "slide_id", "patient_id")
 
 
 def test_formula_in_a_cell_is_made_inert(tmp_path):
@@ -68,7 +130,10 @@ def test_formula_in_a_cell_is_made_inert(tmp_path):
     [
         (b"", "empty; a header line is needed"), (b"a,b\n1,2\n", "no column 'report'; there are a, b"),
         (b"report\n\xff\xe9\n", "not UTF-8 text"), (b"report\n\x00\n", "holds NUL characters"), (None, r"cannot be read \(No such file"),
-        (b"report,report\n1,2\n", "column 'report' comes twice"),
+        (b"report,report\n1,2\n", "column 'report' comes twice"), ("report\nx".encode("utf-16-le"), "holds NUL characters"),
+        (b'\nreport,a\nx,y\n\n"two\nlines",z\n"one,b\nc,d\n', "line 7: a quote opens that never closes"),
+        (b'report,a\n"the ""end"" of,b\n', "line 2: a quote opens that never closes"), (b'report\n"x" y\n', "line 2: ',' expected after"),
+        (b"report,a\nx,y\n5 mm, grade 2,z\n", "line 3: 3 cells for 2 columns; quote texts that hold ','"),
     ],
 )  # fmt: skip
 def test_unreadable_table_says_why_in_one_line(tmp_path, content, message):
@@ -139,32 +204,44 @@ def test_quiet_logs_nothing(monkeypatch, caplog):
     assert list(track([1, 2], "embedding", "tiles")) == [1, 2] and not caplog.records
 
 
+def test_a_name_is_the_same_whatever_its_suffix_case_of_suffix_and_unicode_form():
+    for text in ("Caf\u00e9 1.svs", "Cafe\u0301 1.SVS", " Caf\u00e9 1.Tiff", "Cafe\u0301 1", "Caf\u00e9 1.svs.h5", "Caf\u00e9 1.JPEG"):
+        assert same_name(text) == "Caf\u00e9 1"
+    names = ["a", "A", "a.b", "a.1", "a_patches.h5", "tiff", "a b", "x/a.svs", "0.5"]
+    assert [same_name(n) for n in names] == ["a", "A", "a.b", "a.1", "a_patches", "tiff", "a b", "x__a", "0.5"]
+
+
 def test_words_for_no_value_are_known_in_any_case_and_counted():
-    words = [
-        "",
-        " ",
-        "NA",
-        "na",
-        "N/A",
-        "#N/A",
-        "<NA>",
-        "nan",
-        "NaN",
-        "None",
-        "NULL",
-        "'--",
-        "--",
-        "?",
-        "Unknown",
-        "Not Reported",
-        "missing",
-    ]
-    assert all(map(is_missing, [*words, "not available", "[Not Available]"]))
-    assert not any(map(is_missing, ["-", "+", "0", "no", "unknown primary", "NA12878", "none seen", "n", "nano", "-1"]))
+    words = "NA na N/A #N/A <NA> nan NaN None NULL '-- -- ? Unknown missing".split()
+    assert all(map(is_missing, ["", " ", *words, "Not Reported", "not available", "[Not Available]"]))
+    assert not any(map(is_missing, ["-", "+", "0", "no", "unknown primary", "NA12878", "none seen", "n", "nano", "-1", "Nanette"]))
     assert missing_words(["a", "?", "NA", "?", "0"]) == "2 '?', 1 'NA'" and missing_words(["a"]) == ""
 
 
-def test_names_of_one_slide_are_the_same_whatever_the_suffix_and_the_unicode_form():
-    for name in ("Größe", "Größe.svs", "Größe.SVS", "Gro\u0308ße.Tiff", " Gro\u0308ße.h5 "):
-        assert same_name(name) == "Größe"
-    assert len({same_name(name) for name in ("a", "A", "a.1", "a.ome.tif", "TCGA-AB-1234-01Z-00-DX1.0A1B")}) == 5
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": " "}, (0, 1)),
+        ({"WORLD_SIZE": "2"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "node1"}, (1, 3)),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+    ],
+)
+def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch, caplog, environment, expected):
+    common._tell_of_half_set_ranks.cache_clear()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"^[^\n]*torchrun sets all three[^\n]*$"):
+            rank_and_world()
+    else:
+        assert rank_and_world() == rank_and_world() == expected
+        assert len(caplog.records) == (len([v for v in environment.values() if v.strip()]) == 1)  # once

@@ -66,7 +66,7 @@ def test_wrong_file_is_refused_in_one_line(tmp_path, text, message):
         (TileConfig, {"mpp": 0.0}), (TileConfig, {"size": 3}), (TileConfig, {"overlap": 256}), (TileConfig, {"min_tissue": 1.5}),
         (EncoderConfig, {"tune": "last:x"}), (EncoderConfig, {"tune": "some"}), (ModelConfig, {"codewords": 1}),
         (ModelConfig, {"width": 10}), (TrainConfig, {"batch": 1}), (TrainConfig, {"tiles": 0}), (TrainConfig, {"epochs": 0}),
-        (TrainConfig, {"stale_dropout": 1.0}), (TrainConfig, {"report_part": 0.0}), (EvalConfig, {"folds": 1}),
+        (TrainConfig, {"bank_share": 1.1}), (TrainConfig, {"report_part": 0.0}), (EvalConfig, {"folds": 1}),
         (TrainConfig, {"tile_batch": 0}), (TrainConfig, {"temperature": 0.0}), (TrainConfig, {"lr": -1.0}),
     ],
 )  # fmt: skip

@@ -13,15 +13,16 @@ import torch
 
 import dreslcl
 from dreslcl import load
-from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort, TileReader
-from dreslcl.common import BusyError, ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, read_table
-from dreslcl.config import EncoderConfig
+from dreslcl.common import ConfigError, DreslclError, ModelError, SlideError, StoreError, read_table
+from dreslcl.config import EncoderConfig, TrainConfig
 from dreslcl.demo import write_scan
 from dreslcl.embedding import Embeddings, embed
 from dreslcl.encoder import Encoder
 from dreslcl.formats import find_features, write_tiles
 from dreslcl.tiles import TileGrid
+
+ONE = TrainConfig(workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def cohort(work):
 @pytest.fixture(scope="module")
 def embedded(cohort, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("emb")
-    return embed(cohort, out, model=model, tile_features=True, workers=1), out
+    return embed(cohort, out, model=model, tile_features=True, settings=ONE), out
 
 
 def read(path):
@@ -62,13 +63,13 @@ def test_second_run_does_only_what_is_missing(embedded, cohort, model):
     (out / "slide_features" / "s1.h5").unlink()
     (out / "tile_features" / "s2.h5").unlink()
     before = {p.name: p.stat().st_mtime_ns for p in (out / "slide_features").glob("*.h5")}
-    embed(cohort, out, model=model, tile_features=True, workers=1)
+    embed(cohort, out, model=model, tile_features=True, settings=ONE)
     after = {p.name: p.stat().st_mtime_ns for p in (out / "slide_features").glob("*.h5")}
     assert after["s0.h5"] == before["s0.h5"] and after["s2.h5"] > before["s2.h5"] and "s1.h5" in after
 
 
 def test_without_a_model_a_slide_is_the_mean_of_its_tiles(cohort, tmp_path):
-    result = embed(cohort, tmp_path, encoder=EncoderConfig(), workers=1)
+    result = embed(cohort, tmp_path, encoder=EncoderConfig(), settings=ONE)
     assert np.allclose(result.vectors, result.mean / np.linalg.norm(result.mean, axis=1, keepdims=True), atol=1e-6) and not result.seen
 
 
@@ -106,12 +107,12 @@ def broken(cohort, tmp_path):
 
 
 def test_a_slide_that_cannot_be_read_is_left_out_and_named_and_a_second_run_does_only_it(cohort, model, embedded, tmp_path):
-    result = embed(broken(cohort, tmp_path), tmp_path / "out", model=model, workers=1)
+    result = embed(broken(cohort, tmp_path), tmp_path / "out", model=model, settings=ONE)
     assert result.ids == ("s0", "s2") == Embeddings.load(tmp_path / "out").ids
     assert list(result.failed) == ["s1"] and "bad.svs" in result.failed["s1"] and "\n" not in result.failed["s1"]
     assert np.allclose(result.vectors, embedded[0].vectors[[0, 2]], atol=1e-5)
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "slide_features").glob("*.h5")}
-    again = embed(cohort, tmp_path / "out", model=model, workers=1)
+    again = embed(cohort, tmp_path / "out", model=model, settings=ONE)
     assert again.ids == ("s0", "s1", "s2") and not again.failed
     assert all((tmp_path / "out" / "slide_features" / name).stat().st_mtime_ns == time for name, time in times.items())
 
@@ -125,11 +126,11 @@ def test_a_slide_that_breaks_midway_is_left_at_once(cohort, model, tmp_path, mon
             raise OSError(5, "Input/output error")
         return read(self, member, index)
 
-    monkeypatch.setattr("dreslcl.model.CHUNK", 8)
+    monkeypatch.setattr("dreslcl.embedding.CHUNK", 8)
     monkeypatch.setattr(TileReader, "read", torn)
     encode = Encoder.encode_tiles
     monkeypatch.setattr(Encoder, "encode_tiles", lambda self, tiles, *a: encoded.append(len(tiles)) or encode(self, tiles, *a))
-    result = embed(cohort, tmp_path, model=model, workers=1)
+    result = embed(cohort, tmp_path, model=model, settings=ONE)
     assert result.failed == {"s1": "cannot be read (Input/output error)"} and result.ids == ("s0", "s2")
     assert len(faults) == 1  # nothing more is read of it
     assert sum(encoded) == cohort.members[0].tiles + 8 + cohort.members[2].tiles
@@ -138,7 +139,7 @@ def test_a_slide_that_breaks_midway_is_left_at_once(cohort, model, tmp_path, mon
 def test_a_damaged_grid_or_file_of_features_is_one_bad_slide_too(cohort, model, work, tmp_path):
     shutil.copytree(work, tmp_path / "work")
     (tmp_path / "work" / "tiles" / "s0.h5").write_bytes(b"no")
-    result = embed(replace(cohort, work=tmp_path / "work"), tmp_path / "out", model=model, workers=1)
+    result = embed(replace(cohort, work=tmp_path / "work"), tmp_path / "out", model=model, settings=ONE)
     assert result.ids == ("s1", "s2") and "run `dreslcl tile` again" in result.failed["s0"]
     for name in "abc":
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -161,11 +162,10 @@ def test_a_rank_with_a_bad_slide_does_not_hang_the_others(cohort, model, work, t
         import sys
         from dataclasses import replace
         from pathlib import Path
-        from dreslcl.cohort import Cohort
-        from dreslcl.embedding import embed
+        from dreslcl import Cohort, embed
         cohort = Cohort.load(Path({str(work)!r}))
         members = [replace(m, source=Path("gone.svs")) if m.slide_id == "s1" else m for m in cohort.members[:5]]
-        result = embed(replace(cohort, members=tuple(members)), Path({str(tmp_path)!r}), model=Path({str(model)!r}), workers=1)
+        result = embed(replace(cohort, members=tuple(members)), Path({str(tmp_path)!r}), model=Path({str(model)!r}))
         assert result.ids == ("s0", "s2", "s3", "s4") and list(result.failed) == ["s1"], result
     """
     (tmp_path / "run.py").write_text(textwrap.dedent(code))
@@ -174,52 +174,6 @@ def test_a_rank_with_a_bad_slide_does_not_hang_the_others(cohort, model, work, t
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": root})
     assert done.returncode == 0, done.stderr
     assert Embeddings.load(tmp_path).ids == ("s0", "s2", "s3", "s4")
-
-
-# from the bank
-
-
-@pytest.fixture(scope="module")
-def banked(cohort, model, embedded, tmp_path_factory):
-    """RUN with the model and a bank that holds s0 and s2 as the encoder sees them, and s1 with a tile less."""
-    run = tmp_path_factory.mktemp("banked")
-    shutil.copytree(model, run / "model")
-    rows = {f"s{i}": read(embedded[1] / "tile_features" / f"s{i}.h5")[0]["features"] for i in range(3)}
-    rows["s1"] = rows["s1"][1:]
-    bank = MemoryBank.create(run / "bank", {k: len(v) for k, v in rows.items()}, rows["s0"].shape[1], 4, encoder="e", grids="g")
-    for slide, features in rows.items():
-        bank.fill(slide, features)
-    bank.flush()
-    return run
-
-
-def test_bank_rows_stand_in_for_encoding(cohort, embedded, banked, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(Encoder, "encode_tiles", None)
-    whole = Cohort.load(work)
-    four = replace(whole, members=whole.members[:4])
-    result = embed(four, tmp_path, model=banked / "model", from_bank=True)
-    assert result.ids == ("s0", "s2") and np.allclose(result.vectors, embedded[0].vectors[[0, 2]], atol=1e-4)
-    assert np.allclose(result.mean, embedded[0].mean[[0, 2]], atol=1e-3)
-    assert "rows for it, but it has" in result.failed["s1"] and "embed it without --from-bank" in result.failed["s1"]
-    assert "not in the bank" in result.failed["s3"] and "3 slides like 's0' are" in result.failed["s3"]
-
-
-def test_vectors_from_the_bank_do_not_pass_as_encoded_ones(cohort, banked, embedded, tmp_path):
-    embed(cohort, tmp_path, model=banked / "model", from_bank=True)
-    before = (tmp_path / "slide_features" / "s0.h5").stat().st_mtime_ns
-    embed(cohort, tmp_path, model=banked / "model", from_bank=True)
-    assert (tmp_path / "slide_features" / "s0.h5").stat().st_mtime_ns == before
-    embed(cohort, tmp_path, model=banked / "model", workers=1)
-    assert (tmp_path / "slide_features" / "s0.h5").stat().st_mtime_ns > before
-
-
-def test_a_bank_is_needed_and_not_one_that_a_run_is_writing(cohort, model, banked, tmp_path):
-    with pytest.raises(ConfigError, match="--from-bank needs --model"):
-        embed(cohort, tmp_path, from_bank=True)
-    with pytest.raises(StoreError, match="no bank here"):
-        embed(cohort, tmp_path, model=model, from_bank=True)
-    with hold(banked), pytest.raises(BusyError, match="in use by process"):
-        embed(cohort, tmp_path, model=banked / "model", from_bank=True)
 
 
 def test_contradicting_embeddings_are_refused(tmp_path):
@@ -264,7 +218,7 @@ def stamp_tiles(path):
 
 def test_tile_features_are_read_alike_from_each_layout(embedded, cohort, model, tmp_path):
     for layout in ("clam", "stamp"):
-        embed(cohort, tmp_path, model=model, layout=layout, tile_features=True, workers=1)
+        embed(cohort, tmp_path, model=model, layout=layout, tile_features=True, settings=ONE)
     features, coords = trident_tiles(embedded[1] / "tile_features" / "s1.h5")
     assert np.array_equal(coords, cohort.grid(1).xy)
     theirs, places = clam_tiles(tmp_path / "clam", "s1")
@@ -285,12 +239,12 @@ def test_stamp_places_are_micrometres_at_any_level_0_resolution(tmp_path):
 def test_slide_vectors_are_read_from_the_layouts_of_trident_stamp_and_patho_bench(embedded, cohort, model, tmp_path):
     data, _, _ = read(embedded[1] / "slide_features" / "s0.h5")
     assert np.array_equal(data["features"], embedded[0].vectors[0]) and data["coords"].shape == (cohort.members[0].tiles, 2)
-    by_slide = embed(cohort, tmp_path / "a", model=model, layout="stamp", workers=1)
+    by_slide = embed(cohort, tmp_path / "a", model=model, layout="stamp", settings=ONE)
     assert [r["PATIENT"] for r in read_table(tmp_path / "a" / "stamp_slides.csv")] == ["p0", "p0", "p2"]
     for row, vector in zip(read_table(tmp_path / "a" / "stamp_slides.csv"), by_slide.vectors):
         data, at, _ = read(tmp_path / "a" / "stamp_slides" / row["FILENAME"])
         assert np.array_equal(data["feats"], vector[None]) and at["feat_type"] == "slide" and {"encoder", "precision"} <= set(at)
-    by_patient = embed(cohort, tmp_path / "a", model=model, layout="patho-bench", by="patient", workers=1)
+    by_patient = embed(cohort, tmp_path / "a", model=model, layout="patho-bench", by="patient", settings=ONE)
     assert by_patient.ids == ("p0", "p2") and sorted(p.stem for p in (tmp_path / "a" / "patho_bench").glob("*.h5")) == ["p0", "p2"]
     assert np.allclose(read(tmp_path / "a" / "patho_bench" / "p2.h5")[0]["features"], by_slide.vectors[2], atol=1e-6)
 

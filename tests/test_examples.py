@@ -1,6 +1,5 @@
 """The commands and Python of README and examples/ are read against the real command line; what needs no outside data also runs."""
 
-import csv
 import os
 import re
 import shlex
@@ -13,13 +12,17 @@ import pytest
 import typer
 
 from dreslcl.cli import app
+from dreslcl.common import read_table, write_table
 from dreslcl.config import ModelConfig, RunConfig, TrainConfig
 from dreslcl.demo import write_cohort
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 DOCUMENTS = [ROOT / "README.md", EXAMPLES / "lung_cohort.md"]
-SCRIPTS = [EXAMPLES / "quickstart.sh", EXAMPLES / "slurm_pretrain.sh"]
+SCRIPTS = {"quickstart.sh": 4, "slurm_pretrain.sh": 1}
+RUNS = "dreslcl tile demo/slides"
+BY_HAND = ("pip install . ", 'pip install -e ".[dev]"')  # the demo, minutes long, and this suite
+ELSEWHERE = ("--features FEATURES", "torchrun --nproc-per-node")  # their flags run in test_cli.py and test_trainer.py
 
 
 def blocks(document, language):
@@ -28,8 +31,7 @@ def blocks(document, language):
 
 def commands(text):
     """The words of each `dreslcl ...` in a shell text, what torchrun starts included."""
-    text = text.replace("\\\n", " ")
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for n, word in enumerate(words):
             if Path(word).name == "dreslcl" and "pip" not in word and (n == 0 or words[n - 1] in ("-m", "&&")):
@@ -44,58 +46,54 @@ def check_command(words):
         assert not parameter.required or given.get(parameter.name), f"{words}: {parameter.name} is missing"
         kind = parameter.type_descriptor.annotation
         choices = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
-        if choices and parameter.name in given:
-            assert given[parameter.name] in choices, f"{words}: {parameter.name}"
+        assert not choices or given.get(parameter.name, choices[0]) in choices, f"{words}: {parameter.name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_in_documents_are_what_the_command_line_knows(document):
+def test_commands_links_and_python_of_documents_are_good(document):
     found = [words for block in blocks(document, "bash") for words in commands(block)]
     assert len(found) >= 7
+    for block in blocks(document, "bash") if document.name == "README.md" else ():  # a new block gets a test, or its reason above
+        assert sum(key in block for key in (RUNS, *BY_HAND, *ELSEWHERE)) == 1, block
     for words in found:
         check_command(words)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_pictures_of_documents_are_there(document):
-    text = document.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text):
+    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", document.read_text(encoding="utf-8")):
         target = "".join(target)
         assert target.startswith("https://") or (document.parent / target).is_file(), target
     for block in blocks(document, "python"):
         compile(block, document.name, "exec")
 
 
-def test_wrong_words_are_told_apart():
-    for wrong in ("embed work --otu emb", "embed work", "eval emb --task subtyp --out e", "tiel scans --out work"):
-        with pytest.raises(Exception, match=r"otu|out|task|tiel"):
-            check_command(wrong.split())
+@pytest.mark.parametrize("wrong", ["embed work --otu emb", "embed work", "eval emb --task subtyp --out e", "tiel scans --out work"])
+def test_wrong_words_are_told_apart(wrong):
+    with pytest.raises(Exception, match=r"otu|out|task|tiel"):
+        check_command(wrong.split())
 
 
-def run(*command: str, cwd: Path | None = None, **variables: str) -> str:
+def run(*command: object, cwd: Path | None = None, **variables: str) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **variables}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=280)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_start_commands_that_exist(script, tmp_path):
     """Runs the script with stand-ins that write down how they were called."""
     (tmp_path / "bin").mkdir()
-    for name in ("dreslcl", "torchrun"):
-        (tmp_path / "bin" / name).write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n')
-    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nexec "$@"\n')
-    (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\nprintf 'node1\\nnode2\\n'\n")
-    for path in (tmp_path / "bin").iterdir():
-        path.chmod(0o755)
+    note = f'#!/bin/bash\nprintf "%q " $(basename "$0") "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n'
+    stand_ins = {"dreslcl": note, "torchrun": note, "srun": '#!/bin/bash\nexec "$@"\n', "scontrol": "#!/bin/bash\necho node1\necho node2\n"}
+    for name, text in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
-    run("bash", str(script), "a b", "r.csv", "l.csv", "o", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **slurm)
+    rest = ["l.csv", "o"] if script == "quickstart.sh" else ["run", "--tune", "none"]
+    run("bash", EXAMPLES / script, "a b", "r.csv", *rest, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **slurm)
     calls = (tmp_path / "calls").read_text()
     found = list(commands(calls))
-    assert len(found) == (4 if script.name == "quickstart.sh" else 1) and any("a b" in words for words in found)
+    assert len(found) == SCRIPTS[script] and any("a b" in words for words in found)
     for words in found:
-        check_command([w for w in words if w != "o"] if script.name == "slurm_pretrain.sh" else words)
+        check_command(words)
     if "torchrun" in calls:
         from torch.distributed.run import get_args_parser
 
@@ -104,63 +102,49 @@ def test_scripts_start_commands_that_exist(script, tmp_path):
 
 
 def test_the_table_of_labels_in_the_lung_recipe_comes_from_a_sample_sheet(tmp_path):
-    header = ["File ID", "File Name", "Data Category", "Data Type", "Project ID", "Case ID", "Sample ID"]
     names = [("TCGA-05-4244-01Z-00-DX1.A.svs", "TCGA-LUAD"), ("TCGA-18-3406-01Z-00-DX1.B.svs", "TCGA-LUSC"), ("notes.txt", "TCGA-LUSC")]
-    lines = [
-        "\t".join(header),
-        *("\t".join(["id", name, "Biospecimen", "Slide Image", project, name[:12], "s"]) for name, project in names),
-    ]
+    lines = ["File ID\tFile Name\tProject ID\tCase ID", *(f"id\t{name}\t{project}\t{name[:12]}" for name, project in names)]
     (tmp_path / "sample_sheet.tsv").write_text("\n".join(lines) + "\n")
     run(sys.executable, "-c", blocks(EXAMPLES / "lung_cohort.md", "python")[0], cwd=tmp_path)
-    with (tmp_path / "labels.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["slide_id"], r["patient_id"], r["subtype"], r["split"]) for r in rows] == [
-        ("TCGA-05-4244-01Z-00-DX1.A", "TCGA-05-4244", "LUAD", "test"),
-        ("TCGA-18-3406-01Z-00-DX1.B", "TCGA-18-3406", "LUSC", "train"),
-    ]
+    first, second = (" ".join(row.values()) for row in read_table(tmp_path / "labels.csv"))
+    assert first == "TCGA-05-4244-01Z-00-DX1.A TCGA-05-4244 LUAD test"
+    assert second == "TCGA-18-3406-01Z-00-DX1.B TCGA-18-3406 LUSC train"
     assert (tmp_path / "test_patients.txt").read_text() == "TCGA-05-4244\n"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """What `dreslcl demo` leaves, of three dozen small scans: slides, tables and the settings of its run, here shorter."""
+    """What `dreslcl demo` leaves, of two dozen small scans: slides, tables and the settings of its run, here shorter."""
     folder = tmp_path_factory.mktemp("examples") / "demo"
     write_cohort(folder, slides=24, seed=0, side=(3, 4))
     RunConfig(model=ModelConfig(codewords=4, width=32), train=TrainConfig(epochs=2, tiles=8)).save(folder / "run" / "config.toml")
     return folder
 
 
-def test_the_four_commands_of_the_readme_run(demo, tmp_path):
+def test_the_four_commands_and_the_python_of_the_readme_run(demo, tmp_path):
     (tmp_path / "demo").symlink_to(demo)
-    (block,) = [b for b in blocks(ROOT / "README.md", "bash") if "dreslcl tile demo/slides" in b]
+    (block,) = [b for b in blocks(ROOT / "README.md", "bash") if RUNS in b]
     (tmp_path / "dreslcl").write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} -m dreslcl "$@"\n')
     (tmp_path / "dreslcl").chmod(0o755)
     out = run("bash", "-e", "-c", block, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert "24 slides: 24 ok" in out and "model: run/model" in out and "24 vectors of width 128" in out
-    assert "AUROC" in out and "mean-pool" in out
+    for words in ("24 slides: 24 ok", "model: run/model", "24 vectors of width 512", "AUROC", "mean-pool"):
+        assert words in out
     assert (tmp_path / "eval" / "report.html").stat().st_size > 10_000
-
-
-def test_the_python_of_the_readme_runs(demo, tmp_path):
-    (tmp_path / "demo").symlink_to(demo)
     (block,) = blocks(ROOT / "README.md", "python")
     assert "AUROC" in run(sys.executable, "-c", block, cwd=tmp_path)
 
 
 def test_the_python_example_runs(demo, tmp_path):
-    tables = [str(demo / name) for name in ("reports.csv", "labels.csv")]
-    out = run(sys.executable, str(EXAMPLES / "python_api.py"), str(demo / "slides"), *tables, str(tmp_path))
+    tables = [demo / name for name in ("reports.csv", "labels.csv")]
+    out = run(sys.executable, EXAMPLES / "python_api.py", demo / "slides", *tables, tmp_path)
     assert "AUROC" in out and "nearest to 'squamous cell carcinoma': P" in out
 
 
-def test_every_block_runs_here_or_names_what_it_needs():
-    """Blocks of README that no test runs, each with the reason; a new block belongs in one of the two."""
-    runs = ("dreslcl tile demo/slides",)
-    needs = {
-        "pip install . ": "the demo: minutes, by hand",
-        'pip install -e ".[dev]"': "this suite",
-        "--features FEATURES": "features of another tool; the same flags run in test_cli.py",
-        "torchrun --nproc-per-node": "several processes; run in test_trainer.py",
-    }
-    for block in blocks(ROOT / "README.md", "bash"):
-        assert sum(key in block for key in (*runs, *needs)) == 1, block
+def test_an_aggregator_of_ones_own_goes_through_pretrain_embed_and_eval(work, tmp_path):
+    command, model, emb = (sys.executable, EXAMPLES / "own_aggregator.py"), tmp_path / "run" / "model", tmp_path / "emb"
+    train = ("--epochs", 1, "--batch", 4, "--tiles", 4, "--codewords", 4, "--aggregator", "max")
+    assert "model: " in run(*command, "pretrain", work, "--reports", work / "reports.csv", *train, "--out", tmp_path / "run")
+    assert "8 vectors of width 512" in run(*command, "embed", work, "--model", model, "--out", emb)
+    write_table(tmp_path / "labels.csv", ["slide_id", "subtype"], [(f"s{i}", "ab"[i % 2]) for i in range(8)])
+    probe = ("--task", "subtype", "--folds", 2, "--bootstrap", 10, "--include-seen", "--out", tmp_path / "eval")
+    assert "AUROC" in run(*command, "eval", emb, "--labels", tmp_path / "labels.csv", *probe)

@@ -1,3 +1,5 @@
+import json
+import logging
 import pickle
 
 import h5py
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 from dreslcl.common import StoreError, TableError
-from dreslcl.formats import find_features, read_corners, read_features
+from dreslcl.formats import find_features, patient_of, read_corners, read_features, read_patients, read_reports
 
 
 def bag(n=5, d=4, seed=0):
@@ -102,3 +104,62 @@ def test_folders_without_features_or_of_several_widths_are_refused(tmp_path):
     write(tmp_path / "b.h5", features=bag(d=5))
     with pytest.raises(TableError, match=r"several widths: 4 \(a\.h5\), 5 \(b\.h5\)"):
         find_features(tmp_path)
+
+
+# tables
+
+
+@pytest.mark.parametrize("word", ["", "'--", "[Not Available]", "#N/A", "not reported", "Unknown", "?", "missing", "<NA>"])
+def test_words_for_nobody_knows_are_no_patient_no_slide_and_no_report_and_are_counted(tmp_path, word, caplog):
+    caplog.set_level(logging.INFO, "dreslcl")
+    rows = [("a.svs", word, "One."), ("b", "P1", word), (word, "P2", "Two."), (word, word, "Three."), ("c", "P3", "None seen.")]
+    (tmp_path / "r.csv").write_text("slide_id;patient_id;report\n" + "\n".join(map(";".join, rows)))
+    assert [tuple(row.values()) for row in read_reports(tmp_path / "r.csv")] == [
+        ("a.svs", "", "One."), ("", "P2", "Two."), ("c", "P3", "None seen.")
+    ]  # fmt: skip
+    said = [record.message.split("rows; ")[1] for record in caplog.records]
+    assert said == [f"taken as a missing {key}: {n} {word!r}" for key, n in (("slide_id", 2), ("patient_id", 2), ("report", 1))]
+    assert read_patients(tmp_path / "r.csv") == {"b": "P1", "c": "P3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide_id,report\na.svs,One.\nb,Two.\na,Three.", r"'a' has more than one report: 'One.' \(line 2\) and 'Three.' \(line 4\)"),
+        ("patient_id,report\nP1,One.\nP1,Two.", r"patient_id 'P1' has more than one report: 'One.' \(line 2\)"),
+        ("slide_id,patient_id,report\na,P1,One.\na,P2,One.", r"'a' has more than one patient_id: 'P1' \(line 2\) and 'P2' \(line 3\)"),
+        ("patient_filename,text\nTCGA-05-4382.x,One.\nTCGA-05-4382.y,Two.", "patient_id 'TCGA-05-4382' has more than one report"),
+        ('{"train": [{"id": "a", "report": "1"}], "test": [{"id": "a", "report": "2"}]}', r"'1' \(record 1\) and '2' \(record 2\)"),
+    ],
+)  # fmt: skip
+def test_a_slide_with_two_reports_or_two_patients_is_refused_and_both_rows_are_named(tmp_path, text, message):
+    path = tmp_path / ("r.json" if text[0] == "{" else "r.csv")
+    path.write_text(text)
+    with pytest.raises(TableError, match=message) as caught:
+        read_reports(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slide_and_its_patient_may_have_a_report_each_and_the_same_report_may_come_twice(tmp_path):
+    (tmp_path / "r.csv").write_text("slide_id,patient_id,report\na,P1,One.\n,P1,Two.\nb,P1,Three.\na.svs,P1,One.\n")
+    assert len(read_reports(tmp_path / "r.csv")) == 4
+    (tmp_path / "p.csv").write_text("slide_id,patient_id\na,P1\na.tif,P2\n")
+    with pytest.raises(TableError, match=r"'P1' \(line 2\) and 'P2' \(line 3\)"):
+        read_patients(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_of_reports_is_read_with_marks_missing_reports_and_any_separator(tmp_path, encoding):
+    reports = {"e\u0301.svs": "page\x0cone\u2028\x85two", "b": None, "c": float("nan")}
+    records = [{"id": name, "report": report} for name, report in reports.items()]
+    (tmp_path / "r.json").write_bytes(json.dumps({"train": records}, ensure_ascii=False).encode(encoding))
+    assert [(row["slide_id"], row["report"]) for row in read_reports(tmp_path / "r.json")] == [("é.svs", "page\x0cone\u2028\x85two")]
+
+
+def test_a_barcode_names_the_patient_wherever_it_stands():
+    uuid = "0d2a5e8e-1d0c-4d4e-9c62-2b1a4f7f5c11"
+    for slide in ("TCGA-05-4382", "TCGA-05-4382-01Z-00-DX1.76b4", f"{uuid}__TCGA-05-4382-01Z-00-DX1.{uuid}", "lung__TCGA-05-4382__slide 1"):
+        assert patient_of(slide) == "TCGA-05-4382"
+    assert patient_of("TCGA-05-4384__TCGA-05-4382-01Z") == "TCGA-05-4382"  # the file's own, not its folder's
+    for slide in ("slide7", "XTCGA-05-4382", "TCGA-05-43821", "TCGA-05"):
+        assert patient_of(slide) == slide

@@ -13,10 +13,11 @@ import dreslcl
 from dreslcl.cli import app
 
 PACKAGE = Path(dreslcl.__file__).parent
-ORDER = (  # the trainer stands high because its journal draws with the report's help
-    "common config segments slide tissue tiles formats cohort bank residual encoder distributed model embedding labels evaluation "
-    "heatmaps report trainer demo cli __main__"
+ORDER = (
+    "common config segments slide tissue tiles formats cohort encoder text model bank distributed embedding labels evaluation heatmaps "
+    "report trainer demo cli __main__"
 ).split()
+LINES = 7_000
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
 
@@ -38,6 +39,19 @@ def test_imports_point_down(module):
     assert module in ORDER, f"give {module} its place in ORDER"
     upward = {name for name in imports(module) if ORDER.index(name) >= ORDER.index(module)}
     assert not upward, f"{module} imports {upward}, which do not stand below it"
+
+
+def test_the_package_stays_small_enough_to_hold_in_one_head():
+    files = {module: (PACKAGE / f"{module}.py").read_text(encoding="utf-8") for module in [*MODULES, "__init__"]}
+    depth = {}
+    for module in ORDER:
+        depth[module] = 1 + max((depth[name] for name in imports(module)), default=0)
+    assert sum(text.count("\n") for text in files.values()) <= LINES
+    assert len(files) <= 25
+    assert max(depth[m] for m in ORDER if m != "__main__") <= 11, depth
+    for module in MODULES:
+        long = [n.name for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno > 60]
+        assert not long, f"{module}: functions of more than 60 lines: {long}"
 
 
 def run(code):

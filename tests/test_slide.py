@@ -133,16 +133,6 @@ def test_the_coarsest_level_that_is_fine_enough_is_read(drawn, mpp, index, exten
         assert slide.extent(64, mpp) == extent
 
 
-@pytest.mark.parametrize("mpp", [0.8, 1.0, 1.5, 2.0, 3.3, 11.0])
-def test_each_level_shows_the_same_place(drawn, mpp):
-    path, image = drawn
-    with Slide.open(path) as slide:
-        extent = slide.extent(40, mpp)
-        for (x, y), tile in zip(places := [(120, 80), (412, 304)], slide.read_tiles(np.array(places), 40, mpp)):
-            here, beside = (box(on_white(image, left, y, extent), 40) for left in (x, x + extent // 20))
-            assert np.abs(tile - here).mean() < 0.7 * np.abs(beside - here).mean()
-
-
 def test_thumbnails_and_regions_are_the_tiles_they_consist_of(drawn, monkeypatch):
     path, image = drawn
     monkeypatch.setattr("dreslcl.slide.BLOCK", 200)
@@ -176,7 +166,7 @@ def test_each_segment_is_decoded_once_over_calls_in_raster_order(drawn, monkeypa
         for row in rows:
             slide.read_tiles(row, 50, 0.5)
         assert sorted(decoded) == sorted(set(decoded)) and decoded == sorted(decoded)
-        assert len(slide._caches[0][1].decoded) <= slide._stored[0].grid[0]  # what is kept stays small
+        assert len(slide._caches[0][1].decoded) <= slide._caches[0][0].grid[0]  # what is kept stays small
         decoded.clear()
         slide.read_tiles(np.concatenate(rows[::-1]), 50, 0.5, threads=2)
         assert len(decoded) == len(set(decoded))
@@ -229,11 +219,10 @@ def first_tile(slide: Slide) -> np.ndarray:
     return slide.read_tiles(np.array([(100, 100)]), 64, slide.mpp)[0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_child_processes_read_a_slide_of_their_parent(drawn, method):
+def test_another_process_reads_a_pickled_slide(drawn):
     with Slide.open(drawn[0], mpp=0.25) as slide, pickle.loads(pickle.dumps(slide)) as again:
         assert (again.mpp, again.mpp_source) == (0.25, "given")
-        with ProcessPoolExecutor(2, mp_context=get_context(method)) as pool:
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             assert all(np.array_equal(tile, first_tile(again)) for tile in pool.map(first_tile, [slide] * 4))
 
 
@@ -293,6 +282,10 @@ def test_a_damaged_jpeg_tile_is_named_and_its_neighbours_are_read(tmp_path, dama
     path.write_bytes(data)
     with Slide.open(path, mpp=0.5) as slide:
         slide.read_tiles(np.array([(0, 0), (0, 256), (256, 256)]), 256, 0.5)
+        slide.check(1)  # a sample may miss it
+        for most in (0, 4, 99):
+            with pytest.raises(SlideError, match="stored tile 1 "):
+                slide.check(most)
         for threads in (1, 2):
             with pytest.raises(SlideError, match=r"a.tif: level 0: stored tile 1 .*copy it again") as caught:
                 slide.read_tiles(np.array([(0, 0), (200, 0)]), 256, 0.5, threads=threads)

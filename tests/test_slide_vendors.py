@@ -165,7 +165,7 @@ def test_a_vendors_file_shows_its_scan_at_its_resolution_and_never_its_label(tmp
         assert (slide.vendor, slide.mpp_source, slide.mpp) == (vendor, source, pytest.approx(mpp))
         assert [level.downsample for level in slide.levels] == downsamples
         if kind == "ndpi":
-            assert slide._stored[0].edge[1] == 8
+            assert slide._parts[0][0][1].edge[1] == 8
         if vendor == "ome":
             assert slide.mpp_xy == pytest.approx((0.25, 0.26))
         check(slide, image)
@@ -175,6 +175,132 @@ def test_svs_whose_scan_is_missing_does_not_show_the_label(tmp_path):
     pages = [(LABEL, {"rowsperstrip": 16, "subfiletype": kind, "description": "Aperio\nlabel 64x64"}) for kind in (1, 9)]
     with pytest.raises(SlideError, match="only label or overview"):
         Slide.open(write(tmp_path / "a.svs", *pages))
+
+
+# -- numbers and units as they are written -------------------------------------------------------------------------------------------
+
+SMALL = picture(300, 200)
+UNITS = "µm μm um micron Microns micrometer Micrometres &#181;m &#xB5;m &micro;m Âµm Î¼m \\u00B5m \ufffdm u".split()
+LENGTHS = dict.fromkeys(UNITS, 1.0) | {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "inch": 25400.0, "m": 1e6, "pixel": None, "reference frame": None}
+TEXTS = {
+    "Aperio MPP = .2520": "Aperio Image Library\r\nx|AppMag = 40|MPP = .2520|Left = 3,2",
+    "Aperio MPP=0,2520": "Aperio Image Library\r\nx|MPP=0,2520",
+    "Aperio MPP = 2,52e-1": "Aperio Image Library\r\nx|MPP = 2,52e-1",
+    "Akoya 0,252": "<PerkinElmer-QPI-ImageDescription><PixelSizeMicrons>0,252</PixelSizeMicrons></PerkinElmer-QPI-ImageDescription>",
+    "Philips 0,000252": '<?xml version="1.0"?><DataObject ObjectType="DPUfsImport"><Attribute Name="DICOM_PIXEL_SPACING">'
+    '"0,000252" "0,000252"</Attribute></DataObject>',
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_numbers_are_read_with_a_decimal_point_or_a_comma(tmp_path, kind):
+    software = {"software": {"Aperio": None, "Akoya": "PerkinElmer-QPI", "Philips": "Philips DP v1.0"}[kind.split()[0]]}
+    label = (LABEL, {"rowsperstrip": 16, "description": "Macro"})
+    path = write(tmp_path / "a.tif", (SMALL, TILE | software | {"description": TEXTS[kind]}), label)
+    with Slide.open(path) as slide:
+        assert slide.mpp == pytest.approx(0.252) and not slide.warnings
+
+
+@pytest.mark.parametrize("unit", LENGTHS)
+@pytest.mark.parametrize("tool", ["OME", "ImageJ"])
+def test_units_are_read_however_they_are_spelt(tmp_path, tool, unit):
+    path, factor = tmp_path / "a.tif", LENGTHS[unit] or 1.0
+    if tool == "OME":
+        stated = "".join(f'PhysicalSize{axis}="{0.252 / factor!r}" PhysicalSize{axis}Unit="{unit}" ' for axis in "XY")
+        size = 'SizeX="300" SizeY="200" SizeC="3" SizeZ="1" SizeT="1" DimensionOrder="XYCZT" Type="uint8"'
+        text = '<?xml version="1.0" encoding="UTF-8"?><OME><Image ID="Image:0">'
+        text += f'<Pixels {stated} ID="Pixels:0" {size}><Channel SamplesPerPixel="3"/><TiffData/></Pixels></Image></OME>'
+        resolution = {}
+    else:
+        text, resolution = f"ImageJ=1.53t\nimages=1\nunit={unit}\nloop=false\n", {"resolution": (factor / 0.252,) * 2, "resolutionunit": 1}
+    tifffile.imwrite(path, SMALL, photometric="rgb", description=text.encode(), metadata=None, **resolution)
+    with Slide.open(path) as slide:
+        assert slide.mpp == (pytest.approx(0.252, rel=1e-4) if LENGTHS[unit] else None)
+
+
+@pytest.mark.parametrize("mpp, warned", [(0.025, True), (0.049, True), (0.06, False), (19.0, False), (25.4, True)])
+def test_what_no_light_microscope_has_is_warned_of_unless_it_is_given(tmp_path, mpp, warned):
+    path = write(tmp_path / "a.tif", (SMALL, TILE | per_cm(mpp)))
+    with Slide.open(path) as slide, Slide.open(path, mpp=mpp) as given:
+        assert slide.mpp == pytest.approx(mpp, rel=1e-4) and not given.warnings
+        assert [f"no light microscope has {slide.mpp:g}" in text for text in slide.warnings] == [True] * warned
+
+
+@pytest.mark.parametrize("y, outcome", [(0.2505, ""), (0.26, "warned"), (0.5, "refused")])
+def test_a_resolution_that_differs_across_and_down(tmp_path, y, outcome):
+    path = write(tmp_path / "a.tif", (SMALL, TILE | {"resolution": (1e4 / 0.25, 1e4 / y), "resolutionunit": "CENTIMETER"}))
+    with Slide.open(path) as slide, Slide.open(path, mpp=0.3) as given:
+        assert bool(slide.warnings) == bool(outcome) and given.extent(64, 0.3) == 64
+        if outcome == "refused":
+            with pytest.raises(SlideError, match=r"says 0.25 µm/px across and 0.5 down; give one with --overrides"):
+                slide.extent(64, 1.0)
+        else:
+            assert slide.extent(64, 1.0) == round(64 / ((0.25 + y) / 2))
+
+
+@pytest.mark.parametrize("mpp", [0.495, 0.506, 0.52, 0.524, 0.53])
+def test_a_scan_of_the_same_magnification_is_enlarged_to_what_is_asked_for(tmp_path, mpp):
+    tifffile.imwrite(tmp_path / "a.tif", SMALL, photometric="rgb")
+    with Slide.open(tmp_path / "a.tif", mpp=mpp) as slide:
+        if mpp > 0.525:
+            with pytest.raises(SlideError, match=r"asked for 0.5 µm/px but the scan has 0.53; use --mpp 0.53"):
+                slide.extent(100, 0.5)
+            return
+        extent = slide.extent(100, 0.5)
+        assert extent == round(100 * 0.5 / mpp)
+        tile = slide.read_tiles(np.array([[40, 30]]), 100, 0.5)[0]
+        right = Image.fromarray(SMALL).resize((100, 100), Image.Resampling.BILINEAR, box=(40, 30, 40 + extent, 30 + extent))
+        assert np.abs(tile - np.asarray(right).astype(int)).max() <= 1
+
+
+# -- what is in a file beside the first picture ------------------------------------------------------------------------------------------
+
+
+def ome_images(path: Path, *images: tuple[np.ndarray, float]) -> Path:
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for n, (image, mpp) in enumerate(images):
+            size = {f"PhysicalSize{axis}": mpp for axis in "XY"} | {f"PhysicalSize{axis}Unit": "µm" for axis in "XY"}
+            writer.write(image, photometric="rgb", tile=(64, 64), compression="deflate", metadata={"Name": f"scan {n}"} | size)
+    return path
+
+
+def test_scanned_regions_lie_side_by_side_the_largest_at_the_left(tmp_path):
+    images = [picture(400, 700), picture(800, 600)[::-1], picture(320, 200)[:, ::-1]]
+    with Slide.open(scn(tmp_path / "a.scn", *images)) as slide:
+        assert slide.regions == [(0, 0, 800, 600), (4096, 0, 4496, 700), (8192, 0, 8512, 200)] and slide.size == (8512, 700)
+        assert slide.warnings == ("3 scanned regions, side by side",) and [level.downsample for level in slide.levels] == [1, 4]
+        for (left, top, right, bottom), image in zip(slide.regions, (images[1], images[0], images[2])):
+            for level, shown in ((0, image), (1, shrunk(image, 4))):
+                size = shown.shape[1::-1]
+                assert np.abs(slide.read_region((left, top), level, size).astype(int) - shown).mean() < 2.5
+            around = slide.read_tiles(np.array([[right - 10, bottom - 10], [left, 0], [right - 20, 0]]), 64, 0.5, threads=2)
+            assert (around[0, 11:] == 255).all() and (around[0, :, 11:] == 255).all() and (around[2, :, 21:] == 255).all()
+            assert np.array_equal(around[1], slide.read_region((left, 0), 0, (64, 64)))
+        rows = np.array([(x, y) for y in range(0, 640, 64) for x in range(0, 8512, 64)])
+        assert np.array_equal(slide.read_tiles(rows, 64, 0.5)[::-1], slide.read_tiles(rows[::-1], 64, 0.5))
+
+
+def test_an_image_of_another_resolution_or_kind_is_no_region_and_is_told(tmp_path):
+    image = picture(400, 300)
+    with Slide.open(ome_images(tmp_path / "a.ome.tif", (image, 0.5), (image[:200], 2.0), (image[:290], 0.5))) as slide:
+        assert len(slide.regions) == 2 and slide.warnings[1:] == ("left out an image of 400 x 200 px",)
+    path = write(tmp_path / "b.tif", (image, TILE | per_cm(0.5)), (image[:250], TILE | per_cm(0.5)))
+    with Slide.open(path) as slide:
+        assert slide.size == (400, 300) and slide.warnings == ("left out an image of 400 x 250 px",)
+
+
+@pytest.mark.parametrize("axes", ["ZYXS", "TYXS", "CYXS"])
+def test_of_several_planes_one_is_read_and_it_is_said(tmp_path, axes):
+    image = picture(300, 200)
+    planes, path = np.stack([image, image // 2, image // 3]), tmp_path / "a.ome.tif"
+    if axes == "CYXS":  # focal planes of an SVS
+        facts = {"description": "Aperio Image Library\r\nx|MPP = 0.5"} | TILE
+        path = write(tmp_path / "a.svs", (image, facts), (LABEL, {"rowsperstrip": 16}), (image // 2, facts), (image // 3, facts))
+    else:
+        tifffile.imwrite(path, planes, photometric="rgb", metadata={"axes": axes})
+    with Slide.open(path, mpp=0.5) as slide:
+        assert slide.warnings == ("3 focal planes or channels; one is read",)
+        check(slide, image)
 
 
 # -- pixels ---------------------------------------------------------------------------------------------------------------------------
@@ -196,13 +322,20 @@ def test_lossless_tiff_is_read_exactly(tmp_path, compression, layout, byteorder)
         assert np.array_equal(slide.read_region((0, 0), 0, slide.size), image)
 
 
+@pytest.mark.parametrize("alpha", ["unassalpha", "assocalpha", "unspecified", "png"])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-def test_an_alpha_channel_is_left_out(tmp_path, planar):
+def test_what_is_transparent_is_white_and_the_rest_of_an_alpha_channel_is_left_out(tmp_path, planar, alpha):
     image = picture(300, 200)
     data = np.dstack([image, np.full((200, 300), 7, np.uint8)])
-    data = np.moveaxis(data, 2, 0) if planar == "separate" else data
-    tifffile.imwrite(tmp_path / "a.tif", data, photometric="rgb", extrasamples=["unassalpha"], tile=(128, 128), planarconfig=planar)
-    with Slide.open(tmp_path / "a.tif", mpp=1) as slide:
+    data[:90, :140] = 0  # black, as scanners leave what they did not scan
+    path = tmp_path / ("a.png" if alpha == "png" else "a.tif")
+    if alpha == "png":
+        Image.fromarray(data).save(path)
+    else:
+        pixels = np.moveaxis(data, 2, 0) if planar == "separate" else data
+        tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[alpha], tile=(128, 128), planarconfig=planar)
+    image[:90, :140] = 0 if alpha == "unspecified" else 255
+    with Slide.open(path, mpp=1) as slide:
         assert np.array_equal(slide.read_region((0, 0), 0, (300, 200)), image)
 
 

