@@ -23,14 +23,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
-from .common import ConfigError, ModelError, TableError, fingerprint, read_table, write_json, write_table
+from .common import ConfigError, ModelError, Row, TableError, fingerprint, read_table, write_json, write_table
 from .config import EvalConfig
 from .formats import Embeddings, read_report_vectors, read_reports, unit
-from .labels import Fold, Rows, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
+from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
 
 if TYPE_CHECKING:
     from .model import DRESLCL
 
+Rows = Sequence[Mapping[str, str]]
 Weights = Float[np.ndarray, "R n"]
 Values = Float[np.ndarray, "R"]
 Matrix = Float[np.ndarray, "n C"]
@@ -347,7 +348,7 @@ def evaluate(
         notes.append("No leak scan: the reports that pretraining used were not given (--reports).")
     elif fitted:
         names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows})
-        summary, leaks = leak_scan(read_reports(texts) if isinstance(texts, Path) else texts, named["embedding"], names)
+        summary, leaks = leak_scan(read_labels(texts, "retrieval")[0], named["embedding"], names)
         notes.append(summary)
         everyone.warnings.extend(leaks)
     return Result(task, notes, outcomes, list(dict.fromkeys(everyone.warnings)))
@@ -516,16 +517,16 @@ def load_model(embeddings: Embeddings) -> "DRESLCL":
     return model
 
 
-def read_labels(labels: Path | Rows, task: Task) -> tuple[Rows, dict[str, np.ndarray]]:
+def read_labels(labels: Path | Rows, task: Task) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Rows of a table; for retrieval those of the reports, and report -> its vector (X,) where they are vectors made elsewhere."""
     if not isinstance(labels, Path):
-        return labels, {}
+        return [Row(row, f"row {n}") for n, row in enumerate(labels, 1)], {}
     if task != "retrieval":
         return read_table(labels), {}
     if labels.suffix != ".npz" and not h5py.is_hdf5(labels):
         return read_reports(labels), {}
     vectors = {key: (f"vectors {fingerprint(array.tolist())}", array.mean(0)) for key, array in read_report_vectors(labels).items()}
-    return [{"slide_id": key, "patient_id": key, "report": name} for key, (name, _) in vectors.items()], dict(vectors.values())
+    return [Row({"slide_id": key, "patient_id": key, "report": name}) for key, (name, _) in vectors.items()], dict(vectors.values())
 
 
 def report_vectors(embeddings: Embeddings, reports: Sequence[str], vectors: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n E"]:
