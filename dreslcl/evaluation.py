@@ -7,10 +7,11 @@ baseline) share slides, folds and resamples, so their differences are paired. to
 
 import json
 import tomllib
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
@@ -23,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
-from .common import ConfigError, ModelError, Row, TableError, fingerprint, read_table, write_json, write_table
+from .common import ConfigError, ModelError, Row, TableError, fingerprint, read_table, read_text, write_json, write_table
 from .config import EvalConfig
 from .formats import Embeddings, read_report_vectors, read_reports, unit
 from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
@@ -48,14 +49,7 @@ NAMES = {
     "auprc": "AUPRC",
     "median_rank": "median rank",
 }
-
-
-class Interval(NamedTuple):
-    """A metric and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
+Interval = namedtuple("Interval", "value low high")  # a metric and its 95 % bootstrap interval
 
 
 def resamples(patients: Sequence[str] | np.ndarray, draws: int, seed: int) -> Weights:
@@ -166,9 +160,8 @@ class Outcome:
     """The embedding minus these features, paired."""
     probabilities: dict[str, Matrix] = field(default_factory=dict)
     """features -> held-out probabilities of the first probe."""
-    fold: Sequence[int] = ()
-    rankings: list[list[Any]] = field(default_factory=list)
-    """Retrieval: direction, query, its patient, rank of the first hit, what ranked first."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of predictions.csv."""
 
     @property
     def column(self) -> str:
@@ -178,8 +171,7 @@ class Outcome:
     @property
     def label(self) -> str:
         """The column, and which class counts as positive where there are two."""
-        classes = self.slides.classes
-        return f"{self.column} (positive: {classes[1]})" if len(classes) == 2 else self.column
+        return self.column + (f" (positive: {self.slides.classes[1]})" if len(self.slides.classes) == 2 else "")
 
     @property
     def confusion(self) -> Int[np.ndarray, "C C"]:
@@ -215,28 +207,18 @@ class Result:
         for o in self.outcomes:
             results[o.column] = {"counts": o.counts, "scores": _plain(o.scores), "differences": _plain(o.differences)}
             results[o.column] |= {"classes": list(o.slides.classes), "confusion": o.confusion.tolist()} if o.probabilities else {}
-        names = list(dict.fromkeys(name for o in self.outcomes for name in o.slides.classes))
-        columns = ["column", "slide_id", "patient_id", "fold", "label", "prediction", *(f"p_{name}" for name in names)]
-        rows: list[list[Any]] = []
-        for s, fold, p in ((o.slides, o.fold, o.probabilities["embedding"]) for o in self.outcomes if o.probabilities):
-            for i, slide in enumerate(s.ids):
-                of = dict(zip(s.classes, p[i]))
-                row = [s.column, slide, s.patients[i], fold[i], s.classes[s.y[i]], s.classes[p[i].argmax()]]
-                rows.append(row + [f"{of[name]:.6f}" if name in of else "" for name in names])
-        if self.task == "retrieval":
-            columns, rows = ["direction", "query", "patient_id", "rank", "first"], [row for o in self.outcomes for row in o.rankings]
-        write_table(Path(out) / "predictions.csv", columns, rows)
+        rows = [row for o in self.outcomes for row in o.rows]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        write_table(Path(out) / "predictions.csv", columns, [[row.get(name, "") for name in columns] for row in rows])
         everything = {"task": self.task, "protocol": self.protocol, "results": results, "warnings": self.warnings}
         write_json(Path(out) / "metrics.json", {"version": 1, **everything})
 
 
 def _plain(value: Any) -> Any:
     """JSON-able copy: intervals become dictionaries, NaN becomes null."""
-    if isinstance(value, Interval):
-        return _plain(value._asdict())
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if np.isnan(value) else round(float(value), 6)
+    if isinstance(value, float):
+        return None if np.isnan(value) else round(value, 6)
+    return {key: _plain(item) for key, item in (value._asdict() if isinstance(value, Interval) else value).items()}
 
 
 def fit_probe(x: np.ndarray, y: np.ndarray, patients: np.ndarray, fold: Fold | None = None, seed: int = 0) -> Pipeline:
@@ -310,17 +292,13 @@ def evaluate(
         embeddings: those to measure; or two, to compare the first with the second on the slides that both have.
         labels: a table with slide_id or patient_id and the label columns, or its rows. For retrieval the reports that are looked for,
             or a file (.h5, .npz) of report vectors made elsewhere.
-        columns: label columns, default: the task's name (zeroshot: subtype); mutation takes one or several genes. As a mapping: each
-            column's positive class, set against all others.
-        split: a column of `labels` with train, val, test; or a table (Patho-Bench's k=all.tsv) with columns fold_0, fold_1 ...;
-            default: folds by patient.
-        texts: for zeroshot the prompts, a JSON or TOML file {class: [prompt, ...]}; else the reports that pretraining used, for the leak
-            scan.
+        columns: of labels, default: the task's name (zeroshot: subtype). As a mapping: each column's positive class, against all others.
+        split: a column of `labels` with train, val, test; or a table (Patho-Bench's k=all.tsv) with columns fold_0, fold_1 ...
+        texts: for zeroshot the prompts, a JSON or TOML file {class: [prompt, ...]}; else pretraining's reports, for the leak scan.
         include_seen: test also on slides of patients that pretraining saw.
 
     Raises:
-        TableError: labels, split or ids do not allow the evaluation asked for; the message says why.
-        ConfigError: no prompts, or prompts of another layout.
+        TableError: labels, split or ids do not allow the evaluation asked for. ConfigError: no prompts, or of another layout.
         ModelError: retrieval or zeroshot, and the model that made the embeddings is not where it was.
     """
     named = dict(zip(("embedding", "compared"), embeddings if isinstance(embeddings, tuple) else (embeddings,)))
@@ -426,7 +404,11 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
         own = {"slides": slides.ids[slides.y == c], "patients": slides.patients[slides.y == c], "tested": tested.ids[tested.y == c]}
         counts["classes"][name] = {what: len(set(values)) for what, values in own.items()}
     first = {name: next(iter(kinds.values()))[0] for name, kinds in predictions.items()}
-    return Outcome(tested, counts, *intervals(drawn), first, fold.tolist())
+    result = []
+    for slide, patient, number, label, p in zip(tested.ids, tested.patients, fold, tested.y, first["embedding"]):
+        row = {"column": column, "slide_id": slide, "patient_id": patient, "fold": number, "label": classes[label]}
+        result.append(row | {"prediction": classes[p.argmax()]} | {f"p_{name}": f"{value:.6f}" for name, value in zip(classes, p)})
+    return Outcome(tested, counts, *intervals(drawn), first, result)
 
 
 def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[str, np.ndarray], config: EvalConfig) -> Outcome:
@@ -440,7 +422,7 @@ def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[
     people, patient = np.unique(slides.patients, return_inverse=True)
     has = np.zeros((len(people), len(reports)), bool)
     has[patient, text] = True
-    hits, every, drawn, rankings = has[patient], np.arange(len(patient)), {}, []
+    hits, every, drawn, rows = has[patient], np.arange(len(patient)), {}, []
     for name, embeddings in named.items():
         similar, drawn[name] = unit(slides.features[name]) @ unit(report_vectors(embeddings, reports.tolist(), vectors)).T, {}
         sides = {"slide → report": (every, first, similar, hits), "report → slide": (first, every, similar.T, hits.T)}
@@ -448,12 +430,13 @@ def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[
             ranks, owners = first_hits(sim, hit), slides.patients[query]
             drawn[name][direction] = retrieval_metrics(ranks, resamples(owners, config.bootstrap, config.seed))
             if name == "embedding":
-                best = slides.ids[gallery[sim.argmax(1)]]
-                rankings += [[direction, *row] for row in zip(slides.ids[query].tolist(), owners.tolist(), ranks.tolist(), best.tolist())]
+                found = zip(slides.ids[query], owners, ranks, slides.ids[gallery[sim.argmax(1)]])
+                keys = ("direction", "query", "patient_id", "rank", "first")
+                rows += [dict(zip(keys, (direction, *map(str, values)))) for values in found]
     scores, differences = intervals(drawn)
     scores["chance"] = {direction: retrieval_chance(hit) for direction, (*_, hit) in sides.items()}
     counts = {"slides": len(every), "patients": len(people), "reports": len(reports)}
-    return Outcome(slides, counts, scores, differences, rankings=rankings)
+    return Outcome(slides, counts, scores, differences, rows=rows)
 
 
 def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tuple[Scores, Scores]:
@@ -506,14 +489,12 @@ def load_model(embeddings: Embeddings) -> "DRESLCL":
     from .encoder import pick_device
     from .model import DRESLCL
 
-    folder = embeddings.model_folder
-    if not folder:
+    if not embeddings.model_folder:
         raise ModelError("these embeddings were made without a model, so they have no text side; embed with --model RUN/model")
-    if not Path(folder).is_dir():
-        raise ModelError(f"{folder}: the model that made the embeddings is not there any more; put it back, or embed again")
-    model = DRESLCL.load(Path(folder)).to(pick_device())
+    model = DRESLCL.load(Path(embeddings.model_folder)).to(pick_device())
     if model.fingerprint() != embeddings.model:
-        raise ModelError(f"{folder}: holds model {model.fingerprint()}, the embeddings were made by {embeddings.model}; embed again")
+        told = f"holds model {model.fingerprint()}, the embeddings were made by {embeddings.model}; embed again"
+        raise ModelError(f"{embeddings.model_folder}: {told}")
     return model
 
 
@@ -548,13 +529,12 @@ def prompt_vectors(prompts: Path | None, embeddings: Embeddings) -> dict[str, Fl
     if prompts is None:
         raise ConfigError("--task zeroshot needs --prompts FILE")
     try:
-        text = prompts.read_text(encoding="utf-8")
-        table = json.loads(text) if prompts.suffix.lower() == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{prompts}: neither JSON nor TOML ({error})") from error
-    classes = table if isinstance(table, dict) else {}
-    lists = {name: [value] if isinstance(value, str) else value for name, value in classes.items()}
-    if not lists or any(not isinstance(v, list) or not v or not all(isinstance(p, str) for p in v) for v in lists.values()):
+        table = (json.loads if prompts.suffix.lower() == ".json" else tomllib.loads)(read_text(prompts))
+        lists = {name: [value] if isinstance(value, str) else value for name, value in table.items()}
+        good = lists and all(isinstance(of, list) and of and all(isinstance(text, str) for text in of) for of in lists.values())
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{prompts}: neither JSON nor TOML that holds class = [prompt, ...] ({error})") from error
+    if not good:
         raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
     model = load_model(embeddings)
     return {name: model.embed_text(list(texts)) for name, texts in lists.items()}

@@ -403,16 +403,12 @@ def run_page(
     """
     last = rows[-1]
     shown = {"loss": "loss", "batch_recall@1": "recall@1 within a batch", "held_out_recall@10": "held-out recall@10"}
+    shown |= {"row_cosine": "cosine of an old bank row to its fresh feature (1: no drift)", "row_age": "steps since a row was written"}
     headline = ", ".join(f"{name} {last[key]:.3g}" for key, name in shown.items() if key in last)
-    picked = [rows[i] for i in sorted(set(np.linspace(0, len(rows) - 1, min(8, len(rows))).astype(int).tolist()))]
-    columns = {"row_age": "mean age", "row_age_p95": "95th percentile of age", "row_cosine": "cosine, old row to fresh feature"}
-    columns = {key: name for key, name in columns.items() if key in last}
-    ages = [[f"{row['epoch']:.0f}", *(f"{row[key]:.4g}" if key in row else "" for key in columns)] for row in picked]
     sections: dict[str, Sequence[Block]] = {
         "": [f"After epoch {last['epoch']:.0f} ({last['step']:.0f} steps): {headline}."],
         "What went in": list(notes),
         "Curves": [Picture(out / "curves.png")],
-        "Memory bank": [Table(["epoch", *columns.values()], ages, "Age: steps since a row was written. A cosine of 1: no drift.")],
         "Codebook": ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)] if atlas else [],
         "Retrieval": examples,
     }
