@@ -280,7 +280,8 @@ def test_every_region_is_tiled_on_its_own_glass_and_no_tile_shows_two(tmp_path, 
     from test_slide_vendors import scn
 
     glass = picture(896, 704)
-    tinted = (picture(1024, 640, seed=1) * np.array([0.98, 0.94, 0.87])).astype(np.uint8)
+    tinted = (picture(1000, 704, seed=1) * np.array([0.98, 0.94, 0.87])).astype(np.uint8)
+    tinted[:, 700:] = tinted[:, 300:600]  # tissue up to the edge
     scn(tmp_path / "a.scn", glass, tinted)
     write_scan(tmp_path / "b.svs", picture(), mpp=0.03)
     rows = tile_slides(tmp_path, tmp_path / "w", SMALL, write="nothing")
@@ -292,7 +293,7 @@ def test_every_region_is_tiled_on_its_own_glass_and_no_tile_shows_two(tmp_path, 
     assert rows[0]["warning"] == "2 scanned regions, side by side" and "no light microscope has 0.03" in rows[1]["warning"]
     assert {record.message for record in caplog.records} >= {f"{row['warning']} ({row['path']})" for row in rows}
     x = grids[0].xy[:, 0]
-    assert 20 < (x >= 4096).sum() < 60 and 20 < (x < 1024).sum() < 60 and ((x < 1024 - 63) | (x >= 4096)).all()
+    assert 20 < (x >= 4096).sum() < 60 and 40 < (x < 1024).sum() < 90 and ((x <= 1000 - 64) | (x >= 4096)).all()
     assert rows[1]["status"] == "empty" and "the scan has 0.03" in rows[1]["error"]
 
 
