@@ -406,7 +406,7 @@ def eval_(
     """Measure slide embeddings: subtype, recognition, mutation, retrieval, zeroshot."""
     from .evaluation import evaluate
     from .formats import Embeddings
-    from .report import evaluation_page
+    from .report import evaluation_page, in_words
 
     table = (report_embeddings or reports) if task == "retrieval" else labels
     if table is None:
@@ -431,6 +431,8 @@ def eval_(
     for warning in result.warnings:
         log.warning("warning: %s", warning)
     print_table(*result.table())
+    for outcome in result.outcomes:
+        print(in_words(outcome, task))
     print(f"report: {out / 'report.html'}")
 
 

@@ -8,7 +8,7 @@ baseline) share slides, folds and resamples, so their differences are paired. to
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,14 +23,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
-from .common import ConfigError, ModelError, TableError, fingerprint, read_table, write_json, write_table
+from .common import ConfigError, ModelError, Row, TableError, fingerprint, read_table, write_json, write_table
 from .config import EvalConfig
 from .formats import Embeddings, read_report_vectors, read_reports, unit
-from .labels import Fold, Rows, Slides, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
+from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
 
 if TYPE_CHECKING:
     from .model import DRESLCL
 
+Rows = Sequence[Mapping[str, str]]
 Weights = Float[np.ndarray, "R n"]
 Values = Float[np.ndarray, "R"]
 Matrix = Float[np.ndarray, "n C"]
@@ -39,7 +40,14 @@ CUTS = (1, 5, 10)
 C_GRID = tuple(10.0**power for power in range(-5, 3))
 INNER_FOLDS, NEIGHBOURS, DRAWS = 3, 5, 5
 TEMPERATURE = 0.07  # of the softmax that turns cosines into probabilities; CLIP's at the start of training
-NAMES = {"auroc": "AUROC", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auprc": "AUPRC", "median_rank": "median rank"}
+NAMES = {
+    "auroc": "AUROC",
+    "auroc_of_folds": "AUROC, mean of folds",
+    "macro_f1": "macro-F1",
+    "balanced_accuracy": "balanced accuracy",
+    "auprc": "AUPRC",
+    "median_rank": "median rank",
+}
 
 
 class Interval(NamedTuple):
@@ -168,6 +176,12 @@ class Outcome:
         return self.slides.column
 
     @property
+    def label(self) -> str:
+        """The column, and which class counts as positive where there are two."""
+        classes = self.slides.classes
+        return f"{self.column} (positive: {classes[1]})" if len(classes) == 2 else self.column
+
+    @property
     def confusion(self) -> Int[np.ndarray, "C C"]:
         """Rows are labels, columns predictions."""
         return confusion(self.slides.y, self.probabilities["embedding"], np.ones((1, len(self.slides.y))))[0].astype(int)
@@ -189,10 +203,10 @@ class Result:
         rows = []
         for o in self.outcomes:
             for features, probes in o.scores.items():
-                rows += [[o.column, features, probe, *(show(score.get(name)) for name in names)] for probe, score in probes.items()]
+                rows += [[o.label, features, probe, *(show(score.get(name)) for name in names)] for probe, score in probes.items()]
             for features, probes in o.differences.items():
                 probe = next(iter(probes))
-                rows.append([o.column, f"embedding − {features}", probe, *(show(probes[probe].get(name)) for name in names)])
+                rows.append([o.label, f"embedding − {features}", probe, *(show(probes[probe].get(name)) for name in names)])
         return ["label", "features", "probe", *(NAMES.get(name, name) for name in names)], rows
 
     def save(self, out: Path) -> None:
@@ -319,7 +333,7 @@ def evaluate(
     fitted, outcomes = task not in ("retrieval", "zeroshot"), []
     for column in columns:
         if task == "retrieval":
-            slides = replace(everyone.subset(np.array([i for i, row in enumerate(everyone.rows) if row[column]], int)), column=column)
+            slides = having(everyone, column)
         else:
             slides = labelled(everyone, column, positive.get(column), binary=task in ("recognition", "mutation"))
         slides, seen = leave_out_seen(with_folds(slides, split, config.folds * fitted, config.seed), include_seen)
@@ -334,7 +348,7 @@ def evaluate(
         notes.append("No leak scan: the reports that pretraining used were not given (--reports).")
     elif fitted:
         names = [c for c in columns if task == "mutation"] + sorted({row[c] for c in columns for row in rows})
-        summary, leaks = leak_scan(read_reports(texts) if isinstance(texts, Path) else texts, named["embedding"], names)
+        summary, leaks = leak_scan(read_labels(texts, "retrieval")[0], named["embedding"], names)
         notes.append(summary)
         everyone.warnings.extend(leaks)
     return Result(task, notes, outcomes, list(dict.fromkeys(everyone.warnings)))
@@ -398,17 +412,21 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
     if absent:
         slides.warnings.append(f"{column}: no slide to test is of class {preview(absent)}")
     weights, drawn = resamples(tested.patients, config.bootstrap, config.seed), {name: {} for name in predictions}
+    fold = np.repeat(np.arange(len(slides.folds)), [len(fold.test) for fold in slides.folds])
+    parts = [fold == number for number in range(len(slides.folds))]
     for name, kinds in predictions.items():
         for kind, draws in kinds.items():
             each = [classification_metrics(tested.y, p, weights) for p in draws]
+            for values, p in zip(each, draws if len(parts) > 1 else ()):
+                of_folds = [classification_metrics(tested.y[i], p[i], weights[:, i])["auroc"] for i in parts if i.any()]
+                values["auroc_of_folds"] = np.ma.masked_invalid(of_folds).mean(0).filled(np.nan)
             drawn[name][kind] = {metric: np.mean([values[metric] for values in each], axis=0) for metric in each[0]}
     counts = {"slides": len(slides.y), "patients": len(set(slides.patients)), "classes": {}}
     for c, name in enumerate(classes):
         own = {"slides": slides.ids[slides.y == c], "patients": slides.patients[slides.y == c], "tested": tested.ids[tested.y == c]}
         counts["classes"][name] = {what: len(set(values)) for what, values in own.items()}
     first = {name: next(iter(kinds.values()))[0] for name, kinds in predictions.items()}
-    fold = [number for number, fold in enumerate(slides.folds) for _ in fold.test]
-    return Outcome(tested, counts, *intervals(drawn), first, fold)
+    return Outcome(tested, counts, *intervals(drawn), first, fold.tolist())
 
 
 def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[str, np.ndarray], config: EvalConfig) -> Outcome:
@@ -442,36 +460,42 @@ def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tu
     """Scores of all features, and the paired differences of the embedding to the others where they have the same probe."""
     ours = drawn["embedding"]
     scores = {f: {p: {m: interval(v) for m, v in s.items()} for p, s in kinds.items()} for f, kinds in drawn.items()}
-    return scores, {
-        f: {p: {m: interval(ours[p][m] - v) for m, v in s.items()} for p, s in kinds.items()}
-        for f, kinds in drawn.items()
-        if f != "embedding"
-    }
+    paired = {f: {p: {m: interval(ours[p][m] - v) for m, v in s.items()} for p, s in kinds.items()} for f, kinds in drawn.items()}
+    return scores, {name: kinds for name, kinds in paired.items() if name != "embedding"}
 
 
 def protocol(task: Task, split: str | Path | None, include_seen: bool, config: EvalConfig, outcomes: Sequence[Outcome]) -> list[str]:
     """How the numbers came about, in sentences."""
-    split = f"The split is given by {split}; no patient is in two parts." if split else ""
-    seen = f"Slides of patients seen in pretraining are {'tested too' if include_seen else 'left out of test'}."
     how = {
         "zeroshot": f"Softmax at temperature {TEMPERATURE} of the cosines to each class's mean prompt vector; nothing is fitted.",
         "retrieval": "Reports are the distinct texts. A hit is any report of the slide's patient, any slide of a patient with the report; "
         "ties count against the model. Chance is a random order. Resamples draw queries; what is searched stays whole.",
     }
-    fitted = (
+    probes = (
         "Linear probe: scikit-learn's LogisticRegression (lbfgs, classes weighted equally) on features standardised on the training part; "
         f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {INNER_FOLDS} folds by patient inside "
         f"the training part. {NEIGHBOURS}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of n training "
         f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features."
     )
     folds = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
-    intervals = (
+    result = [
+        f"The split is given by {split}; no patient is in two parts." if split else "All slides are tested." if task in how else folds,
+        f"Slides of patients seen in pretraining are {'tested too' if include_seen else 'left out of test'}.",
+        how.get(task, probes),
         f"Metrics run over all held-out predictions at once; intervals are the 2.5 and 97.5 percentiles of {config.bootstrap} resamples of "
-        "patients; differences are paired (same folds, same resamples)."
-    )
-    two = [(o, o.slides.classes[1], o.counts) for o in outcomes if len(o.slides.classes) == 2]
-    positive = [f"{o.column}: positive is {name!r}, {n['classes'][name]['slides']} of {n['slides']} slides." for o, name, n in two]
-    return [split or ("All labelled slides are tested." if task in how else folds), seen, how.get(task, fitted), intervals, *positive]
+        "the tested patients; differences are paired (same folds, same resamples).",
+    ]
+    if task not in how:
+        result.append(
+            "An interval tells what other test patients would change, not other training patients: folds and probes stay as they are."
+        )
+    if any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values()):
+        what = "without any signal the AUROC over all predictions lies a little below one half, the mean of the folds' own AUROCs does not"
+        result.append(f"Probes of different folds are not on one scale: {what}.")
+    for o in (o for o in outcomes if len(o.slides.classes) == 2):
+        name = o.slides.classes[1]
+        result.append(f"{o.column}: positive is {name!r}, {o.counts['classes'][name]['slides']} of {o.counts['slides']} slides.")
+    return result
 
 
 # texts
@@ -493,16 +517,16 @@ def load_model(embeddings: Embeddings) -> "DRESLCL":
     return model
 
 
-def read_labels(labels: Path | Rows, task: Task) -> tuple[Rows, dict[str, np.ndarray]]:
+def read_labels(labels: Path | Rows, task: Task) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Rows of a table; for retrieval those of the reports, and report -> its vector (X,) where they are vectors made elsewhere."""
     if not isinstance(labels, Path):
-        return labels, {}
+        return [Row(row, f"row {n}") for n, row in enumerate(labels, 1)], {}
     if task != "retrieval":
         return read_table(labels), {}
     if labels.suffix != ".npz" and not h5py.is_hdf5(labels):
         return read_reports(labels), {}
     vectors = {key: (f"vectors {fingerprint(array.tolist())}", array.mean(0)) for key, array in read_report_vectors(labels).items()}
-    return [{"slide_id": key, "patient_id": key, "report": name} for key, (name, _) in vectors.items()], dict(vectors.values())
+    return [Row({"slide_id": key, "patient_id": key, "report": name}) for key, (name, _) in vectors.items()], dict(vectors.values())
 
 
 def report_vectors(embeddings: Embeddings, reports: Sequence[str], vectors: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n E"]:

@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .common import TableError, hashed, is_missing, missing_words, read_table, same_name
+from .common import Row, TableError, hashed, is_missing, missing_words, one_value, read_table, same_name
 from .formats import Embeddings
 from .formats import patient_of as barcode_patient
 
-Rows = list[dict[str, str]]
 NEGATIVE = set("no not non without false negative neg normal benign healthy control wt wildtype unmutated absent low mss msil pmmr".split())
 POSITIVE = set(
     "yes true positive pos mut mutated mutant altered amplified tumor tumour cancer malignant present high msi msih dmmr".split()
@@ -47,7 +46,8 @@ class Slides:
 
     where: str
     """The table's name, for messages."""
-    rows: Rows
+    rows: list[dict[str, str]]
+    """Its values of the columns asked for, and of "patient"."""
     ids: Shaped[np.ndarray, "n"]
     patients: Shaped[np.ndarray, "n"]
     seen: Bool[np.ndarray, "n"]
@@ -66,9 +66,7 @@ class Slides:
 
     def subset(self, index: Int[np.ndarray, "m"]) -> "Slides":
         """Some of the slides, without folds; one that comes twice in `index` is there twice."""
-        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen", "selected")} | {
-            "y": self.y[index] if len(self.y) else self.y
-        }
+        arrays = {name: getattr(self, name)[index] for name in ("ids", "patients", "seen", "selected", *["y"] * bool(self.classes))}
         features = {name: x[index] for name, x in self.features.items()}
         return replace(self, rows=[self.rows[i] for i in index], features=features, folds=(), **arrays)
 
@@ -78,7 +76,7 @@ class Slides:
         return np.concatenate([fold.test for fold in self.folds])
 
 
-def columns_of(rows: Rows) -> str:
+def columns_of(rows: Sequence[Row]) -> str:
     """The columns of a table, for a message."""
     return ", ".join(rows[0]) if rows else "no rows"
 
@@ -89,7 +87,7 @@ def preview(values: Iterable[str], limit: int = 3) -> str:
     return ", ".join(map(repr, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
 
 
-def join_labels(named: Mapping[str, Embeddings], rows: Rows, columns: Sequence[str], where: str) -> Slides:
+def join_labels(named: Mapping[str, Embeddings], rows: Sequence[Row], columns: Sequence[str], where: str) -> Slides:
     """The slides that have a row and are in all of the embeddings ("embedding", perhaps "compared"); `warnings` counts those left out.
 
     Raises:
@@ -111,20 +109,60 @@ def join_labels(named: Mapping[str, Embeddings], rows: Rows, columns: Sequence[s
     features = {name: e.vectors[index[name]] for name, e in named.items()}
     if first.mean is not None:
         features["mean-pool"] = first.mean[index["embedding"]]
-    patients = [patient_of(slide, table_patient(row_of[slide]), first.patients[i]) for slide, i in zip(ids, index["embedding"])]
+    patients = [patient_of(slide, row_of[slide]["patient"], first.patients[i]) for slide, i in zip(ids, index["embedding"])]
     was = known_patients(named.values(), rows)
     seen, selected = (np.array([patient in was[kind] for patient in patients]) for kind in ("seen", "selected"))
     return Slides(where, [row_of[slide] for slide in ids], np.array(ids), np.array(patients), seen, selected, features, warnings)
 
 
-def known_patients(embeddings: Iterable[Embeddings], rows: Rows) -> dict[str, set[str]]:
+def match_rows(
+    embeddings: Embeddings, rows: Sequence[Row], columns: Sequence[str], where: str
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Slide -> its values of `columns` and its "patient", found by slide_id or else by patient; and warnings about what has no partner.
+
+    Raises:
+        TableError: neither id column is there, nothing matches (both sides shown), or one id has two values of a column.
+    """
+    own = patient_column(rows)
+    patients = [patient_of(slide, "", known) for slide, known in zip(embeddings.ids, embeddings.patients)]
+    keys = [("slide_id", embeddings.ids)] * bool(rows and "slide_id" in rows[0]) + [(own, patients)] * bool(own)
+    if not keys:
+        raise TableError(f"{where}: no column 'slide_id' or 'patient_id'; there are {columns_of(rows)}")
+    for key, names in keys:
+        named = [(same_name(row[key]), row) for row in rows if not is_missing(row[key])]
+        table = dict(named)
+        found = {slide: same_name(name) for slide, name in zip(embeddings.ids, names) if same_name(name) in table}
+        if found:
+            break
+    else:
+        key, names = keys[0]
+        theirs = preview(row[key] for row in rows)
+        raise TableError(f"{where}: no {key} matches the embeddings; the table has {theirs}, they have {preview(names)}")
+    partners = set(found.values())
+    alone, bare = [name for name in table if name not in partners], [slide for slide in embeddings.ids if slide not in found]
+    lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
+    warnings = [f"{where}: {len(left)} of {what} and are left out ({preview(left)})" for left, what in lost if left]
+    values = {column: one_value(Path(where), rows, key, column) for column in columns}
+    empty = {column: missing_words(row[column] for name, row in named if name in partners - of.keys()) for column, of in values.items()}
+    empty |= {key: missing_words(row[key] for row in rows)}
+    warnings += [f"{where}: what has no {column} is left out: {words}" for column, words in empty.items() if words]
+    values["patient"] = one_value(Path(where), rows, key, own) if own else {}
+    return {slide: {column: of.get(name, "") for column, of in values.items()} for slide, name in found.items()}, warnings
+
+
+def patient_column(rows: Sequence[Row]) -> str:
+    """The column of a table that names patients, "" for none."""
+    return next((c for c in PATIENT_COLUMNS if rows and c in rows[0]), "")
+
+
+def known_patients(embeddings: Iterable[Embeddings], rows: Sequence[Row]) -> dict[str, set[str]]:
     """Which patients (and slides) pretraining has seen, or selected its epoch by: "seen" and "selected" -> names.
 
     A seen slide makes its patient known wherever the table, the embeddings or a barcode name that patient.
     """
-    found: dict[str, set[str]] = {"seen": set(), "selected": set()}
+    found, own = {"seen": set(), "selected": set()}, patient_column(rows)
     for e in embeddings:
-        pairs = {(row.get("slide_id", ""), table_patient(row)) for row in rows} | set(zip(e.ids, e.patients))
+        pairs = {(row.get("slide_id", ""), row.get(own, "")) for row in rows} | set(zip(e.ids, e.patients))
         groups = [{slide, barcode_patient(slide), patient_of(slide, patient, "")} for slide, patient in pairs]
         for kind in found:
             told = set(getattr(e, kind))
@@ -137,66 +175,6 @@ def known_patients(embeddings: Iterable[Embeddings], rows: Rows) -> dict[str, se
     return found
 
 
-def rows_by(key: str, rows: Rows, columns: Sequence[str], where: str) -> dict[str, dict[str, str]]:
-    """Name (`same_name`) in a column of ids -> its row; of several rows of one name each cell is the one that is not missing.
-
-    Raises:
-        TableError: two rows of one name differ in `columns`, or name two patients.
-    """
-    table: dict[str, dict[str, str]] = {}
-    line: dict[str, int] = {}
-    for i, row in enumerate(rows, start=2):  # as spreadsheets count: the header is row 1
-        name = same_name(row[key])
-        if is_missing(name):
-            continue
-        if name not in table:
-            table[name], line[name] = row, i
-            continue
-        first = table[name]
-        pairs = [("patient", table_patient(first), table_patient(row))] if key == "slide_id" else []
-        for column, a, b in [*pairs, *((c, first[c], row[c]) for c in columns)]:
-            if a != b and not is_missing(a) and not is_missing(b):
-                raise TableError(
-                    f"{where}: rows {line[name]} and {i} give {key} {row[key]!r} two values of {column}, {a!r} and {b!r}; keep one"
-                )
-        table[name] = row | {column: value for column, value in first.items() if not is_missing(value)}
-    return table
-
-
-def match_rows(embeddings: Embeddings, rows: Rows, columns: Sequence[str], where: str) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Slide -> its row in the table, by slide_id or else by patient; and warnings about what has no partner.
-
-    Raises:
-        TableError: neither id column is there, as `rows_by`, or nothing matches (both sides shown).
-    """
-    there = list(rows[0]) if rows else []
-    patients = [patient_of(slide, "", known) for slide, known in zip(embeddings.ids, embeddings.patients)]
-    keys = [("slide_id", embeddings.ids)] * ("slide_id" in there) + [(c, patients) for c in PATIENT_COLUMNS if c in there][:1]
-    if not keys:
-        raise TableError(f"{where}: no column 'slide_id' or 'patient_id'; there are {columns_of(rows)}")
-    for key, names in keys:
-        table = rows_by(key, rows, columns, where)
-        found = {slide: table[same_name(name)] for slide, name in zip(embeddings.ids, names) if same_name(name) in table}
-        if found:
-            break
-    else:
-        key, names = keys[0]
-        theirs = preview(row[key] for row in rows)
-        raise TableError(f"{where}: no {key} matches the embeddings; the table has {theirs}, they have {preview(names)}")
-    partners = set(map(same_name, names))
-    alone, bare = [name for name in table if name not in partners], [slide for slide in embeddings.ids if slide not in found]
-    lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
-    warnings = [f"{where}: {len(left)} of {what} and are left out ({preview(left)})" for left, what in lost if left]
-    if words := missing_words(row[key] for row in rows):
-        warnings.append(f"{where}: rows without a {key} are left out: {words}")
-    return found, warnings
-
-
-def table_patient(row: Mapping[str, str]) -> str:
-    """The patient that a table's row names, "" for none."""
-    return next((row[c] for c in PATIENT_COLUMNS if not is_missing(row.get(c, ""))), "")
-
-
 def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
     """The patient: as the table says, else the embeddings, else a TCGA barcode's first 12 characters, else the slide is its own.
 
@@ -206,14 +184,23 @@ def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
     return same_name(named[0]) if named else barcode_patient(slide)
 
 
+def having(slides: Slides, column: str) -> Slides:
+    """The slides that have a value in a column.
+
+    Raises:
+        TableError: none has.
+    """
+    known = np.array([i for i, row in enumerate(slides.rows) if row[column]], int)
+    if not len(known):
+        raise TableError(f"{slides.where}: none of the {len(slides.rows)} slides with an embedding has a {column}")
+    return replace(slides.subset(known), column=column)
+
+
 def labelled(slides: Slides, column: str, positive: str | None = None, binary: bool = False) -> Slides:
     """The slides that have a label in a column, with their class numbers and the classes' names (`class_numbers`)."""
-    values = [row[column] for row in slides.rows]
-    if words := missing_words(values):
-        slides.warnings.append(f"{slides.where}: slides without {column} are left out: {words}")
-    slides = slides.subset(np.array([i for i, value in enumerate(values) if not is_missing(value)], int))
+    slides = having(slides, column)
     y, classes = class_numbers([row[column] for row in slides.rows], column, positive, binary)
-    return replace(slides, column=column, y=y, classes=classes)
+    return replace(slides, y=y, classes=classes)
 
 
 def class_numbers(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -237,13 +224,9 @@ def class_numbers(values: Sequence[str], column: str, positive: str | None, bina
         return np.array([int(value == positive) for value in values]), (rest[0] if len(rest) == 1 else f"not {positive}", positive)
     chosen = positive_of(*classes) if len(classes) == 2 else ""
     if binary and not chosen:
-        there = f"{len(classes)} classes ({preview(classes, 6)})"
-        how = (
-            "where two are asked for; --positive CLASS sets one against the rest"
-            if len(classes) > 2
-            else "and no word that tells which is the positive one; use --positive CLASS"
-        )
-        raise TableError(f"{column}: {there} {how}")
+        two = "where two are asked for; --positive CLASS sets one against the rest"
+        how = two if len(classes) > 2 else "and no word that tells which is the positive one; use --positive CLASS"
+        raise TableError(f"{column}: {len(classes)} classes ({preview(classes, 6)}) {how}")
     classes.sort(key=lambda name: name == chosen)
     return np.array([classes.index(value) for value in values]), tuple(classes)
 
@@ -291,22 +274,26 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
     Raises:
         TableError: no such column or file, no id of it is known, another word, no test part, or a patient in two parts of one fold.
     """
-    rows, columns, where = slides.rows, [str(split)], slides.where
-    if split not in rows[0]:
-        if not Path(split).is_file():
-            raise TableError(f"{where}: no column {str(split)!r}, nor a file of that name; there are {columns_of(rows)}")
-        table, where = read_table(Path(split)), str(split)
+    where, own = slides.where, slides.rows[0]
+    if split in own:
+        parts = {str(split): [row[split] for row in slides.rows]}
+    elif not Path(split).is_file():
+        raise TableError(f"{where}: no column {str(split)!r}, nor a file of that name")
+    else:
+        where, table = str(split), read_table(Path(split))
         columns = sorted((c for c in (table[0] if table else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
         if not columns:
             raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {columns_of(table)}")
-        by = {same_name(row[c]): row for c in (*PATIENT_COLUMNS, "slide_id") for row in table if not is_missing(row.get(c, ""))}
-        rows = [by.get(same_name(slide)) or by.get(same_name(patient)) or {} for slide, patient in zip(slides.ids, slides.patients)]
-        if not any(rows):
-            raise TableError(f"{where}: no id matches; the table has {preview(by)}, the embeddings have {preview(slides.ids)}")
+        keys, parts = [c for c in ("slide_id", patient_column(table)) if c in table[0]], {}
+        for column in columns:
+            of = {same_name(row[key]): row[column] for key in keys[1:] for row in table} | one_value(Path(split), table, keys[0], column)
+            parts[column] = [of.get(same_name(slide)) or of.get(same_name(p), "") for slide, p in zip(slides.ids, slides.patients)]
+        if not any(map(any, parts.values())):
+            theirs = preview(row[key] for key in keys for row in table)
+            raise TableError(f"{where}: no id matches; the table has {theirs}, the embeddings have {preview(slides.ids)}")
     folds = []
-    for column in columns:
-        words = [row.get(column, "").lower() for row in rows]
-        words = ["" if is_missing(word) else word for word in words]
+    for column, words in parts.items():
+        words = ["" if is_missing(word) else word.lower() for word in words]
         if unknown := sorted({*words} - {*PARTS, ""}):
             raise TableError(f"{where}: column {column!r} holds {preview(unknown)}; the parts of a split are train, val and test")
         part = np.array([PARTS.get(word, "") for word in words])
@@ -373,10 +360,12 @@ def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str
     return replace(slides, folds=[fold._replace(test=fold.test[~slides.seen[fold.test]]) for fold in slides.folds]), seen
 
 
-def leak_scan(reports: Rows, embeddings: Embeddings, names: Iterable[str]) -> tuple[str, list[str]]:
+def leak_scan(reports: Sequence[Row], embeddings: Embeddings, names: Iterable[str]) -> tuple[str, list[str]]:
     """Search the reports that pretraining read (all, where none can be told) for the classes' names: a summary, and warnings."""
     known = known_patients([embeddings], reports)["seen"]
-    reports = [row for row in reports if same_name(row.get("slide_id", "")) in known or table_patient(row) in known] or reports
+    reports = [
+        row for row in reports if same_name(row.get("slide_id", "")) in known or row.get(patient_column(reports)) in known
+    ] or reports
     warnings = []
     for name in dict.fromkeys(names):
         words = [re.escape(word) for word in re.split(r"[\W_]+", name) if word]
@@ -385,7 +374,7 @@ def leak_scan(reports: Rows, embeddings: Embeddings, names: Iterable[str]) -> tu
         pattern = re.compile(r"(?<!\w)" + r"[\W_]+".join(words) + r"s?(?!\w)", re.IGNORECASE)
         hits = [(row, hit) for row in reports if (hit := pattern.search(row.get("report", "")))]
         for row, hit in hits[:1]:
-            who, text = row.get("slide_id") or table_patient(row), row["report"]
+            who, text = row.get("slide_id") or row.get(patient_column(reports), ""), row["report"]
             around = " ".join(text[max(0, hit.start() - 40) : hit.end() + 40].split())
             there = f"{len(hits)} of {len(reports)} pretraining reports"
             warnings.append(f"leak scan: {name!r} stands in {there}, for example {who}: “…{around}…”")

@@ -28,7 +28,8 @@ from threadpoolctl import threadpool_limits
 from .bank import MemoryBank
 from .cohort import Cohort, TileReader
 from .common import ConfigError, write_bytes, write_table, write_text
-from .evaluation import CUTS, NAMES, Outcome, Result, first_hits, operating_points, resamples, show
+from .evaluation import CUTS, Interval, Outcome, Result, Task, first_hits, operating_points, resamples
+from .labels import preview
 
 PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 BAND_DRAWS = 200
@@ -57,9 +58,9 @@ def _jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _short(name: str) -> str:
-    """A class name as matplotlib text: cut, with its special meanings of $ and of a leading _ undone."""
-    name = name if len(name) <= 22 else name[:21] + "…"
+def _short(name: str, length: int = 22) -> str:
+    """A name as matplotlib text: cut, with its special meanings of $ and of a leading _ undone."""
+    name = name if len(name) <= length else name[: length - 1] + "…"
     return (" " * name.startswith("_") + name).replace("$", r"\$")
 
 
@@ -139,20 +140,23 @@ def scatter(outcome: Outcome) -> bytes:
     return _png(ax.figure)
 
 
-def recall(outcome: Outcome) -> bytes:
-    """Recall at 1, 5, 10 in both directions, with intervals and the chance line."""
-    ax = _axes("", "", "recall", (6.0, 4.0))
-    for i, (direction, score) in enumerate(outcome.scores["embedding"].items()):
-        bars = [score[f"recall@{k}"] for k in CUTS]
-        x = np.arange(len(CUTS)) + 0.4 * i
-        value = np.array([bar.value for bar in bars])
-        errors = np.abs(np.array([[bar.low, bar.high] for bar in bars]).T - value)
-        ax.bar(x, value, 0.36, yerr=errors, color=COLOURS[i], alpha=0.8, label=direction, error_kw={"elinewidth": 1})
-        chance = [outcome.scores["chance"][direction][f"recall@{k}"].value for k in CUTS]
-        ax.hlines(chance, x - 0.18, x + 0.18, color="black", linewidth=1.5, label="chance" if i == 0 else None)
-    ax.set_xticks(np.arange(len(CUTS)) + 0.2, [f"@{k}" for k in CUTS])
-    ax.set_ylim(0, 1.02)
-    ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+def overview(outcome: Outcome) -> bytes:
+    """AUROC of every probe, or recall at 1, 5, 10 in both directions: all features side by side, with intervals and the chance line."""
+    metrics = ["auroc"] if outcome.probabilities else [f"recall@{k}" for k in CUTS]
+    rows = [(probe, metric) for probe in outcome.scores["embedding"] for metric in metrics]
+    names = [probe if outcome.probabilities else f"{probe}, {metric[6:]}" for probe, metric in rows]
+    shown = [name for name in STYLE if name in outcome.scores]
+    ax = _axes(_short(outcome.column, 60), "AUROC" if outcome.probabilities else "recall", "", (6.4, 1.5 + 0.45 * len(rows)))
+    for n, (probe, metric) in enumerate(rows):
+        for i, name in enumerate(name for name in shown if probe in outcome.scores[name]):
+            score, at = outcome.scores[name][probe][metric], n + 0.22 * (i - (len(shown) - 1) / 2)
+            ax.plot([score.low, score.high], [at, at], color=COLOURS[i], linewidth=2.4, alpha=0.5, solid_capstyle="butt")
+            ax.plot(score.value, at, "o", color=COLOURS[i], label="" if n else name)
+        chance = 0.5 if outcome.probabilities else outcome.scores["chance"][probe][metric].value
+        ax.vlines(chance, n - 0.45, n + 0.45, color="0.45", linewidth=1, linestyle=(0, (1, 2)), label="" if n else "chance")
+    ax.set_yticks(range(len(rows)), names)
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlim=(None if outcome.probabilities else -0.02, 1.02))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(ax.figure)
 
 
@@ -204,6 +208,32 @@ def versions() -> str:
 # an evaluation
 
 
+def in_words(outcome: Outcome, task: Task) -> str:
+    """The main result as a sentence: what is separated how well, beside what, and whether the difference is told apart from none."""
+    slides, scores, words = outcome.slides, outcome.scores, {"compared": "the second embedding", "mean-pool": "mean pooling"}
+    if task == "retrieval":
+        probe, number = "report → slide", len(slides.ids)
+        metric = f"recall@{max(k for k in CUTS if k == 1 or 4 * k <= number)}"
+        chance = f"; a random order gives {scores['chance'][probe][metric].value:.2f}"
+        said = f"Given a report, its slide is among the first {metric[7:]} of {number} with frequency"
+    else:
+        probe, metric, chance, number = next(iter(scores["embedding"])), "auroc", "", len(set(slides.ids))
+        how = "The slide embedding" if task != "zeroshot" else "The cosine to prompts, without any label,"
+        two = f"separates {slides.classes[-1]} from {slides.classes[0]} ({outcome.column})"
+        many = f"tells {preview(slides.classes, 4)} apart ({outcome.column}; mean of each class against the rest)"
+        said = f"{how} {two if len(slides.classes) == 2 else many} with AUROC"
+
+    def value(score: Interval, sign: str = "") -> str:
+        return f"{score.value:{sign}.2f} ({score.low:{sign}.2f} to {score.high:{sign}.2f})"
+
+    said += f" {value(scores['embedding'][probe][metric])}{chance}"
+    for features in (name for name in words if name in scores):
+        other, difference = scores[features][probe][metric].value, outcome.differences[features][probe][metric]
+        verdict = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not told apart"
+        said += f"; {words[features]} {other:.2f}, difference {value(difference, '+')}: {verdict} on {number} slides"
+    return said + "."
+
+
 def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mapping[str, Path] | None = None) -> None:
     """Write report.html of an evaluation.
 
@@ -212,35 +242,23 @@ def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mappi
         pictures: slide id -> picture (a heatmap) for the examples of each class.
     """
     header, rows = result.table()
-    sections: dict[str, list[Block]] = {"": [_headline(outcome) for outcome in result.outcomes], "Warnings": list(result.warnings)}
+    pictured = [Picture(overview(outcome), f"{outcome.label}: values and 95 % intervals.") for outcome in result.outcomes]
+    sections: dict[str, list[Block]] = {"": [*(in_words(outcome, result.task) for outcome in result.outcomes), pictured]}
+    sections["Warnings"] = list(result.warnings)
     for outcome in result.outcomes:
-        scores = [row[1:] for row in rows if row[0] == outcome.column]
-        blocks: list[Block] = [Table(header[1:], scores, "Value and 95 % interval.", lead=True)]
-        if outcome.slides.classes:
+        scores = [row[1:] for row in rows if row[0] == outcome.label]
+        blocks: list[Block] = [Table(header[1:], scores, f"{outcome.label}: value and 95 % interval.", lead=True)]
+        if outcome.probabilities:
             counted = outcome.counts["classes"].items()
             blocks.append(Table(["class", "slides", "patients", "tested"], [[name, *map(str, n.values())] for name, n in counted]))
-            roc, pr = (
+            curves = (
                 Picture(curve(outcome, "roc"), "Band: 95 %, patients resampled."),
                 Picture(curve(outcome, "pr"), "Dotted: share of the class."),
             )
-            counts, map_ = (
-                Picture(confusion_matrix(outcome), "Colour: share of the label's row."),
-                Picture(scatter(outcome), "Tested slides."),
-            )
-            blocks += [[roc, pr, counts, map_], *_examples(outcome, pictures or {})]
-        else:
-            blocks.append([Picture(recall(outcome), "Bars: 95 % intervals.")])
+            others = Picture(confusion_matrix(outcome), "Colour: share of the label's row."), Picture(scatter(outcome), "Tested slides.")
+            blocks += [[*curves, *others], *_examples(outcome, pictures or {})]
         sections[f"{result.task}: {outcome.column}" if outcome.column != result.task else result.task] = blocks
     page(path, f"dreslcl evaluation: {result.task}", sections | {"Protocol": list(result.protocol)}, command)
-
-
-def _headline(outcome: Outcome) -> str:
-    """The first probe's first metric, of all features, as a sentence."""
-    first = {features: next(iter(probes.items())) for features, probes in outcome.scores.items()}
-    probe, score = first["embedding"]
-    metric = next(iter(score))
-    others = [f"{features} {show(values[metric])}" for features, (_, values) in first.items() if features != "embedding"]
-    return f"{outcome.column}, {probe}: {NAMES.get(metric, metric)} {show(score[metric])}; {'; '.join(others)}."
 
 
 def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:

@@ -204,6 +204,17 @@ def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_i
     assert sorted(outcome.slides.ids) == sorted(embeddings.ids)  # every slide is held out once
 
 
+def test_the_mean_over_folds_is_that_of_each_folds_own_auroc():
+    embeddings, rows = cohort(30, signal=0.5)
+    outcome = run(embeddings, rows).outcomes[0]
+    fold, y, p = np.array(outcome.fold), outcome.slides.y, outcome.probabilities["embedding"][:, 1]
+    own = [sk.roc_auc_score(y[fold == number], p[fold == number]) for number in range(3)]
+    assert outcome.scores["embedding"]["linear"]["auroc_of_folds"].value == pytest.approx(np.mean(own))
+    result = run(embeddings, with_split(rows, ("train", "train", "test"), 6), split="split")
+    assert "auroc_of_folds" not in result.outcomes[0].scores["embedding"]["linear"]
+    assert "one scale" in str(run(embeddings, rows).protocol) and "one scale" not in str(result.protocol)
+
+
 def test_permuted_labels_give_an_auroc_of_one_half_within_the_interval():
     embeddings, rows = cohort(patients=120, slides=1)
     labels = np.random.default_rng(4).permutation([row["subtype"] for row in rows])
@@ -229,7 +240,7 @@ def test_comparing_an_embedding_with_itself_gives_no_difference_and_slides_of_on
 def test_three_classes_have_no_auprc_and_every_class_is_counted():
     embeddings, rows = cohort(30, ("LUAD", "LUSC", "normal"))
     outcome = run(embeddings, rows).outcomes[0]
-    assert set(outcome.scores["embedding"]["linear"]) == {"auroc", "macro_f1", "balanced_accuracy"}
+    assert set(outcome.scores["embedding"]["linear"]) == {"auroc", "auroc_of_folds", "macro_f1", "balanced_accuracy"}
     assert outcome.counts["classes"]["LUSC"] == {"slides": 20, "patients": 10, "tested": 20}
 
 
@@ -277,7 +288,7 @@ def test_several_genes_in_one_call_each_count_their_positives_and_skip_unlabelle
     assert (first.column, first.counts["classes"]["1"]["slides"]) == ("TP53", 30)
     assert second.counts["unlabelled"] == 10 and second.counts["slides"] == 50
     assert second.counts["classes"]["1"]["slides"] == sum(row["EGFR"] == "1" for row in genes)
-    assert "labels: slides without EGFR are left out: 4 '', 3 'n/a', 3 'Unknown'" in result.warnings
+    assert "labels: what has no EGFR is left out: 4 '', 3 'n/a', 3 'Unknown'" in result.warnings
 
 
 def test_zeroshot_averages_prompts_and_needs_one_for_each_class(texts, tmp_path):
@@ -404,8 +415,12 @@ def test_a_patho_bench_table_gives_its_folds_also_where_they_overlap(tmp_path):
             r"puts patient 'p015' into train \(s015_0\) and test \(s015_1\); 1 patients are on two sides",
         ),
         ("case_id\tslide_id\tfold\nx\ty\ttest\n", "no columns fold_0, fold_1"),
-        ("case_id\tslide_id\tfold_0\nx\ty\ttest\n", "no id matches; the table has 'x', 'y', the embeddings have 's000_0'"),
-        (lambda rows: rows, "no column 'split', nor a file of that name; there are slide_id, patient_id, subtype"),
+        (
+            "slide_id\tfold_0\ns000_0\ttest\ns000_0.svs\ttrain\n",
+            "a.tsv: slide_id 's000_0' has more than one fold_0: 'test' .line 2. and 'train' .line 3.; keep one",
+        ),
+        ("case_id\tslide_id\tfold_0\nx\ty\ttest\n", "no id matches; the table has 'y', 'x', the embeddings have 's000_0'"),
+        (lambda rows: rows, "no column 'split', nor a file of that name"),
     ],
 )
 def test_a_split_that_cannot_be_used_is_refused(tmp_path, change, message):
@@ -491,6 +506,7 @@ def test_tables_that_do_not_fit_are_refused_in_one_line_that_shows_both_sides():
     wrong = [{"slide_id": f"x{row['slide_id']}", "subtype": row["subtype"]} for row in rows]
     refused(r"no slide_id matches the embeddings; the table has 'xs000_0'.*they have 's000_0'", embeddings, wrong)
     refused("no column 'slide_id' or 'patient_id'; there are name, subtype", embeddings, [{"name": "x", "subtype": "A"}])
+    refused(r"labels: none of the 40 slides with an embedding has a x", embeddings, [r | {"x": "NA"} for r in rows], columns=["x"])
     refused(r"1 classes .* two are needed", embeddings, [row | {"subtype": "A"} for row in rows])
 
 
@@ -499,7 +515,7 @@ def test_ids_on_one_side_only_are_counted_in_a_warning():
     warnings = run(embeddings, [*rows[2:], {"slide_id": "zz", "patient_id": "q", "subtype": "A"}, rows[0] | {"slide_id": "NA"}]).warnings
     assert "labels: 1 of 39 ids have no embedding and are left out ('zz')" in warnings
     assert "labels: 2 of 40 embeddings have no row and are left out ('s000_0', 's000_1')" in warnings
-    assert "labels: rows without a slide_id are left out: 1 'NA'" in warnings
+    assert "labels: what has no slide_id is left out: 1 'NA'" in warnings
 
 
 def test_names_that_differ_in_suffix_or_unicode_form_are_one_slide_everywhere(tmp_path):
@@ -520,11 +536,11 @@ def test_rows_of_one_slide_are_joined_where_they_agree_and_both_named_where_they
     embeddings, rows = cohort(20)
     halves = [row | {"subtype": "NA"} for row in rows] + [{**row, "slide_id": f"{row['slide_id']}.svs", "patient_id": ""} for row in rows]
     assert run(embeddings, [*halves, rows[0]]).outcomes[0].counts["slides"] == 40
-    for change, told in (({"subtype": "B"}, "subtype, 'A' and 'B'"), ({"patient_id": "p9"}, "patient, 'p000' and 'p9'")):
+    for change, told in (({"subtype": "B"}, "subtype: 'A' .row 1. and 'B'"), ({"patient_id": "p9"}, "patient_id: 'p000' .row 1. and 'p9'")):
         again = rows[0] | {"slide_id": "s000_0.svs"} | change
-        refused(f"labels: rows 2 and 42 give slide_id 's000_0.svs' two values of {told}; keep one", embeddings, [*rows, again])
+        refused(f"labels: slide_id 's000_0' has more than one {told} .row 41.; keep one", embeddings, [*rows, again])
     by_patient = [{"case_id": row["patient_id"], "subtype": "AB"[i % 2]} for i, row in enumerate(rows)]
-    refused("rows 2 and 3 give case_id 'p000' two values of subtype, 'A' and 'B'", embeddings, by_patient)
+    refused("case_id 'p000' has more than one subtype: 'A' .row 1. and 'B' .row 2.", embeddings, by_patient)
 
 
 def test_too_many_shots_are_left_out_with_a_warning():

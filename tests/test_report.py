@@ -23,6 +23,7 @@ from dreslcl.report import (
     codebook_atlas,
     curves,
     evaluation_page,
+    in_words,
     page,
     retrieval_examples,
     versions,
@@ -52,7 +53,7 @@ def test_an_evaluation_with_hostile_ids_and_classes_is_one_file_without_outside_
     result = evaluate((embeddings, embeddings), rows, "subtype", config=QUICK)
     evaluation_page(result, tmp_path / "report.html", command="dreslcl eval <EMB>")
     html = read(tmp_path / "report.html")
-    assert html.count("data:image/png") == 4 and "dreslcl eval &lt;EMB&gt;" in html
+    assert html.count("data:image/png") == 5 and "dreslcl eval &lt;EMB&gt;" in html
     for text in ("Protocol", "StratifiedGroupKFold", "scikit-learn", "seen in pretraining", "mean-pool", "embedding − compared"):
         assert text in html
 
@@ -72,6 +73,29 @@ def test_retrieval_has_its_page_too(tmp_path, texts):  # noqa: F811
     result = evaluate(embeddings, [{"slide_id": row["slide_id"], "report": row["slide_id"]} for row in rows], "retrieval", config=QUICK)
     evaluation_page(result, tmp_path / "r.html", command="x")
     assert "recall@10" in read(tmp_path / "r.html")
+
+
+def test_a_page_starts_with_the_result_in_words(tmp_path, texts):  # noqa: F811
+    embeddings, rows = cohort(24, ("nonMSIH", "MSIH"), mean=True)
+    result = evaluate((embeddings, embeddings), rows, "mutation", columns=["subtype"], config=QUICK)
+    said = in_words(result.outcomes[0], "mutation")
+    value = r"0\.\d\d \(0\.\d\d to \d\.\d\d\)"
+    assert re.match(
+        rf"The slide embedding separates MSIH from nonMSIH \(subtype\) with AUROC {value}; the second embedding 0\.\d\d, ", said
+    )
+    assert "difference +0.00 (+0.00 to +0.00): not told apart on 48 slides; mean pooling 0." in said and said.endswith(" on 48 slides.")
+    evaluation_page(result, tmp_path / "r.html", command="x")
+    html = read(tmp_path / "r.html")
+    assert html.index(said) < html.index("data:image/png") < html.index("<table") and "subtype (positive: MSIH)" in html
+    assert all("(positive: MSIH)" in row[0] for row in result.table()[1])
+    three = evaluate(*cohort(24, ("a", "b", "c"), signal=9), "subtype", config=QUICK)
+    assert "tells 'a', 'b', 'c' apart (subtype; mean of each class against the rest) with AUROC 1.00" in in_words(
+        three.outcomes[0], "subtype"
+    )
+    texts |= dict(zip(embeddings.ids, embeddings.vectors))
+    found = evaluate(embeddings, [{"slide_id": i, "report": i} for i in embeddings.ids], "retrieval", config=QUICK)
+    said = in_words(found.outcomes[0], "retrieval")
+    assert said == "Given a report, its slide is among the first 10 of 48 with frequency 1.00 (1.00 to 1.00); a random order gives 0.38."
 
 
 def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():

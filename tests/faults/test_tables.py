@@ -114,7 +114,7 @@ def hostile(tmp_path_factory) -> Path:
     (folder / "labels.csv").write_text(quoted([header, *([s, s, c, c] for s, c in zip(ids, labels))]))
     (folder / "reports.csv").write_text(quoted([["slide_id", "report"], *([s, f"{c} {EVIL[2]}"] for s, c in zip(ids, labels))]))
     columns = ("--column", EVIL[1], "--column", FORMULAS[3])
-    evaluation = ("--task", "mutation", "--reports", folder / "reports.csv", "--bootstrap", 20, "--shots", 1)
+    evaluation = ("--task", "mutation", "--reports", folder / "reports.csv", "--bootstrap", 20, "--shots", 1, "--positive", EVIL[0])
     done = in_child(dreslcl, "eval", folder / "emb", "--labels", folder / "labels.csv", *columns, *evaluation, "--out", folder / "eval")
     assert done.code == 0, done
     return folder / "eval"
