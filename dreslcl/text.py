@@ -223,7 +223,13 @@ def make_text(
             log.warning("%s: the text tower has random weights and learns from these reports alone; --text lsa does better", encoder.name)
         return Tower(encoder, setting == "tower:tune" or not pretrained)
     if setting in ("auto", "lsa"):
-        return Lsa.fit(reports, patients)
+        try:
+            return Lsa.fit(reports, patients)
+        except ConfigError as error:
+            if setting == "lsa" or encoder is None:
+                raise
+            log.warning("%s; the encoder's text tower reads them", str(error).split(":")[0])
+            return Tower(encoder, not pretrained)
     kind, _, name = setting.partition(":")
     if kind == "sentence" and name:
         return Sentence(name)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bank.py [--steps 150] [--work DIR] [--json]
 
-- warm: gathers of 64 random rows (D = 384) from 400,000, over copying as many rows in memory; write-back; rebuilding the sums.
+- warm: gathers of 64 random rows (D = 384) from 50,000 of a slide, over copying as many rows in memory; write-back; rebuilding the sums.
 - cold: the same gather after the file's pages were dropped from the page cache, against rows taken from a plain mapping.
 - rss: training steps (gather, residuals, aggregate, backward, write-back) on a sparse bank 20 times this process's RSS. Goal: flat.
 """
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from step_cost import B, D, E, K, Step, T
+from step_cost import SLIDES, B, D, E, K, Step, T, sparse_bank, unit_rows
 
-from dreslcl.bank import CLEAN, MemoryBank
-from dreslcl.config import ModelConfig
-from dreslcl.residual import ResidualAggregator
+from dreslcl.bank import MemoryBank
+from dreslcl.config import ModelConfig, TrainConfig
+from dreslcl.model import ResidualAggregator
 
 
 def rss_mb() -> float:
@@ -43,36 +43,44 @@ def seconds(call: Callable[[], object], times: int) -> float:
 
 def speeds(folder: Path, features: np.ndarray) -> dict[str, float]:
     """Rows per second, warm and cold."""
-    rng, slides, tiles = np.random.default_rng(0), 8, 50_000
-    bank = MemoryBank.create(folder, {f"s{i}": tiles for i in range(slides)}, D, K, encoder="benchmark", grids="benchmark")
-    for slide in bank.slides:
-        bank.fill(slide, (features[: min(len(features), tiles - i)] for i in range(0, tiles, len(features))))
+    rng, slides, tiles = np.random.default_rng(0), [f"s{i}" for i in range(8)], 50_000
+    bank = MemoryBank(folder, dim=D, codewords=K, encoder="benchmark")
+    bank.create()
+    for slide in slides:
+        bank.fill(slide, (features[: min(len(features), tiles - i)] for i in range(0, tiles, len(features))), tiles, "m")
+    bank.set_codebook(features[:K].copy())
     start = time.perf_counter()
-    bank.set_codebook(features[:K].copy(), "benchmark")
-    rebuilt = slides * tiles / (time.perf_counter() - start)
+    for slide in slides:
+        bank.sums(slide)  # builds them
+    rebuilt = len(slides) * tiles / (time.perf_counter() - start)
+    files = [bank._open(slide) for slide in slides]
+
+    def draw() -> np.ndarray:
+        return rng.choice(tiles, T, replace=False)
+
+    def write() -> None:
+        bank.write(bank.rest(str(rng.choice(slides)), draw(), 1.0, rng), features[:T], np.zeros(T, np.uint16), 1)
 
     source, target = features.astype(np.float16), np.empty((len(features), D), np.float16)
     copied = len(features) / seconds(lambda: np.copyto(target, source), 50)
-    draw = lambda: (str(rng.choice(bank.slides)), rng.choice(tiles, T, replace=False))  # noqa: E731
-    gathered = T / seconds(lambda: bank.gather(*draw()), 2000)
-    drawn = T / seconds(draw, 2000)
-    gathered = 1 / (1 / gathered - 1 / drawn)
-    written = T / seconds(lambda: bank.write(*draw(), features[:T], 1), 500)
-
-    bank.flush()
-    path = folder / "rows.f16"
-    plain = np.memmap(path, np.float16, "r").reshape(-1, D)
+    gathered = T / seconds(lambda: files[rng.integers(8)].gather(draw()), 2000)
+    gathered = 1 / (1 / gathered - seconds(draw, 2000) / T)
+    written = T / seconds(write, 300)
+    (first, _), paths = files[0].layout.fields["rows"][1::-1], [file.path for file in files]
+    del files
 
     def drop() -> None:
-        bank._shards[0].touched(1 << 30)  # mapped pages cannot be dropped
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for path in paths:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def plainly() -> None:
+        np.memmap(paths[rng.integers(8)], np.float16, "r", first, (tiles, D))[draw()]
 
     drop()
-    cold = T / seconds(lambda: bank.gather(*draw()), 20)
+    cold = T / seconds(lambda: bank.sample([str(rng.choice(slides))], T, int(rng.integers(1 << 30))), 20)
     drop()
-    plainly = T / seconds(lambda: plain[rng.choice(len(plain), T, replace=False)], 5)
     return {
         "rows_per_s_over_memcpy": round(gathered / copied, 3),
         "memcpy_rows_per_s": round(copied),
@@ -80,34 +88,26 @@ def speeds(folder: Path, features: np.ndarray) -> dict[str, float]:
         "write_rows_per_s": round(written),
         "rebuild_rows_per_s": round(rebuilt),
         "cold_rows_per_s": round(cold),
-        "cold_over_plain_mmap": round(cold / plainly, 1),
+        "cold_over_plain_mmap": round(cold * seconds(plainly, 5) / T, 1),
     }
 
 
 def resident(folder: Path, features: np.ndarray, steps: int) -> dict[str, float]:
     """RSS over training steps on a sparse bank; its rows are zeros where not written."""
     aggregator = ResidualAggregator(D, E, ModelConfig(codewords=K))
-    slides = 4 * B
-    tiles = int(20 * 1.2 * rss_mb() * 2**20 / (2 * D * slides))
-    bank = MemoryBank.create(folder, {f"s{i}": tiles for i in range(slides)}, D, K, encoder="benchmark", grids="benchmark", sparse=True)
-    (home,) = bank._shards.values()
-    home.set_codebook(features[:K].copy(), "benchmark")
-    codeword = int((features[:K] ** 2).sum(1).argmin())  # zeros count as features: all with the shortest codeword
-    home.step[:], home.code[:], home.state[:] = 0, codeword, CLEAN
-    home.counts[:, codeword], home.sums[:, codeword] = tiles, -tiles * features[codeword]
-    aggregator.set_codebook(features[:K].copy(), bank.slide_means())
-    step = Step(bank, aggregator, features, 0)
-    for _ in range(5):
-        step()
-    start = rss_mb()
+    aggregator.codewords.copy_(torch.from_numpy(features[:K]))
+    tiles = int(20 * 1.2 * rss_mb() * 2**20 / (2 * D * SLIDES))
+    bank = sparse_bank(folder, SLIDES, tiles, features[:K].copy())
+    step = Step(bank, aggregator, features, TrainConfig.bank_share)
     levels = []
-    for _ in range(steps):
-        step()
+    for _ in range(5 + steps):
+        slides = step.rng.choice(bank.slides, B, replace=False).tolist()
+        step.on(slides, [step.rng.choice(tiles, T, replace=False) for _ in slides])
         levels.append(rss_mb())
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     return {
-        "rss_start_mb": round(start),
-        "rss_mb": round(max(levels)),
+        "rss_start_mb": round(levels[4]),
+        "rss_mb": round(max(levels[5:])),
         "rss_end_mb": round(statistics.median(levels[-10:])),
         "bank_mb": round(size),
         "bank_over_rss": round(size / max(levels), 1),
@@ -117,11 +117,10 @@ def resident(folder: Path, features: np.ndarray, steps: int) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--work", type=Path, default=None, help="folder for the banks (1 GB really used), removed afterwards")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the banks (0.4 GB really used), removed afterwards")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    features = np.random.default_rng(0).normal(size=(8192, D)).astype(np.float32)
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features = unit_rows(8192)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # on a busy machine threads wait for each other
     with tempfile.TemporaryDirectory(dir=options.work) as work:

@@ -25,15 +25,14 @@ import numpy as np
 import torch
 
 from dreslcl.cohort import Cohort, TileReader
-from dreslcl.config import EncoderConfig, TileConfig
+from dreslcl.config import EncoderConfig, TileConfig, TrainConfig
 from dreslcl.demo import write_cohort, write_scan
 from dreslcl.embedding import embed
-from dreslcl.encoder import Encoder
-from dreslcl.model import inference
+from dreslcl.encoder import Encoder, inference
 from dreslcl.tiles import tile_slides
 
 BATCH = 128
-ENCODER = EncoderConfig("ViT-B-32")
+ENCODER, SETTINGS = EncoderConfig("ViT-B-32"), TrainConfig(tile_batch=BATCH, workers=2)
 
 
 def overhead(folder: Path, slides: int, rounds: int) -> dict[str, float]:
@@ -56,7 +55,7 @@ def overhead(folder: Path, slides: int, rounds: int) -> dict[str, float]:
         times = []
         for _ in range(2):
             start = clocks()
-            embed(cohort, folder / f"out-{number}", encoder=ENCODER, batch=BATCH, workers=2)
+            embed(cohort, folder / f"out-{number}", encoder=ENCODER, settings=SETTINGS)
             times.append(clocks() - start)
         ours.append(times[0] - times[1])
         setup.append(times[1])
@@ -100,7 +99,7 @@ def memory(folder: Path) -> dict[str, float]:
 def one(work: Path) -> None:
     """In a process of its own: embed the slide, print its tiles and the peak resident set, MB."""
     cohort = Cohort.load(work)
-    embed(cohort, work / "out", encoder=EncoderConfig(), batch=BATCH, workers=2)
+    embed(cohort, work / "out", encoder=EncoderConfig(), settings=SETTINGS)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # not ru_maxrss, which starts at the parent's
     print(cohort.members[0].tiles, int(peak[1]) / 1e3)
 

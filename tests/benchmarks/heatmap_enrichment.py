@@ -17,9 +17,11 @@ import torch
 
 from dreslcl.cohort import Cohort
 from dreslcl.common import read_table
+from dreslcl.config import TrainConfig
+from dreslcl.embedding import encode_slides
 from dreslcl.evaluation import fit_probe
 from dreslcl.heatmaps import contributions
-from dreslcl.model import DRESLCL, encode_members
+from dreslcl.model import DRESLCL
 
 OWN = {"LUAD": "gland", "LUSC": "squamous"}
 
@@ -30,7 +32,7 @@ def enrichment(demo: Path) -> dict[str, float]:
     labels = {row["slide_id"]: row for row in read_table(demo / "labels.csv")}
     shown = {(row["slide_id"], int(row["x"]), int(row["y"])): row["kind"] for row in read_table(demo / "cells.csv")}
     features = {}
-    stream = encode_members(model.encoder, cohort, range(len(cohort)), batch=512, precision="fp32", workers=2, title="tiles")
+    stream = encode_slides(model.encoder, cohort, range(len(cohort)), TrainConfig(tile_batch=512, precision="fp32", workers=2), "tiles")
     for i, parts in stream:
         features[i] = np.concatenate(list(parts)).astype(np.float16).astype(np.float32)
     vectors = np.stack([model.embed_features([features[i]]) for i in range(len(cohort))])

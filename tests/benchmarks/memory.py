@@ -13,13 +13,14 @@ import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from train_overhead import make_trainer
+from train_overhead import make_run, write_reports
 
-from dreslcl.cohort import Cohort
-from dreslcl.common import write_table
+from dreslcl import trainer
+from dreslcl.cohort import Cohort, prefetch
 from dreslcl.config import TileConfig
 from dreslcl.tiles import tile_slides
 
@@ -39,26 +40,26 @@ def make_cohort(work: Path) -> None:
         small = np.random.default_rng(i).integers(60, 160, (edge // 8, edge // 8, 3), np.uint8) // (1, 2, 1)
         write_scan(work / "slides" / f"s{i}.svs", small.repeat(8, 0).repeat(8, 1).astype(np.uint8), mpp=0.5)
     tile_slides(work / "slides", work / "work", TileConfig(size=224, mpp=0.5, threshold=0.05))
-    write_table(work / "reports.csv", ["slide_id", "report"], [(f"s{i}", f"Finding number {i}.") for i in range(SLIDES)])
+    write_reports(work / "reports.csv", SLIDES)
 
 
 def run(work: Path, encoder: str, size: str) -> None:
     """One step in this process, with the optimiser's state in place and the next step's tiles on their way; prints the peak."""
     torch.set_num_threads(1)
     cohort = Cohort.load(work / "work").with_reports(work / "reports.csv")
-    trainer = make_trainer(cohort, work / f"run-{size}", encoder, *STEPS[size], TILE_BATCH)
-    for p in trainer.parameters:
+    state = make_run(cohort, work / f"run-{size}", encoder, *STEPS[size], TILE_BATCH)
+    for p in state.model.parameters():
         p.grad = torch.zeros_like(p)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    plan = trainer.plan() * 3
-    flow = trainer._flow(trainer._visit(int(m)) for step in plan for m in step[0])
-    visits, pixels = zip(*(next(flow) for _ in plan[0][0]))
-    trainer.model.train()
-    trainer.train_step(list(visits), list(pixels), plan[0])
-    cuda = trainer.device.type == "cuda"
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    plan = trainer.plan_steps(state) * 3
+    flow = prefetch(partial(trainer.draw_sample, state), (int(m) for step in plan for m in step[0]), 1, ahead=len(plan[0][0]))
+    samples = [next(flow) for _ in plan[0][0]]
+    state.model.train()
+    trainer.train_step(state, samples, plan[0])
+    cuda = state.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak": peak, "tiles": sum(map(len, pixels))}))
+    print(json.dumps({"peak": peak, "tiles": sum(len(s.tiles) for s in samples)}))
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/step_cost.py [--rounds 60] [--work DIR] [--json]
 
-A step fetches the old rows of B·T tiles, forms the residual sums, aggregates, goes backward to the fresh features and writes them back.
-Both banks hold 800,000 rows (1.3 GB on disk together), so that memory and page cache treat them alike; steps on either alternate, and
-the ratio is the median over these pairs: with `stale_dropout` as by default, which reads the rows that it leaves out
-(256 here), without it, and with every bank row of a slide gathered (`bank_tiles` = M).
+A step asks the bank for the rest of B slides, adds the residuals of T fresh tiles each, aggregates, goes backward to the fresh features
+and writes them back. Both banks hold 16 slides in sparse files, zeros where nothing was written, with sums to match; of each slide eight
+sets of T tiles are drawn, and all are written before time is taken, so that no page is new. Steps on either bank alternate, and the
+ratio is the median over these pairs: with bank_share as by default and with 1; and with every row of the slides read, as an aggregator
+with `needs_rows` does.
 """
 
 import argparse
@@ -14,50 +15,78 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from dreslcl.bank import MemoryBank
+from dreslcl.bank import MemoryBank, SlideFile, slide_layout
 from dreslcl.config import ModelConfig, TrainConfig
-from dreslcl.residual import ResidualAggregator, refreshed_residuals
+from dreslcl.model import Bag, ResidualAggregator, nearest_codeword, residual_sums
 
 B, T, K, D, E = 8, 64, 32, 384, 256
-ROWS = 800_000
+SLIDES, SETS = 16, 8
 
 
-def make_bank(folder: Path, tiles: int, features: np.ndarray) -> MemoryBank:
-    """A bank of ROWS rows in slides of `tiles` tiles."""
-    spans = {f"slide-{i}": tiles for i in range(ROWS // tiles)}
-    bank = MemoryBank.create(folder, spans, D, K, encoder="benchmark", grids="benchmark")
-    for slide in bank.slides:
-        bank.fill(slide, (features[: min(len(features), tiles - i)] for i in range(0, tiles, len(features))))
-    bank.set_codebook(features[:K].copy(), "benchmark")
+def unit_rows(count: int) -> np.ndarray:
+    """Random features."""
+    features = np.random.default_rng(0).normal(size=(count, D)).astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def sparse_bank(folder: Path, slides: int, tiles: int, words: np.ndarray, encoder: str = "benchmark") -> MemoryBank:
+    """A bank whose rows are zeros that take no disk; zeros count as features, all with the shortest codeword."""
+    bank = MemoryBank(folder, dim=words.shape[1], codewords=len(words), encoder=encoder)
+    bank.create()
+    bank.set_codebook(words)
+    nearest = int((words**2).sum(1).argmin())
+    for slide in (f"s{i}" for i in range(slides)):
+        with bank._path(slide).open("wb") as file:
+            file.truncate(slide_layout(tiles, *words.shape[::-1]).itemsize)
+        new = SlideFile(bank._path(slide), tiles, *words.shape[::-1])
+        new.mark[0], new.weight[:], new.code[:], new.counts[:, nearest] = "m", 1, nearest, tiles / len(new.counts)
+        new.sums[:, nearest] = -words[nearest] * tiles / len(new.counts)
+        new.codebook[0] = bank.codebook
+        assert bank.has(slide, tiles, "m")
     return bank
 
 
 class Step:
     """One training step on random slides and tiles of a bank, without the tile encoder."""
 
-    def __init__(self, bank: MemoryBank, aggregator: ResidualAggregator, features: np.ndarray, options: dict[str, Any]):
-        self.bank, self.aggregator, self.features, self.options = bank, aggregator, features, options
+    def __init__(self, bank: MemoryBank, aggregator: ResidualAggregator, features: np.ndarray, share: float, *, rows: bool = False):
+        self.bank, self.aggregator, self.features, self.share, self.rows = bank, aggregator, features, share, rows
         self.rng = np.random.default_rng(0)
+        self.draws = {slide: [self.rng.choice(bank.tiles(slide), T, replace=False) for _ in range(SETS)] for slide in bank.slides}
 
     def __call__(self) -> float:
         """Seconds of the step."""
         slides = self.rng.choice(self.bank.slides, B, replace=False).tolist()
-        tiles = [self.rng.choice(self.bank.tiles(slide), T, replace=False) for slide in slides]
+        return self.on(slides, [self.draws[slide][self.rng.integers(SETS)] for slide in slides])
+
+    def on(self, slides: list[str], tiles: list[np.ndarray]) -> float:
+        """Seconds of the step on these."""
         encoded = self.features[self.rng.integers(0, len(self.features), B * T)]
         start = time.perf_counter()
-        fresh = torch.from_numpy(encoded).requires_grad_()
-        words = self.aggregator.codewords
-        sums, counts = refreshed_residuals(self.bank, slides, tiles, fresh, words, rngs=[self.rng] * B, **self.options)
-        self.aggregator(sums, counts)[:, 0].sum().backward()
-        assert fresh.grad is not None
-        for slide, index, part in zip(slides, tiles, fresh.detach().split(T)):
-            self.bank.write(slide, index, part.numpy(), 1)
+        rests = [self.bank.rest(slide, index, self.share, self.rng) for slide, index in zip(slides, tiles)]
+        if self.rows:
+            for rest in rests:
+                rest.rows()
+        fresh, words = torch.from_numpy(encoded).requires_grad_(), self.aggregator.codewords
+        codes = nearest_codeword(fresh, words)
+        drawn = Bag(*residual_sums(fresh, codes, words, part_of=torch.arange(B).repeat_interleave(T), parts=B))
+        stands_for = 1 + torch.tensor([rest.left_out for rest in rests]) / T
+        stored = Bag(torch.stack([rest.sums for rest in rests]), torch.stack([rest.counts for rest in rests]))
+        self.aggregator(drawn.times(stands_for) + stored)[:, 0].sum().backward()
+        for rest, rows, found in zip(rests, fresh.detach().numpy().reshape(B, T, D), codes.numpy().astype(np.uint16).reshape(B, T)):
+            self.bank.write(rest, rows, found, 1)
         return time.perf_counter() - start
+
+    def warm_up(self) -> None:
+        """Write every row that is ever drawn, once."""
+        for number in range(SETS):
+            for first in range(0, len(self.bank.slides), B):
+                some = self.bank.slides[first : first + B]
+                self.on(some, [self.draws[slide][number] for slide in some])
 
 
 def alternate(small: Step, large: Step, rounds: int) -> tuple[float, float, float]:
@@ -71,26 +100,22 @@ def alternate(small: Step, large: Step, rounds: int) -> tuple[float, float, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--work", type=Path, default=None, help="folder for the banks (1.3 GB), removed afterwards")
+    parser.add_argument("--work", type=Path, default=None, help="folder for the banks, removed afterwards")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # on a busy machine threads wait for each other
-    features = np.random.default_rng(0).normal(size=(8192, D)).astype(np.float32)
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features, result = unit_rows(8192), {}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        banks = {tiles: make_bank(Path(work) / str(tiles), tiles, features) for tiles in (1_000, 100_000)}
+        banks = {tiles: sparse_bank(Path(work) / str(tiles), SLIDES, tiles, features[:K].copy()) for tiles in (1_000, 100_000)}
         aggregator = ResidualAggregator(D, E, ModelConfig(codewords=K))
-        aggregator.set_codebook(features[:K].copy(), banks[1_000].slide_means())
-        result = {}
-        kinds = {
-            "step": {"stale_dropout": TrainConfig().stale_dropout},
-            "no_stale_dropout": {"stale_dropout": 0.0},
-            "gather_all": {"bank_tiles": ROWS},
-        }
-        for name, kind in kinds.items():
-            small, large = (Step(bank, aggregator, features, kind) for bank in banks.values())
-            ms = alternate(small, large, max(2, options.rounds // 40) if name == "gather_all" else options.rounds)
+        aggregator.codewords.copy_(torch.from_numpy(features[:K]))
+        share = TrainConfig.bank_share
+        for name, kind in {"step": {"share": share}, "share_1": {"share": 1.0}, "needs_rows": {"share": share, "rows": True}}.items():
+            small, large = (Step(bank, aggregator, features, **kind) for bank in banks.values())
+            for step in (small, large):
+                step.warm_up()
+            ms = alternate(small, large, max(2, options.rounds // 20) if name == "needs_rows" else options.rounds)
             result |= {f"{name}_1k_ms": round(ms[0], 2), f"{name}_100k_ms": round(ms[1], 2), f"{name}_100k_over_1k": round(ms[2], 3)}
     print(json.dumps(result) if options.json else "\n".join(f"{key:24} {value}" for key, value in result.items()))
 
