@@ -185,13 +185,18 @@ def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
     kind = "pixels" if cohort.work else "features"
     if trained.about["tiles"] != kind:
         raise ModelError(f"the model was trained on {trained.about['tiles']}, so it cannot embed {kind}")
-    if kind == "pixels":
-        grid, size, mpp = cohort.grid(0), trained.about["size"], trained.about["mpp"]
+    size, mpp = trained.about.get("size"), trained.about.get("mpp")
+    for member in range(len(cohort) if kind == "pixels" else 0):
+        try:
+            grid = cohort.grid(member)
+        except StoreError:
+            continue  # named in its turn
         if grid.size != size or abs(grid.mpp / mpp - 1) > 0.02:
             there = f"tiles of {grid.size} px at {grid.mpp:g} µm/px"
             raise ModelError(
                 f"{cohort.work}: has {there}, the model was trained on {size} px at {mpp:g}: tile with --size {size} --mpp {mpp:g}"
             )
+        return
 
 
 def _plan(cohort: Cohort, out: Path, name: str, layout: Layout | None, force: bool) -> tuple[list[int], dict[int, str], dict[str, str]]:

@@ -269,9 +269,7 @@ class DRESLCL(nn.Module):
     ):
         super().__init__()
         if config.aggregator not in AGGREGATORS:
-            raise ConfigError(
-                f"no aggregator {config.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into model.AGGREGATORS"
-            )
+            raise ConfigError(f"no aggregator {config.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into AGGREGATORS")
         self.config, self.dim, self.about = config, dim, about or {}
         self.encoder, self.text = encoder, text
         self.joint_dim = text.dim if text.learns else config.joint_dim

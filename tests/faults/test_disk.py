@@ -117,7 +117,7 @@ def own(work, tmp_path) -> Path:
 @pytest.mark.parametrize(
     "name, place",
     [
-        ("pretrain", "work/slides.csv"), ("pretrain", "work/tiles/s3.h5"), ("pretrain", "out/bank/bank.json"),
+        ("pretrain", "work/slides.csv"), ("pretrain", "out/bank/bank.json"),
         ("pretrain", "out/text/text.json"), ("pretrain", "out/checkpoint.pt"), ("embed", "whole/pretrain/model/weights.safetensors"),
         ("embed", "whole/pretrain/model/open_clip/open_clip_model.safetensors"), ("eval", "whole/embed/embeddings.h5"),
     ],
