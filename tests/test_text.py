@@ -92,6 +92,10 @@ def test_unknown_setting_and_too_few_reports_are_said_in_one_line(text):
         make(reports=REPORTS[:2])
 
 
+def test_auto_reads_the_reports_of_a_handful_of_patients_by_the_tower(tiny, caplog):
+    assert make("auto", tiny, REPORTS[:2]).kind == "tower" and "0 words that at least 3" in caplog.text
+
+
 def test_tower_with_random_weights_says_so_and_learns(tiny, caplog):
     text = make("tower", tiny)
     assert "random weights" in caplog.text and text.learns and not list(text.parameters())
