@@ -147,8 +147,7 @@ def embed(
     towers = trained.encoder if trained else Encoder.create(encoder).to(device) if encoder and cohort.work else None
     if trained:
         check_tiles(trained, cohort)
-    if (layout == "clam") > tile_features or tile_features > (cohort.work is not None):
-        raise ConfigError("--layout clam needs --tile-features, and these the folder that `dreslcl tile` wrote")
+    check_files(layout, tile_features, cohort)
     name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
     with ranks(device) as group, hold(out) if group.first else nullcontext():
         todo, marks, failed = _plan(cohort, out, name, layout if tile_features else None, force)
@@ -174,6 +173,14 @@ def embed(
             write_vectors(out, layout, result)
             result.save(out / "embeddings.h5")
     return result
+
+
+def check_files(layout: Layout, tile_features: bool, cohort: Cohort) -> None:
+    """Raise ConfigError for files that cannot be written."""
+    if layout == "clam" and not tile_features:
+        raise ConfigError("CLAM reads tile features, not slide vectors: add --tile-features")
+    if tile_features and cohort.work is None:
+        raise ConfigError("--tile-features needs the folder that `dreslcl tile` wrote: the features are already in files")
 
 
 def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
