@@ -156,8 +156,7 @@ def embed(
             slide = cohort.members[member].slide_id
             try:
                 kept = list(parts) if tile_features else parts
-                vector, mean = _slide_vector(trained, kept)
-                coords = cohort.coordinates(member)
+                vector, mean, coords = *_slide_vector(trained, kept), cohort.coordinates(member)
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)
                 log.warning("%s failed: %s", slide, failed[slide])
@@ -167,8 +166,7 @@ def embed(
             _write_slide(slide_file(out, slide), vector, mean, coords, marks[member])
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
         result = _collect(cohort, out, failed, trained, name, str(model or ""))
-        if by == "patient":
-            result = result.by_patient()
+        result = result.by_patient() if by == "patient" else result
         if group.first:
             write_vectors(out, layout, result)
             result.save(out / "embeddings.h5")
