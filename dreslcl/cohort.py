@@ -274,7 +274,7 @@ class TileReader:
         self.cohort, self.workers = cohort, workers or cores()
         self._open, self._used = lru_cache(maxsize=128)(self._open_tiles), set()
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
-        fits = sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
+        fits = bool(cache_bytes) and sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
 
     def _open_tiles(self, member: int) -> TilePixels:

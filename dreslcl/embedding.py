@@ -147,8 +147,7 @@ def embed(
     towers = trained.encoder if trained else Encoder.create(encoder).to(device) if encoder and cohort.work else None
     if trained:
         check_tiles(trained, cohort)
-    if (layout == "clam") > tile_features or tile_features > (cohort.work is not None):
-        raise ConfigError("--layout clam needs --tile-features, and these the folder that `dreslcl tile` wrote")
+    check_files(layout, tile_features, cohort)
     name = trained.fingerprint() if trained else towers.fingerprint() if towers else "mean of features"
     with ranks(device) as group, hold(out) if group.first else nullcontext():
         todo, marks, failed = _plan(cohort, out, name, layout if tile_features else None, force)
@@ -157,8 +156,7 @@ def embed(
             slide = cohort.members[member].slide_id
             try:
                 kept = list(parts) if tile_features else parts
-                vector, mean = _slide_vector(trained, kept)
-                coords = cohort.coordinates(member)
+                vector, mean, coords = *_slide_vector(trained, kept), cohort.coordinates(member)
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)
                 log.warning("%s failed: %s", slide, failed[slide])
@@ -168,12 +166,19 @@ def embed(
             _write_slide(slide_file(out, slide), vector, mean, coords, marks[member])
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
         result = _collect(cohort, out, failed, trained, name, str(model or ""))
-        if by == "patient":
-            result = result.by_patient()
+        result = result.by_patient() if by == "patient" else result
         if group.first:
             write_vectors(out, layout, result)
             result.save(out / "embeddings.h5")
     return result
+
+
+def check_files(layout: Layout, tile_features: bool, cohort: Cohort) -> None:
+    """Raise ConfigError for files that cannot be written."""
+    if layout == "clam" and not tile_features:
+        raise ConfigError("CLAM reads tile features, not slide vectors: add --tile-features")
+    if tile_features and cohort.work is None:
+        raise ConfigError("--tile-features needs the folder that `dreslcl tile` wrote: the features are already in files")
 
 
 def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
@@ -185,13 +190,18 @@ def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
     kind = "pixels" if cohort.work else "features"
     if trained.about["tiles"] != kind:
         raise ModelError(f"the model was trained on {trained.about['tiles']}, so it cannot embed {kind}")
-    if kind == "pixels":
-        grid, size, mpp = cohort.grid(0), trained.about["size"], trained.about["mpp"]
+    size, mpp = trained.about.get("size"), trained.about.get("mpp")
+    for member in range(len(cohort) if kind == "pixels" else 0):
+        try:
+            grid = cohort.grid(member)
+        except StoreError:
+            continue  # named in its turn
         if grid.size != size or abs(grid.mpp / mpp - 1) > 0.02:
             there = f"tiles of {grid.size} px at {grid.mpp:g} µm/px"
             raise ModelError(
                 f"{cohort.work}: has {there}, the model was trained on {size} px at {mpp:g}: tile with --size {size} --mpp {mpp:g}"
             )
+        return
 
 
 def _plan(cohort: Cohort, out: Path, name: str, layout: Layout | None, force: bool) -> tuple[list[int], dict[int, str], dict[str, str]]:

@@ -377,3 +377,23 @@ def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
     if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
         raise TableError(f"{path}: {len(bad)} report vectors are not finite, first {bad[0]!r}")
     return arrays
+
+
+CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
+
+- Reads: {tiles}. Gives: one vector per slide, unit norm. Load: `model = dreslcl.load("this folder")`, then `model.embed_slide("scan.svs")`.
+- Pretrained on: {saw}. Reports were read as: {text}. No report is in this folder; slides and patients are kept as salted hashes.
+- Started from: {weights}, whose licence binds this model too. Aggregator: `{settings}`
+- Research use only: no medical device.
+"""
+
+
+def model_card(about: Mapping[str, Any], encoder: Any, text: str, settings: dict[str, Any]) -> str:
+    """RUN/model/README.md: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
+    tiles, weights = "tile features made elsewhere", "random weights"
+    if encoder is not None and "size" in about:
+        tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {encoder.name}"
+    if encoder is not None and encoder.pretrained:
+        weights = f"the weights of {encoder.name}"
+    saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
+    return CARD.format(tiles=tiles, saw=saw, text=text, weights=weights, settings=json.dumps(settings))

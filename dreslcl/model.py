@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .common import ConfigError, ModelError, SlideError, fingerprint, write_bytes, write_json, write_text
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder, inference
+from .formats import model_card
 from .slide import Slide
 from .text import Text
 from .tiles import find_tiles
@@ -35,14 +36,6 @@ log = logging.getLogger(__name__)
 VERSION = 2
 HEADS = 4  # attention heads of the Transformer
 FLAT = 1e-3  # mean residual below which a codeword's sum fades to zero, so that tiles on their codeword leave no noise at unit length
-CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
-
-- Reads: {tiles}. Gives: one vector of width {E} per slide, unit norm.
-- Pretrained on: {saw}. Reports were read as: {text}. No report is in this folder; slides and patients are kept as salted hashes.
-- Started from: {weights}, whose licence binds this model too. Aggregator: `{settings}`
-- Research use only: no medical device.
-- Load: `model = dreslcl.load("this folder")`, then `model.embed_slide("scan.svs")`, `model.embed_text("squamous cell carcinoma")`.
-"""
 
 
 # residual sums
@@ -269,9 +262,7 @@ class DRESLCL(nn.Module):
     ):
         super().__init__()
         if config.aggregator not in AGGREGATORS:
-            raise ConfigError(
-                f"no aggregator {config.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into model.AGGREGATORS"
-            )
+            raise ConfigError(f"no aggregator {config.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into AGGREGATORS")
         self.config, self.dim, self.about = config, dim, about or {}
         self.encoder, self.text = encoder, text
         self.joint_dim = text.dim if text.learns else config.joint_dim
@@ -374,20 +365,9 @@ class DRESLCL(nn.Module):
             self.encoder.save(folder / "open_clip")
         self.text.save(folder)
         write_bytes(folder / "weights.safetensors", save(self._own_state()))
-        write_text(folder / "README.md", self.card())
+        write_text(folder / "README.md", model_card(self.about, self.encoder, self.text.kind, asdict(self.config)))
         header = {"version": VERSION, "model": asdict(self.config), "dim": self.dim, "about": self.about}
         write_json(folder / "config.json", header | {"encoder": self.encoder is not None})
-
-    def card(self) -> str:
-        """The model card: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
-        about, tiles = self.about, "tile features made elsewhere"
-        if self.encoder is not None and "size" in about:
-            tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {self.encoder.name}"
-        saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
-        weights = f"the weights of {self.encoder.name}" if self.encoder is not None and self.encoder.pretrained else "random weights"
-        return CARD.format(
-            tiles=tiles, saw=saw, text=self.text.kind, weights=weights, settings=json.dumps(asdict(self.config)), E=self.joint_dim
-        )
 
     @classmethod
     def load(cls, folder: Path) -> "DRESLCL":

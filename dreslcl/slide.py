@@ -75,13 +75,8 @@ class Slide:
     def open(cls, path: Path | str, mpp: Real | None = None, default_mpp: Real | None = None) -> "Slide":
         """Open an SVS, NDPI, SCN, Philips, Ventana, QPTIFF, OME or plain TIFF, or a PNG or JPEG image.
 
-        Args:
-            path: the file.
-            mpp: resolution of level 0, µm per pixel; overrides what the file says.
-            default_mpp: the same, where the file says none.
-
-        Raises:
-            SlideError: no such file, another format, damaged, or not 8-bit RGB.
+        `mpp`, the resolution of level 0 in µm per pixel, overrides what the file says; `default_mpp` is for files that say none.
+        Raises SlideError: no such file, another format, damaged, or not 8-bit RGB.
         """
         path = Path(path)
         low, high = PLAUSIBLE_MPP
@@ -147,9 +142,7 @@ class Slide:
 
         Each stored segment is decoded once over all tiles, so many tiles in one call, or calls in raster order, are faster than single
         ones. The coarsest level that is not coarser than `mpp` is read and resampled by area (Pillow's box filter).
-
-        Raises:
-            SlideError: no resolution known, `mpp` finer than the scan, the slide is closed, or stored data is damaged.
+        Raises SlideError: no resolution known, `mpp` finer than the scan, the slide is closed, or stored data is damaged.
         """
         level, step = self._choose(size, mpp)
         edge = size if step == 1 else round(size * step * level.downsample) / level.downsample
@@ -161,8 +154,7 @@ class Slide:
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
         """`size` (w, h) pixels of a stored level, right and below of `location` (x, y; level-0 pixels): openslide's arguments.
 
-        Raises:
-            SlideError: the slide is closed, or stored data is damaged.
+        Raises SlideError: the slide is closed, or stored data is damaged.
         """
         out = np.empty((1, size[1], size[0], 3), np.uint8)
         self._fill(level, np.rint(np.array([location]) / self.levels[level].downsample).astype(np.int64), out, None)

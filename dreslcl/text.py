@@ -32,9 +32,7 @@ WIDTH = 256  # of an LSA vector
 TFIDF = {"sublinear_tf": True, "stop_words": "english", "token_pattern": r"(?u)\b[a-zA-Z]{3,}\b"}  # letters only: no number, no barcode
 MIN_PATIENTS = 3  # whose reports hold a word that LSA keeps: rarer ones may name a patient, most are misread
 # words that say where a slide of TCGA comes from, not what it shows
-PLACES = set(
-    "tcga uuid asterand christiana cureline emory ilsbio indivumed kettering mayo mskcc pittsburgh roswell sloan uvm vanderbilt".split()
-)
+PLACES = set("tcga uuid asterand christiana cureline emory ilsbio indivumed kettering mayo mskcc roswell sloan uvm vanderbilt".split())
 MEDICAL = {"biomedclip": "15 million figures of PubMed Central, arXiv 2303.00915", "quiltnet": "Quilt-1M, histology, arXiv 2306.11207"}
 """OpenCLIP models pretrained on medical text, by a part of their names, and on what: `--text auto` uses their text tower."""
 
@@ -65,9 +63,7 @@ class Text(nn.Module):
         """The sentences of a cleaned report; one of a size above `room` in windows, each sharing half with the one before. Never empty."""
         found: list[str] = []
         for sentence in re.split(r"(?<=[.!?;])\s+", clean_report(report)):
-            words, start, stop = sentence.split(), 0, 0
-            if self.size(sentence) <= self.room:
-                found, words = [*found, sentence], []
+            words, start, stop = [sentence] if self.size(sentence) <= self.room else sentence.split(), 0, 0
             ends = np.cumsum([0, *(max(1, self.size(word)) for word in words)])
             while stop < len(words):
                 stop = max(start + 1, int(np.searchsorted(ends, ends[start] + self.room, "right")) - 1)
@@ -137,16 +133,13 @@ class Tower(Text):
 class Lsa(Text):
     """Latent semantic analysis (Deerwester et al. 1990): TF-IDF of words, reduced by an SVD, both fitted on the training reports alone.
 
-    It keeps the words that several patients' reports hold, and statistics of them: no report, no rare word. Vectors are not of unit
-    norm: a sentence that says more counts more, so that the mean over sentences is that of the whole report.
+    It keeps words that several patients' reports hold: no report, no rare word. A sentence that says more has a longer vector.
     """
 
     kind, described = "lsa", (*Text.described, "vocabulary")
 
     def __init__(self, vocabulary: list[str], idf: Float32[np.ndarray, "V"], components: Float32[np.ndarray, "X V"]):
         super().__init__(len(components))
-        if components.shape[1:] != idf.shape:
-            raise ValueError(f"{idf.shape} words, components of shape {components.shape}")
         self.vocabulary, self.idf, self.components = vocabulary, idf, components
         self.tfidf = TfidfVectorizer(vocabulary=vocabulary, norm=None, **TFIDF)
         self.tfidf.idf_ = idf.astype(float)
@@ -161,7 +154,7 @@ class Lsa(Text):
         counts = Counter(word for found in known.values() for word in found)
         vocabulary = sorted(word for word, n in counts.items() if n >= MIN_PATIENTS and word not in PLACES)
         if len(vocabulary) < 2:
-            there = f"the reports of {len(known)} patients share {len(vocabulary)} words, counting those of at least {MIN_PATIENTS}"
+            there = f"the reports hold {len(vocabulary)} words that at least {MIN_PATIENTS} of their {len(known)} patients share"
             raise ConfigError(f"{there}: too few to tell them apart by; use --text tower or --report-embeddings")
         tfidf = TfidfVectorizer(vocabulary=vocabulary, **TFIDF)
         svd = TruncatedSVD(min(WIDTH, len(vocabulary) - 1, len(reports) - 1), random_state=0).fit(tfidf.fit_transform(reports))
@@ -181,10 +174,7 @@ class Lsa(Text):
 
 
 class Sentence(Text):
-    """A model of sentence-transformers, by name or folder; loaded when a text is first encoded, and never copied.
-
-    Another model under the same name is refused: `check` is how the vector of one word began in training.
-    """
+    """A model of sentence-transformers, by name or folder, loaded when first used; `check`: how the vector of a word began in training."""
 
     kind, described = "sentence", (*Text.described, "name", "check")
 

@@ -42,6 +42,7 @@ from .common import (
     fingerprint,
     hdf5_file,
     hold,
+    one_value,
     rank_and_world,
     read_table,
     reason,
@@ -149,9 +150,10 @@ def find_tissue(slide: Slide, config: TileConfig, annotation: Path | None = None
         polygons = read_geojson(annotation)
         return Tissue(thumbnail, draw_polygons(polygons, thumbnail.shape[:2], slide.size), polygons)
     mask = np.zeros(thumbnail.shape[:2], bool)
-    for box in slide.regions:  # each on its own glass
-        x0, y0, x1, y1 = (round(edge * slide.mpp / mpp) for edge in box)
-        mask[y0:y1, x0:x1] = tissue_mask(thumbnail[y0:y1, x0:x1], mpp, threshold=config.threshold, drop_pen=config.drop_pen)
+    for left, top, right, bottom in np.rint(np.array(slide.regions) * slide.mpp / mpp).astype(int).tolist():  # each on its own glass
+        left = min(left, mask.shape[1] - 1)
+        box = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
+        mask[box] = tissue_mask(thumbnail[box], mpp, threshold=config.threshold, drop_pen=config.drop_pen)
     return Tissue(thumbnail, mask, mask_polygons(mask, slide.size))
 
 
@@ -233,16 +235,16 @@ class TilePixels:
 
     def __init__(self, work: Path, scan: Path, grid: TileGrid):
         self.grid, path = grid, pack_path(work, grid.slide_id)
-        self.slide, self.xy = None, grid.xy
         if path.exists() and packed_fingerprint(path) == grid.fingerprint:
             self.slide, self.xy = Slide.open(path, mpp=grid.mpp), np.arange(len(grid))[:, None] * np.array([0, _pitch(grid)])
-        elif path.exists():
-            log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
-        self.slide = self.slide or grid.open_scan(scan)
+        else:
+            self.slide, self.xy = grid.open_scan(scan), grid.xy
+            if path.exists():
+                log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
 
-    def read(self, rows: Integer[np.ndarray, "n"], threads: int = 1) -> UInt8[np.ndarray, "n H W 3"]:
+    def read(self, rows: Integer[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the tiles in those rows of the grid. Raises SlideError as `Slide.read_tiles` does."""
-        return self.slide.read_tiles(self.xy[rows], self.grid.size, self.grid.mpp, threads=threads)
+        return self.slide.read_tiles(self.xy[rows], self.grid.size, self.grid.mpp)
 
 
 def grid_path(work: Path, slide_id: str) -> Path:
@@ -425,19 +427,15 @@ def _plan(scans: list[tuple[str, Path]], config: TileConfig, given: Given) -> li
 def _read_overrides(table: Path) -> dict[str, dict[str, Any]]:
     """What a table sets for each slide, by `same_name`."""
     values: dict[str, dict[str, Any]] = defaultdict(dict)
-    lines: dict[tuple[str, str], int] = {}
-    for line, row in enumerate(read_table(table, ["slide_id"]), start=2):
-        name = same_name(row.pop("slide_id"))
-        for column, text in ((column, text) for column, text in row.items() if text or column not in OVERRIDES):
-            if column not in OVERRIDES:
-                raise TableError(f"{table}: unknown column {column!r}; there can be slide_id, {', '.join(OVERRIDES)}")
+    rows = read_table(table, ["slide_id"])
+    for column in (column for column in (rows[0] if rows else ()) if column != "slide_id"):
+        if column not in OVERRIDES:
+            raise TableError(f"{table}: unknown column {column!r}; there can be slide_id, {', '.join(OVERRIDES)}")
+        for name, text in one_value(table, rows, "slide_id", column).items():
             try:
-                value = OVERRIDES[column](text)
+                values[name][column] = OVERRIDES[column](text)
             except ValueError as error:
-                raise TableError(f"{table}, line {line}: {error}") from error
-            if values[name].setdefault(column, value) != value:
-                raise TableError(f"{table}: lines {lines[name, column]} and {line} give {name} two values of {column}; keep one")
-            lines[name, column] = line
+                raise TableError(f"{table}: {column} of {name}: {error}") from error
     return values
 
 

@@ -33,7 +33,7 @@ from .embedding import encode_slides
 from .encoder import Augmentation, Encoder, autocast, cached_features, inference, pick_device
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
-from .model import DRESLCL, Bag, contrastive_loss, nearest_codeword, residual_sums
+from .model import AGGREGATORS, DRESLCL, Bag, contrastive_loss, nearest_codeword, residual_sums
 from .report import Journal, codebook_atlas, retrieval_examples, run_page
 from .text import Text, make_text
 from .tiles import hilbert_order
@@ -132,6 +132,8 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     if train.batch % group.world:
         raise ConfigError(f"batch must be a multiple of the {group.world} ranks, got {train.batch}")
     patients = {m.patient_id for m in cohort.members}
+    if config.model.aggregator not in AGGREGATORS:
+        raise ConfigError(f"no aggregator {config.model.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into AGGREGATORS")
     if len(patients) < max(2, group.world) or len(cohort.reports) < 2:
         needed = f"{max(2, group.world)} patients and two reports are needed, there are {len(patients)} and {len(cohort.reports)}"
         raise ConfigError(f"a contrast needs slides that differ: at least {needed}")
@@ -193,9 +195,15 @@ def fill_bank(run: Run) -> None:
     Raises:
         DreslclError: more than a tenth cannot be read.
     """
-    marks = {m: run.cohort.mark(m) for m in run.own}
-    missing = [m for m in run.own if not run.bank.has(run.slide(m), run.cohort.members[m].tiles, marks[m])]
+    marks: dict[int, str] = {}
     failed: dict[int, str] = {}
+    for m in run.own:
+        try:
+            marks[m] = run.cohort.mark(m)
+        except (StoreError, OSError) as error:
+            failed[m] = reason(error)
+            log.warning("%s is left out: %s", run.slide(m), failed[m])
+    missing = [m for m in marks if not run.bank.has(run.slide(m), run.cohort.members[m].tiles, marks[m])]
     for member, parts in encode_slides(run.model.encoder, run.cohort, missing, run.config.train, "filling the bank", run.reader):
         try:
             run.bank.fill(run.slide(member), parts, run.cohort.members[member].tiles, marks[member], run.step)

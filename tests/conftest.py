@@ -1,5 +1,6 @@
 """Shapes in signatures are checked under pytest only; real test inputs come from DRESLCL_TEST_DATA."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "model"
     made.save(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """As a program that imports the package finds them: the command line, run in a test's process, sets their level."""
+    logging.getLogger("dreslcl").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Reports become vectors: pieces, the four kinds, and what of a report a model folder holds."""
 
-import re
 import subprocess
 import sys
 
@@ -13,12 +12,7 @@ from dreslcl.config import EncoderConfig
 from dreslcl.encoder import Encoder
 from dreslcl.text import Lsa, Sentence, Text, clean_report, make_text
 
-FINDINGS = [
-    "squamous cell carcinoma of the left lung",
-    "tubular adenoma of the colon",
-    "clear cell carcinoma of the kidney",
-    "benign breast tissue",
-]
+FINDINGS = ["squamous cell carcinoma of the left lung", "tubular adenoma of the colon", "carcinoma of the kidney", "benign breast tissue"]
 MARKER = "Zwölfzungen"
 REPORTS = [
     f"Specimen {i} of TCGA-05-43{i:02} from Roswell. Sections of tissue show {FINDINGS[i % 4]}, grade {i % 3}; margins are free of tumor. "
@@ -42,9 +36,6 @@ def make(setting="auto", encoder=None, reports=REPORTS):
     return make_text(setting, encoder, reports)
 
 
-# pieces
-
-
 def test_cleaning_mends_what_character_recognition_left():
     assert clean_report("adeno-\ncarcinoma ..... of\tthe\x00 lung ____ pT2 | 3 x 2 cm") == "adenocarcinoma of the lung pT2 3 x 2 cm"
     assert clean_report("pT2a, 0.5 µm (10 %) – größe >5; KRAS p.G12C") == "pT2a, 0.5 µm (10 %) größe >5; KRAS p.G12C"
@@ -61,33 +52,29 @@ def test_a_long_sentence_comes_in_overlapping_windows_that_fit_and_lose_no_word(
     text = make("tower", tiny) if kind == "tokens" else Text(1)
     pieces, words, place = text.pieces(LONG), LONG.split(), 0
     assert len(pieces) > 3 and all(text.size(piece) <= text.room for piece in pieces)
-    for piece in pieces:
-        own = piece.split()
+    for own in map(str.split, pieces):
         starts = [i for i in range(place + 1) if words[i : i + len(own)] == own]
         assert starts, "a window leaves a gap to what was read before"
         place = starts[-1] + len(own)
     assert place == len(words)
 
 
-# which kind
-
-
 @pytest.mark.parametrize(
-    ("name", "text", "expected"),
+    "choice",
     [
-        ("dreslcl-tiny", "auto", ("lsa", False)),
-        ("hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "auto", ("lsa", False)),
-        ("hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "auto", ("tower", False)),
-        ("local-dir:models/QuiltNet-B-32", "auto", ("tower", False)),
-        ("local-dir:models/QuiltNet-B-32", "tower:tune", ("tower", True)),
-        ("local-dir:models/QuiltNet-B-32", "lsa", ("lsa", False)),
-        ("dreslcl-tiny", "tower", ("tower", False)),
+        "dreslcl-tiny auto lsa False",
+        "ViT-B-32 auto lsa False",
+        "ViT-B-32 tower tower False",
+        "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 auto tower False",
+        "local-dir:models/QuiltNet-B-32 tower:tune tower True",
+        "local-dir:models/QuiltNet-B-32 lsa lsa False",
     ],
 )
-def test_auto_is_the_tower_where_it_knows_medicine_else_lsa(tiny, monkeypatch, name, text, expected):
+def test_auto_is_the_tower_where_it_knows_medicine_else_lsa(tiny, monkeypatch, choice):
+    name, setting, *expected = choice.split()
     monkeypatch.setattr(tiny, "pretrained", True)
     monkeypatch.setattr(tiny, "name", name)
-    assert (make(text, tiny).kind, make(text, tiny).learns) == expected
+    assert [make(setting, tiny).kind, str(make(setting, tiny).learns)] == expected
 
 
 def test_vectors_made_elsewhere_have_a_width_and_encode_nothing():
@@ -101,21 +88,20 @@ def test_vectors_made_elsewhere_have_a_width_and_encode_nothing():
 def test_unknown_setting_and_too_few_reports_are_said_in_one_line(text):
     with pytest.raises(ConfigError, match=f"auto, lsa, tower, tower:tune or sentence:NAME, got '{text}'"):
         make(text)
-    with pytest.raises(ConfigError, match="the reports of 2 patients share 0 words"):
+    with pytest.raises(ConfigError, match="0 words that at least 3 of their 2 patients share"):
         make(reports=REPORTS[:2])
 
 
-# the kinds
+def test_auto_reads_the_reports_of_a_handful_of_patients_by_the_tower(tiny, caplog):
+    assert make("auto", tiny, REPORTS[:2]).kind == "tower" and "0 words that at least 3" in caplog.text
 
 
 def test_tower_with_random_weights_says_so_and_learns(tiny, caplog):
     text = make("tower", tiny)
     assert "random weights" in caplog.text and text.learns and not list(text.parameters())
-    vectors = text.encode(["benign", *["carcinoma"] * 70])
-    assert vectors.shape == (71, tiny.dim) and vectors.requires_grad
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(71), atol=1e-5)
-    expected = torch.nn.functional.normalize(tiny.clip.encode_text(tiny.tokenizer(["benign"])), dim=-1)
-    assert torch.allclose(vectors[:1], expected, atol=1e-5)
+    expected = torch.nn.functional.normalize(tiny.clip.encode_text(tiny.tokenizer(["benign", "carcinoma"])), dim=-1)
+    vectors = text.encode(["benign", "carcinoma"])
+    assert torch.allclose(vectors, expected, atol=1e-5) and vectors.requires_grad
 
 
 def test_lsa_equals_scikit_learns_own_and_a_report_is_the_mean_of_its_sentences(lsa):
@@ -134,19 +120,14 @@ def test_lsa_equals_scikit_learns_own_and_a_report_is_the_mean_of_its_sentences(
     assert np.allclose(lsa.vector(REPORTS[0]).numpy(), expected[: len(lsa.pieces(REPORTS[0]))].mean(0), atol=1e-5)
 
 
-def test_lsa_keeps_words_of_three_patients_and_no_number_centre_or_barcode(lsa):
+def test_lsa_keeps_words_of_three_patients_and_its_folder_no_other(lsa, tmp_path):
     assert {"carcinoma", "adenoma", "margins"} <= set(lsa.vocabulary)
-    assert not {"tcga", "roswell", "the", MARKER.lower()} & set(lsa.vocabulary)
-    assert not [word for word in lsa.vocabulary if re.search(r"\d", word)]
-    of_two_patients = Lsa.fit(REPORTS, [f"p{'xy'[i % 2]}" if "kidney" in r else f"p{i}" for i, r in enumerate(REPORTS)])
-    assert "kidney" not in of_two_patients.vocabulary
-
-
-def test_a_word_of_one_report_is_in_no_byte_of_the_folder(lsa, tmp_path):
+    of_two_patients = Lsa.fit(REPORTS, [f"p{i % 2}" if "kidney" in r else f"p{i}" for i, r in enumerate(REPORTS)])
+    assert "kidney" in lsa.vocabulary and "kidney" not in of_two_patients.vocabulary
     lsa.save(tmp_path)
     whole = b"".join(file.read_bytes() for file in tmp_path.iterdir()).lower()
     assert b"carcinoma" in whole
-    for secret in (MARKER, "zungen", "TCGA", "Roswell", "tissue show"):
+    for secret in (MARKER, "zungen", "TCGA", "Roswell", "tissue show", "05-43"):
         assert secret.lower().encode() not in whole
 
 

@@ -204,7 +204,11 @@ def test_a_table_sets_resolution_and_knobs_per_slide(scans, tmp_path):
     assert rows[1]["tiles"] == 5
     [row] = tile_slides(tmp_path / "in" / "x.svs", tmp_path / "w2", TileConfig(size=64, default_mpp=0.125))
     assert (row["mpp"], row["mpp_source"]) == (0.125, "default")
-    for text, message in {"slide_id,colour\nx,1": "unknown column 'colour'", "slide_id,mpp\nx,abc": "line 2", "id,mpp\nx,1": "id"}.items():
+    for text, message in {
+        "slide_id,colour\nx,1": "unknown column 'colour'",
+        "slide_id,mpp\nx,abc": "mpp of x: could not",
+        "id,mpp\nx,1": "id",
+    }.items():
         table.write_text(text)
         with pytest.raises(TableError, match=message):
             tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=Given(table))
@@ -225,7 +229,7 @@ def test_files_of_other_tools_find_their_slide_in_either_unicode_form_with_or_wi
     [row] = tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=given)
     assert (row["status"], row["tiles"], row["mpp"], row["mpp_source"]) == ("ok", 1, 0.25, "given")
     (tmp_path / "o.csv").write_text(f"slide_id,mpp\n{theirs},0.25\n{ours},0.25\n Caf\u00e9.svs,0.5\n")
-    with pytest.raises(TableError, match="lines 3 and 4 give Café two values of mpp"):
+    with pytest.raises(TableError, match=r"slide_id 'Café' has more than one mpp: .*line 2.* and .*line 4"):
         tile_slides(tmp_path / "in", tmp_path / "w", SMALL, given=given)
 
 
@@ -276,7 +280,8 @@ def test_every_region_is_tiled_on_its_own_glass_and_no_tile_shows_two(tmp_path, 
     from test_slide_vendors import scn
 
     glass = picture(896, 704)
-    tinted = (picture(1024, 640, seed=1) * np.array([0.98, 0.94, 0.87])).astype(np.uint8)
+    tinted = (picture(1000, 704, seed=1) * np.array([0.98, 0.94, 0.87])).astype(np.uint8)
+    tinted[:, 700:] = tinted[:, 300:600]  # tissue up to the edge
     scn(tmp_path / "a.scn", glass, tinted)
     write_scan(tmp_path / "b.svs", picture(), mpp=0.03)
     rows = tile_slides(tmp_path, tmp_path / "w", SMALL, write="nothing")
@@ -288,7 +293,7 @@ def test_every_region_is_tiled_on_its_own_glass_and_no_tile_shows_two(tmp_path, 
     assert rows[0]["warning"] == "2 scanned regions, side by side" and "no light microscope has 0.03" in rows[1]["warning"]
     assert {record.message for record in caplog.records} >= {f"{row['warning']} ({row['path']})" for row in rows}
     x = grids[0].xy[:, 0]
-    assert 20 < (x >= 4096).sum() < 60 and 20 < (x < 1024).sum() < 60 and ((x < 1024 - 63) | (x >= 4096)).all()
+    assert 20 < (x >= 4096).sum() < 60 and 40 < (x < 1024).sum() < 90 and ((x <= 1000 - 64) | (x >= 4096)).all()
     assert rows[1]["status"] == "empty" and "the scan has 0.03" in rows[1]["error"]
 
 
@@ -408,7 +413,7 @@ def test_a_pack_stands_alone_and_reads_back_as_the_scan_does(tmp_path, size, mpp
     pixels = TilePixels(work, scan, grid)
     assert pixels.slide.path == pack_path(work, "a") and len(grid) > 10
     assert np.abs(pixels.read(rows).astype(int) - expected).mean() < 2
-    assert (pixels.read(rows[5:6], threads=2) == pixels.read(rows)[5:6]).all()
+    assert (pixels.read(rows[5:6]) == pixels.read(rows)[5:6]).all()
 
 
 def test_a_pack_of_another_grid_is_not_read_and_is_written_anew(tmp_path):

@@ -3,8 +3,8 @@
     python tests/benchmarks/cohort_scale.py [--slides 11000] [--visits 2000] [--work DIR] [--json]
 
 There are no scans: pixels are noise, a tile's feature comes from a hash of its pixels, and the time of that is taken off.
-`start_s`: opening the run, looking up what the bank holds, the first step. `epoch_overhead_per_slide_ms`: what steps take outside reading and
-encoding, and what the end of an epoch takes (all slides' means, checkpoint), over the slides of an epoch; without held-out retrieval.
+`start_s`: opening the run, looking up what the bank holds, the first step. `epoch_overhead_per_slide_ms`: what steps take outside reading
+and encoding, and what the end of an epoch takes (all slides' means, checkpoint), over the slides of an epoch; without held-out retrieval.
 `rss_mb`: the largest resident memory while so many slides were visited; goal: at most 4,000. `held_out_over_epoch`: the encoder's work for
 retrieval among the held-out slides (a tenth) over that of an epoch, a backward pass counted as two forward ones; goal: at most 0.1.
 """
@@ -107,8 +107,8 @@ def measure(work: Path, slides: int, visits: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slides", type=int, default=11_000)
-    parser.add_argument("--visits", type=int, default=2_000)
+    for flag, default in {"--slides": 11_000, "--visits": 2_000}.items():
+        parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--work", type=Path, default=None, help="folder for the sparse bank (2 GB really used), removed afterwards")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

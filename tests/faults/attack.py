@@ -109,8 +109,8 @@ def dreslcl(*arguments: Any) -> Done:
 
 
 TILE = ("--size", 64, "--mpp", 2.0, "--workers", 1)
-TRAIN = "--epochs 2 --batch 4 --tiles 4 --tile-batch 64 --codewords 4 --width 16 --heads 2 --depth 1 --cache-gb 0 --resume".split()
-TRAIN += ["--stale-dropout", 0]  # else a random tile encoder is warned of, a line more
+TRAIN = "--epochs 2 --batch 4 --tiles 4 --tile-batch 64 --codewords 4 --width 16 --depth 1 --cache-gb 0".split()
+TRAIN += ["--bank-share", 1]  # else a random tile encoder is warned of, a line more
 
 
 def command(name: str, work: Path, whole: Path) -> list:

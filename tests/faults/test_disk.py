@@ -117,8 +117,8 @@ def own(work, tmp_path) -> Path:
 @pytest.mark.parametrize(
     "name, place",
     [
-        ("pretrain", "work/slides.csv"), ("pretrain", "work/tiles/s3.h5"), ("pretrain", "slides/s3.svs"), ("pretrain", "out/bank/rows.f16"),
-        ("pretrain", "out/bank/bank.json"), ("pretrain", "out/checkpoint.pt"), ("embed", "whole/pretrain/model/weights.safetensors"),
+        ("pretrain", "work/slides.csv"), ("pretrain", "out/bank/bank.json"),
+        ("pretrain", "out/text/text.json"), ("pretrain", "out/checkpoint.pt"), ("embed", "whole/pretrain/model/weights.safetensors"),
         ("embed", "whole/pretrain/model/open_clip/open_clip_model.safetensors"), ("eval", "whole/embed/embeddings.h5"),
     ],
 )  # fmt: skip
@@ -172,7 +172,9 @@ def test_a_scan_that_vanishes_is_named_and_the_next_run_completes(own, whole, tm
     done = in_child(vanishing, scan, f"dreslcl.{module}", function, cut, [*arguments, out])
     if name == "pretrain":
         if cut or done.code:  # a deleted scan that is open already can be read to the end
-            done.says("s6.svs")
+            *warnings, line = done.err.splitlines()  # one slide in eight is more than a run goes on without
+            assert done.code == 1 and "Traceback" not in done.err and "1 of 8 slides cannot be read" in line and "s6.svs" in line, done
+            assert len(warnings) <= 2, done
     else:
         assert done.code == 1 and "Traceback" not in done.err and "1 of 8 slides failed" in done.err, done
         done = {p.stem for p in (out / "slide_features").glob("*.h5")}

@@ -14,7 +14,7 @@ import torch
 from attack import contents, durations, in_child, kill, kills, marked
 
 from dreslcl import embedding, report, tiles, trainer
-from dreslcl.bank import MemoryBank
+from dreslcl.bank import MemoryBank, SlideFile, slide_layout
 from dreslcl.cohort import Cohort
 from dreslcl.common import ModelError, read_table
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
@@ -23,8 +23,8 @@ from dreslcl.model import DRESLCL
 TRIES = [1, pytest.param(20, marks=pytest.mark.slow)]
 SETTINGS = RunConfig(
     EncoderConfig(),
-    ModelConfig(codewords=4, width=16, heads=2, depth=1),
-    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, encoder_lr=1e-3, refresh_every=1),
+    ModelConfig(codewords=4, width=16, depth=1),
+    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, encoder_lr=1e-3, bank_share=1.0),
 )
 
 
@@ -36,11 +36,11 @@ def pretrain(work: Path, out: Path, held_out: bool = False) -> None:
     report.curves = lambda _, path: path.write_bytes(b"\x89PNG")  # half of the time of such a small run
     cohort = Cohort.load(work).with_reports(work / "reports.csv")
     kept, val = cohort.split("split=val" if held_out else None, work / "reports.csv")
-    trainer.pretrain(kept, out, SETTINGS, held_out=val, resume=True)
+    trainer.pretrain(kept, out, SETTINGS, held_out=val)
 
 
 def embed(work: Path, out: Path, model: Path) -> None:
-    embedding.embed(Cohort.load(work), out, model=model, tile_features=True, workers=1)
+    embedding.embed(Cohort.load(work), out, model=model, tile_features=True, settings=TrainConfig(workers=1))
 
 
 def at_random(phases: dict[str, list[float]], times: int, attack: Callable[[int, tuple[str, int, float]], bool]) -> int:
@@ -52,17 +52,17 @@ def at_random(phases: dict[str, list[float]], times: int, attack: Callable[[int,
     return cut
 
 
-def run_tile(pipe, *arguments) -> None:
-    marked(pipe, {}, tile, arguments)
+STEPS = {"fill": "fill_bank", "step": "train_step", "checkpoint": "save_checkpoint", "epoch end": "end_epoch"}
+COMMANDS = {
+    "tile": (tile, {}),
+    "pretrain": (pretrain, {phase: (trainer, name) for phase, name in STEPS.items()}),
+    "embed": (embed, {"write": (embedding, "_write_slide")}),
+}
 
 
-def run_pretrain(pipe, *arguments) -> None:
-    phases = {"fill": "_fill", "step": "train_step", "checkpoint": "save_checkpoint", "epoch end": "end_epoch"}
-    marked(pipe, {phase: (trainer.Trainer, name) for phase, name in phases.items()}, pretrain, arguments)
-
-
-def run_embed(pipe, *arguments) -> None:
-    marked(pipe, {"write": (embedding, "_write_slide")}, embed, arguments)
+def run(pipe, name: str, *arguments) -> None:
+    function, phases = COMMANDS[name]
+    marked(pipe, phases, function, arguments)
 
 
 def tiled(out: Path) -> dict:
@@ -80,13 +80,20 @@ def assert_whole_run(out: Path, epochs: int) -> None:
     assert [row["epoch"] for row in rows] == [str(e + 1) for e in range(epochs)]
     assert len(set(np.diff([0, *(int(row["step"]) for row in rows)]))) == 1
     assert all(np.isfinite(float(row["loss"])) for row in rows)
-    bank = MemoryBank.open(out / "bank")
-    for slide in bank.slides:
-        sums, counts = bank.residuals(slide)
-        bank.rebuild(slide)
-        again, again_counts = bank.residuals(slide)
-        assert (counts == again_counts).all() and np.abs(sums - again).max() <= 1e-4 * np.abs(again).max()
     state = torch.load(out / "checkpoint.pt", weights_only=True)
+    words = state["model"]["aggregator.codewords"].numpy()
+    (K, D), (empty, one) = words.shape, (slide_layout(tiles, *words.shape[::-1]).itemsize for tiles in (0, 1))
+    bank = MemoryBank(out / "bank", dim=D, codewords=K, encoder=json.loads((out / "bank" / "bank.json").read_text())["encoder"])
+    bank.set_codebook(words)
+    files = list((out / "bank").glob("*.bank"))
+    assert len(files) == 8
+    for path in files:
+        tiles = (path.stat().st_size - empty) // (one - empty)
+        assert bank.has(path.stem, tiles, SlideFile(path, tiles, D, K).mark[0].decode())
+        sums, counts = bank.sums(path.stem)
+        bank.rebuild(path.stem)
+        again, again_counts = bank.sums(path.stem)
+        assert (counts == again_counts).all() and np.abs(sums - again).max() <= 1e-4 * np.abs(again).max()
     assert state["epoch"] == epochs
     model = DRESLCL.load(out / "model").state_dict()
     assert all(torch.equal(model[key], value) for key, value in state["model"].items())
@@ -94,56 +101,28 @@ def assert_whole_run(out: Path, epochs: int) -> None:
 
 
 @pytest.mark.parametrize("times", TRIES)
-def test_tile_killed_at_any_moment_ends_as_an_undisturbed_run(work, tmp_path, times):
-    phases = durations(run_tile, work, tmp_path / "whole")
-    expected = tiled(tmp_path / "whole")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, tmp_path, name, times):
+    rest = (whole / "pretrain" / "model",) if name == "embed" else ()
+    phases = durations(run, name, work, tmp_path / "whole", *rest)
+    if name == "pretrain":
+        phases.pop("whole")
+        assert phases.keys() == STEPS.keys()
+    look = {"tile": tiled, "pretrain": lambda out: assert_whole_run(out, 2), "embed": contents}[name]
+    expected = look(tmp_path / "whole")
 
     def attack(n: int, moment: tuple[str, int, float]) -> bool:
         out = tmp_path / f"killed{n}"
-        cut = kill(*moment, run_tile, work, out)
+        cut = kill(*moment, run, name, work, out, *rest)
         for path in out.glob("tiles/*.h5"):
             tiles.TileGrid.load(path)  # what is there is whole
-        in_child(tile, work, out)
-        assert tiled(out) == expected
+        in_child(COMMANDS[name][0], work, out, *rest)
+        assert look(out) == expected
         shutil.rmtree(out)
         return cut
 
-    at_random(phases, times, attack)
-
-
-@pytest.mark.parametrize("times", TRIES)
-def test_pretrain_killed_at_any_moment_goes_on(work, tmp_path, times):
-    phases = durations(run_pretrain, work, tmp_path / "whole")
-    assert_whole_run(tmp_path / "whole", 2)
-    phases.pop("whole")
-    assert phases.keys() == {"fill", "step", "checkpoint", "epoch end"}
-
-    def attack(n: int, moment: tuple[str, int, float]) -> bool:
-        out = tmp_path / f"killed{n}"
-        cut = kill(*moment, run_pretrain, work, out)
-        in_child(pretrain, work, out)
-        assert_whole_run(out, 2)
-        shutil.rmtree(out)
-        return cut
-
-    assert at_random(phases, times, attack) >= times  # most kills hit their phase: else this shows nothing
-
-
-@pytest.mark.parametrize("times", TRIES)
-def test_embed_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, tmp_path, times):
-    model = whole / "pretrain" / "model"
-    phases = durations(run_embed, work, tmp_path / "whole", model)
-    expected = contents(tmp_path / "whole")
-
-    def attack(n: int, moment: tuple[str, int, float]) -> bool:
-        out = tmp_path / f"killed{n}"
-        cut = kill(*moment, run_embed, work, out, model)
-        in_child(embed, work, out, model)
-        assert contents(out) == expected
-        shutil.rmtree(out)
-        return cut
-
-    at_random(phases, times, attack)
+    cut = at_random(phases, times, attack)
+    assert name != "pretrain" or cut >= times  # most kills hit their phase: else this shows nothing
 
 
 def _pretrain_killed_in_second_save(work: Path, out: Path) -> None:
@@ -159,7 +138,7 @@ def _pretrain_killed_in_second_save(work: Path, out: Path) -> None:
         return save(weights)
 
     model.save = dies
-    trainer.Trainer.held_out_retrieval = lambda self: {"held_out_recall@10": self.epoch / 10}  # each epoch is better
+    trainer.held_out_retrieval = lambda run: {"held_out_mrr": run.epoch / 10}  # each epoch is better
     pretrain(work, out, True)
 
 
