@@ -272,13 +272,13 @@ PRESETS = {
     "tiny": RunConfig(
         EncoderConfig(),
         ModelConfig(codewords=8, width=64, depth=1),
-        TrainConfig(epochs=110, encoder_lr=1e-3, bank_share=1.0, report_part=0.6, stain_jitter=0.4, tile_batch=512),
+        TrainConfig(epochs=110, encoder_lr=1e-3, bank_share=1.0, report_part=1.0, stain_jitter=0.4, tile_batch=512),
     ),
     "clip-b32": RunConfig(EncoderConfig(name="ViT-B-32", pretrained="openai"), ModelConfig(width=256), TrainConfig(encoder_lr=1e-5)),
 }
 """Known settings.
 
 `paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults) with frozen text. `tiny`: the embedded encoder, learnt from
-random weights on a small cohort as in `dreslcl demo`: sentences left out and stain jitter keep it from learning slides by heart; with
+random weights on a small cohort as in `dreslcl demo`: stain jitter keeps it from learning slides by heart; with
 tiles left out (bank_share below 1) it would not begin to learn. `clip-b32`: OpenAI's CLIP.
 """

@@ -168,7 +168,9 @@ def start(*arguments, **options):
     return subprocess.Popen([sys.executable, "-m", "dreslcl", *map(str, arguments)], **pipes | options)
 
 
-def test_ctrl_c_says_how_to_go_on_also_in_a_long_step_on_threads(dreslcl, tmp_path, monkeypatch):
+def test_ctrl_c_says_how_to_go_on_also_in_a_long_step_on_threads(dreslcl, tmp_path, monkeypatch, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell is started deaf to it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr("dreslcl.tiles.tile_slides", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     code, _, err = dreslcl("tile", tmp_path, "--out", tmp_path / "o")
     assert code == 130 and "run the same command again" in err
