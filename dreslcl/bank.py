@@ -24,7 +24,7 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,16 @@ class Rest:
     """What the bank gives of one slide beside its T drawn tiles."""
 
     slide: SlideFile
-    drawn: Integer[np.ndarray, "T"]
-    old: Float16[np.ndarray, "T D"]
-    """The rows of the drawn tiles, read this once."""
-    age: Integer[np.ndarray, "T"]
+    tiles: Integer[np.ndarray, "n"]
+    """The drawn tiles, then those whose rows were asked for beside them."""
+    old: Float16[np.ndarray, "n D"]
+    """Their rows, read this once."""
+    age: Integer[np.ndarray, "n"]
     """The step at which each was written."""
+    total: Float32[np.ndarray, "D"]
+    """Sum of all other tiles' features."""
     others: tuple[Float[Tensor, "G K D"], Float[Tensor, "G K"]]
-    """Sums and counts of all other tiles, block by block."""
+    """Residual sums and counts of all other tiles, block by block."""
     used: Integer[np.ndarray, "g"]
     """The blocks that this step uses."""
 
@@ -133,7 +136,7 @@ class Rest:
         """Features and weights of the tiles used, for an aggregator that needs them: reads O(M) rows."""
         tiles = np.arange(self.slide.tiles)
         chosen = np.isin(block_of(tiles), self.used)
-        chosen[self.drawn] = False
+        chosen[self.tiles] = False
         return self.slide.gather(tiles[chosen]), self.slide.weight[chosen]
 
 
@@ -262,8 +265,11 @@ class MemoryBank:
             raise StoreError(f"{self.folder}: slide {slide}: features that are not finite, or too large for float16; is the encoder sound?")
         return rounded
 
-    def set_codebook(self, codewords: Float32[np.ndarray, "K D"]) -> None:
+    def set_codebook(self, codewords: Float32[np.ndarray, "K D"], weigh: Callable[[Tensor], Tensor] | None = None) -> None:
         """Use these codewords from now on: a slide's rows are assigned to them, and its sums built, when it is next used.
+
+        Args:
+            weigh: gives rows (n, D) their weights then, on any thread; without, they weigh 1.
 
         Raises:
             StoreError: codewords of another number or width than the bank's.
@@ -272,23 +278,24 @@ class MemoryBank:
             raise StoreError(f"{self.folder}: a codebook of shape {codewords.shape}; the bank has K, D = {self.codewords_count, self.dim}")
         self.codewords = torch.from_numpy(codewords.copy())
         self.codebook = fingerprint(codewords.tobytes().hex()).encode()
+        self.weigh = weigh or (lambda rows: rows.new_ones(len(rows)))
 
     def rebuild(self, slide: str) -> None:
-        """Recompute codes, sums and counts of a slide from its rows."""
+        """Recompute codes, weights, sums and counts of a slide from its rows."""
         self._rebuild(SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count))
 
     def _rebuild(self, slide: SlideFile) -> None:
         assert self.codewords is not None, "set a codebook first"
         slide.codebook[0] = b""
-        sums, counts = np.zeros(slide.sums.shape), np.zeros(slide.counts.shape)  # float64 over many chunks
+        sums, counts, total = np.zeros(slide.sums.shape), np.zeros(slide.counts.shape), np.zeros(self.dim)  # float64 over many chunks
         for span, rows in slide.stream():
-            codes = nearest_codeword(torch.from_numpy(rows), self.codewords)
-            slide.code[span] = codes.numpy()
+            features = torch.from_numpy(rows).float()
+            slide.code[span], slide.weight[span] = nearest_codeword(features, self.codewords).numpy(), self.weigh(features).numpy()
+            total += rows.sum(0, dtype=np.float64)
             more, new = self._block_sums(np.arange(span.start, span.stop), rows, slide.code[span], slide.weight[span])
             sums += more.numpy()
             counts += new.numpy()
-        slide.sums[:], slide.counts[:] = sums, counts
-        self._set_mean(slide)
+        slide.sums[:], slide.counts[:], slide.mean[:] = sums, counts, total / slide.tiles
         slide.codebook[0] = self.codebook
 
     def _block_sums(
@@ -298,44 +305,59 @@ class MemoryBank:
         weights = torch.from_numpy(weights.astype(np.float32))
         return residual_sums(torch.from_numpy(rows), words, self.codewords, weights=weights, part_of=blocks, parts=BLOCKS)
 
-    def _set_mean(self, slide: SlideFile) -> None:
-        counts = slide.counts.sum(0)
-        slide.mean[:] = (slide.sums.sum((0, 1)) + counts @ self.codewords.numpy()) / counts.sum()
-
     # a training step
 
-    def rest(self, slide: str, drawn: Integer[np.ndarray, "T"], share: float, rng: np.random.Generator) -> Rest:
-        """The slide's other tiles: its running sums less the drawn rows, and the blocks drawn to be used, a `share` of them in the mean."""
+    def rest(self, slide: str, drawn: Integer[np.ndarray, "T"], share: float, rng: np.random.Generator, beside: int = 0) -> Rest:
+        """The slide's other tiles: its running sums less the drawn rows, and the blocks drawn to be used, a `share` of them in the mean.
+
+        Args:
+            beside: so many other tiles at most, of the blocks used, are taken out of the sums too, and their rows read.
+        """
         found = self._open(slide)
         assert len(np.unique(drawn)) == len(drawn), f"{slide}: a tile is drawn twice"
-        old = found.gather(drawn)
-        sums, counts = self._block_sums(drawn, old, found.code[drawn], found.weight[drawn])
-        sums, counts = torch.from_numpy(found.sums) - sums, torch.from_numpy(found.counts) - counts
-        sums[counts < 1e-6] = 0  # no rounding noise where nothing is left
-        counts[counts < 1e-6] = 0
         wanted = share * BLOCKS
         count = int(wanted) + int(rng.random() < wanted % 1)
         used = np.sort(rng.choice(BLOCKS, count, replace=False))
-        return Rest(found, drawn, old, found.step[drawn], (sums, counts), used)
+        tiles = drawn
+        if beside:
+            some = np.arange(found.tiles) if found.tiles <= 4 * beside else np.unique(rng.integers(found.tiles, size=4 * beside))
+            some = np.setdiff1d(some[np.isin(block_of(some), used)], drawn)
+            tiles = np.concatenate([drawn, np.sort(rng.permutation(some)[:beside])])
+        old = found.gather(tiles)
+        sums, counts = self._block_sums(tiles, old, found.code[tiles], found.weight[tiles])
+        sums, counts = torch.from_numpy(found.sums) - sums, torch.from_numpy(found.counts) - counts
+        gone = counts <= 1e-6 * torch.from_numpy(found.counts)
+        sums[gone] = counts[gone] = 0  # no rounding noise where nothing is left
+        total = found.tiles * found.mean - old.sum(0, dtype=np.float32)
+        return Rest(found, tiles, old, found.step[tiles], total, (sums, counts), used)
 
-    def write(self, rest: Rest, features: Float[np.ndarray, "T D"], codes: UInt16[np.ndarray, "T"], step: int) -> Float32[np.ndarray, "T"]:
-        """Put fresh features, and their codewords, in the place of the drawn tiles' rows; the new sums are the rest's and theirs.
+    def write(
+        self,
+        rest: Rest,
+        features: Float[np.ndarray, "T D"],
+        codes: UInt16[np.ndarray, "n"],
+        weights: Float16[np.ndarray, "n"],
+        step: int,
+    ) -> Float32[np.ndarray, "T"]:
+        """Put fresh features in the place of the first T rows of `rest`, and new codewords and weights beside all n of them.
 
-        Returns the cosine between old and new row of each tile: how far the encoder has drifted since they were written.
+        The new sums are the other tiles' and theirs. Returns the cosine between old and new row of each of the T: how far the encoder
+        has drifted since they were written.
 
         Raises:
             StoreError: features that are not finite, or of another width.
         """
         slide = rest.slide
-        new = self._rounded(slide.path.stem, features)
-        weights = np.ones(len(new), np.float16)
-        sums, counts = self._block_sums(rest.drawn, new, codes, weights)
+        new, T = self._rounded(slide.path.stem, features), len(features)
+        rows = np.concatenate([new, rest.old[T:]])
+        sums, counts = self._block_sums(rest.tiles, rows, codes, weights)
         slide.codebook[0] = b""
-        slide.rows[rest.drawn], slide.step[rest.drawn], slide.code[rest.drawn], slide.weight[rest.drawn] = new, step, codes, weights
+        slide.rows[rest.tiles[:T]], slide.step[rest.tiles[:T]] = new, step
+        slide.code[rest.tiles], slide.weight[rest.tiles] = codes, weights
         slide.sums[:], slide.counts[:] = (rest.others[0] + sums).numpy(), (rest.others[1] + counts).numpy()
-        self._set_mean(slide)
+        slide.mean[:] = (rest.total + rows.sum(0, dtype=np.float32)) / slide.tiles
         slide.codebook[0] = self.codebook
-        old, fresh = rest.old.astype(np.float32), new.astype(np.float32)
+        old, fresh = rest.old[:T].astype(np.float32), new.astype(np.float32)
         return (old * fresh).sum(1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(fresh, axis=1), 1e-12)
 
     # looking
@@ -364,8 +386,10 @@ class MemoryBank:
         return np.concatenate(drawn)
 
 
-def fit_codebook(rows: Float32[np.ndarray, "n D"], K: int, *, seed: int) -> Float32[np.ndarray, "K D"]:
-    """K-means of bank rows (k-means++, best of 3; in mini-batches above 20,000 rows). Logs occupancy and inertia.
+def fit_codebook(
+    rows: Float32[np.ndarray, "n D"], K: int, *, seed: int, start: Float32[np.ndarray, "K D"] | None = None
+) -> Float32[np.ndarray, "K D"]:
+    """K-means of bank rows (in mini-batches above 20,000 rows) from `start`, or the best of 3 by k-means++. Logs occupancy and inertia.
 
     A codeword that ends without rows moves to the row farthest from its own codeword.
 
@@ -379,7 +403,8 @@ def fit_codebook(rows: Float32[np.ndarray, "n D"], K: int, *, seed: int) -> Floa
         raise ConfigError(
             f"{K} codewords asked for, but the {len(rows):,} sampled tile features have {distinct} distinct values; use fewer codewords"
         )
-    settings: dict[str, Any] = {"n_clusters": K, "init": "k-means++", "n_init": 3, "random_state": seed}
+    settings: dict[str, Any] = {"n_clusters": K, "random_state": seed}
+    settings |= {"init": "k-means++", "n_init": 3} if start is None else {"init": start, "n_init": 1}
     model = KMeans(**settings) if len(rows) <= SETTLED else MiniBatchKMeans(**settings, batch_size=CHUNK)
     codewords, features = torch.from_numpy(model.fit(rows).cluster_centers_.astype(np.float32)), torch.from_numpy(rows)
     for _ in range(K):

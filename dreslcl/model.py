@@ -1,10 +1,10 @@
 """The method on one page: residual sums, the aggregators that read them, the loss, and DRESLCL with its folder.
 
 A slide has M tiles with features x. Each goes to its nearest codeword q(x); R_k = Σ_{q(x)=k} a(x) (x − c_k) and n_k = Σ_{q(x)=k} a(x)
-(VLAD; Jégou et al. 2010), the weight a of a tile being 1. Both are sums over tiles, so a slide is **drawn + rest**: the tiles of this
-step, through which the gradient flows, and all others as the memory bank has them (bank.py), at a cost that does not depend on M. An
-aggregator turns the sums into the slide's vector z; the loss pulls z to the vector u of the slide's report. All maths here is float32,
-also under autocast.
+(VLAD; Jégou et al. 2010), with a weight a that an aggregator may learn from the tile alone. Both are sums over tiles, so a slide is
+**drawn + rest**: the tiles of this step, through which the gradient flows, and all others as the memory bank has them (bank.py), at a
+cost that does not depend on M. An aggregator turns the sums into the slide's vector z; the loss pulls z to the vector u of the slide's
+report. All maths here is float32, also under autocast.
 """
 
 import json
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 HEADS = 4  # attention heads of the Transformer
+BOUND = 5.0  # of the log of a tile's weight, so that no tile runs away
 FLAT = 1e-3  # mean residual below which a codeword's sum fades to zero, so that tiles on their codeword leave no noise at unit length
 
 
@@ -121,15 +122,23 @@ class Aggregator(nn.Module):
         self.register_buffer("centre", torch.zeros(dim))
         self.register_buffer("spread", torch.ones(dim))
 
-    def bag(self, features: Float[Tensor, "M D"], weights: Float[Tensor, "M"] | None = None) -> Bag:
-        """The bag of one slide (B = 1) from its tile features."""
+    def weigh(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
+        """The weight a(x) of each tile in all sums; 1 unless the aggregator says otherwise."""
+        return torch.ones_like(features[:, 0])
+
+    @property
+    def weighs(self) -> bool:
+        """Whether tiles differ in weight."""
+        return type(self).weigh is not Aggregator.weigh
+
+    def bag(self, features: Float[Tensor, "M D"], factor: Float[Tensor, "M"] | None = None) -> Bag:
+        """The bag of one slide (B = 1) from its tile features, each of which counts `factor` times (once, without)."""
+        weights = self.weigh(features) if factor is None else self.weigh(features) * factor
         sums = residual_sums(features, nearest_codeword(features, self.codewords), self.codewords, weights=weights)
-        if not self.needs_rows:
-            return Bag(*sums)
-        return Bag(*sums, (features,), (features.new_ones(len(features)) if weights is None else weights,))
+        return Bag(*sums, (features,), (weights,)) if self.needs_rows else Bag(*sums)
 
     def mean(self, bag: Bag) -> Float[Tensor, "B D"]:
-        """Each slide's mean feature less the centre: Σ n_k (c_k − centre) + Σ R_k, over Σ n_k: small differences keep their digits."""
+        """Each slide's weighted mean feature less the centre: Σ n_k (c_k − centre) + Σ R_k, over Σ n_k: small differences keep digits."""
         total = bag.counts.sum(1, keepdim=True).clamp(min=1e-12)
         return (bag.sums.sum(1) + bag.counts @ (self.codewords - self.centre)) / total
 
@@ -157,6 +166,9 @@ class Aggregator(nn.Module):
 class ResidualAggregator(Aggregator):
     """One token per codeword: its residual sum at unit length, an embedding of the codeword, its share of the tiles. A small pre-norm
     Transformer with a CLS token reads them. A linear path from the slide's standardised mean feature is added (`mean_path`).
+
+    A gated score s(x) = w·(tanh(V x̂) ⊙ σ(U x̂)) of the standardised tile (Ilse et al. 2018, without their softmax over the tiles, so that
+    sums stay sums) gives it the weight a(x) = exp(5 tanh(s/5)), 1 at the start: where 1 % of the tiles tell, they can outweigh the rest.
     """
 
     def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
@@ -170,6 +182,15 @@ class ResidualAggregator(Aggregator):
         self.transformer = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, joint_dim)
         self.mean_head = nn.Linear(dim, joint_dim, bias=False) if config.mean_path else None
+        self.value, self.gate, self.score = nn.Linear(dim, width), nn.Linear(dim, width), nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def weigh(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
+        """a(x), from exp(−5) to exp(5)."""
+        with torch.autocast(features.device.type, enabled=False):
+            x = self.standardised(features.to(self.centre.dtype))
+            score = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))[:, 0]
+            return torch.exp(BOUND * torch.tanh(score / BOUND))
 
     def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
         """Encode B slides. A codeword without tiles has a residual of exactly zero."""

@@ -6,6 +6,7 @@ propagate; write the fresh features back. Where the encoder does not learn, and 
 of the drawn tiles stand in for fresh features: the path is the same.
 """
 
+import copy
 import io
 import logging
 import math
@@ -33,7 +34,7 @@ from .embedding import encode_slides
 from .encoder import Augmentation, Encoder, autocast, cached_features, inference, pick_device
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
-from .model import AGGREGATORS, DRESLCL, Bag, contrastive_loss, nearest_codeword, residual_sums
+from .model import AGGREGATORS, DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
 from .report import Journal, codebook_atlas, retrieval_examples, run_page
 from .text import Text, make_text
 from .tiles import hilbert_order
@@ -46,6 +47,7 @@ WARMUP = 0.1  # share of the training over which learning rates rise
 CLIP = 1.0  # largest norm of the gradient
 MOMENTUM = 0.9  # with which the mean path's statistics follow the batch while the encoder learns
 ROWS_AT_REST = 1024  # tiles drawn of a slide, half of them at most, where no encoder has to be paid for them
+ROWS_BESIDE = 256  # bank rows that are weighed anew at each step beside the encoded tiles
 PIECES = 8  # most pieces of a report read at a step by a text tower that learns: bounds the time of long reports
 RETRIEVAL_SLIDES = 200  # of the training slides, for the report page where none are held out
 FAILED_SHARE = 0.1  # a run goes on without slides that cannot be read, up to this share
@@ -62,6 +64,15 @@ class SlideSample:
     """None: the bank's rows of the tiles are used."""
     views: Augmentation | None
     rest: Rest
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The tiles of a step whose features are at hand, slide after slide: those drawn, then the bank's rows read beside them."""
+
+    features: Float[Tensor, "N D"]
+    codes: Tensor
+    weights: Float[Tensor, "N"]
 
 
 @dataclass
@@ -84,6 +95,8 @@ class Run:
     notes: list[str]
     journal: Journal
     optimizer: torch.optim.Optimizer | None = None
+    weigher: Aggregator | None = None
+    """The aggregator as it was when the codebook was fitted, by which slides are weighed anew, while the other one learns."""
     epoch: int = 0
     step: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -171,7 +184,7 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     bank = MemoryBank(out / "bank", dim=dim, codewords=config.model.codewords, encoder=name)
     rank_of = deal_patients(cohort.members, group.world)
     run = Run(config, out, group, device, cohort, held_out, rank_of, model, reader, bank, [], list(cohort.notes), Journal(out))
-    run.optimizer = make_optimizer(run)
+    run.optimizer, run.weigher = make_optimizer(run), copy.deepcopy(model.aggregator).cpu().requires_grad_(False)
     return run
 
 
@@ -225,17 +238,24 @@ def fill_bank(run: Run) -> None:
             run.reader = TileReader(run.cohort, workers=run.reader.workers, cache_bytes=int(run.config.train.cache_gb * 1e9))
 
 
-def set_codebook(run: Run) -> None:
-    """Give the bank the model's codewords; at the start of a run K-means finds them over the same number of rows of each slide."""
+def set_codebook(run: Run, *, refit: bool = False) -> None:
+    """Give the bank the model's codewords. K-means finds them at the start of a run, over the same number of rows of each slide.
+
+    A `refit` goes on from them, so that they follow the features; slides are assigned anew when they are next drawn.
+    """
     aggregator = run.model.aggregator
-    if not aggregator.codewords.any():
+    first = not aggregator.codewords.any()
+    if first or refit:
         own, per_slide = [run.slide(m) for m in run.own], max(1, CODEBOOK_ROWS // len(run.cohort))
-        rows = np.concatenate(run.group.collect(run.bank.sample(own, per_slide, run.config.train.seed)))
+        rows = np.concatenate(run.group.collect(run.bank.sample(own, per_slide, run.config.train.seed + run.epoch)))
         rows = rows[np.lexsort(rows.T[:4])]  # the same order, so the same codewords, however slides are dealt to ranks
-        words = fit_codebook(rows, run.config.model.codewords, seed=run.config.train.seed)
+        there = None if first else aggregator.codewords.cpu().numpy()
+        words = fit_codebook(rows, run.config.model.codewords, seed=run.config.train.seed, start=there)
         aggregator.codewords.copy_(torch.from_numpy(words))
+        run.weigher.load_state_dict(aggregator.state_dict())
+    if first:
         aggregator.set_statistics(slide_means(run))
-    run.bank.set_codebook(aggregator.codewords.cpu().numpy())
+    run.bank.set_codebook(aggregator.codewords.cpu().numpy(), run.weigher.weigh)
 
 
 def slide_means(run: Run) -> Float[Tensor, "S D"]:
@@ -328,11 +348,15 @@ def draw_sample(run: Run, member: int) -> SlideSample:
             pixels = pixels.pin_memory().to(run.device, non_blocking=True)
         if train.stain_jitter and pixels is not None:
             views = Augmentation.draw(len(tiles), torch.Generator().manual_seed(int(rng.integers(2**31))), train.stain_jitter)
-    return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng))
+    beside = ROWS_BESIDE * (run.encoder_learns and run.model.aggregator.weighs)
+    return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside))
 
 
-def encode_samples(run: Run, samples: Sequence[SlideSample]) -> tuple[Float[Tensor, "N D"], Any]:
-    """Features of all drawn tiles, with gradient where they are encoded; and what has to be called after the loss was back-propagated."""
+def encode_samples(run: Run, samples: Sequence[SlideSample], plan: list[Int64[np.ndarray, "_"]]) -> tuple[Fresh, Any]:
+    """The tiles at hand, with gradient where they are encoded; and what has to be called after the loss was back-propagated.
+
+    While the encoder learns, the statistics by which features are standardised follow the batch.
+    """
     encoded = [s for s in samples if s.pixels is not None]
     features, encode_again = iter(()), lambda: None
     if encoded:
@@ -345,28 +369,40 @@ def encode_samples(run: Run, samples: Sequence[SlideSample]) -> tuple[Float[Tens
 
         found, encode_again = cached_features(encode, len(tiles), run.config.train.tile_batch)
         features = iter(found.split([len(s.tiles) for s in encoded]))
-    dtype = run.model.text_centre.dtype
-    rows = [next(features) if s.pixels is not None else torch.from_numpy(s.rest.old).to(run.device, dtype) for s in samples]
-    return torch.cat(rows), encode_again
+    aggregator, rows = run.model.aggregator, []
+    for s in samples:
+        stored = torch.from_numpy(s.rest.old).to(run.device, aggregator.centre.dtype)
+        rows.append(stored if s.pixels is None else torch.cat([next(features), stored[len(s.tiles) :]]))
+    if run.encoder_learns:
+        others, M = torch.from_numpy(np.stack([s.rest.total for s in samples])), torch.tensor([[s.rest.slide.tiles] for s in samples])
+        means = (others.to(run.device) + torch.stack([r.detach().sum(0) for r in rows])) / M.to(run.device)
+        aggregator.set_statistics(run.group.gather_rows(means, [len(members) for members in plan]), MOMENTUM)
+    fresh = torch.cat(rows)
+    return Fresh(fresh, nearest_codeword(fresh, aggregator.codewords), aggregator.weigh(fresh)), encode_again
 
 
-def make_bags(run: Run, samples: Sequence[SlideSample], fresh: Float[Tensor, "N D"], codes: Tensor) -> tuple[Bag, Bag, Bag]:
-    """The bags of B slides: drawn tiles, further drawn tiles, the bank's rest.
+def make_bags(run: Run, samples: Sequence[SlideSample], fresh: Fresh) -> tuple[Bag, Bag, Bag, Bag]:
+    """The bags of B slides: drawn tiles, further drawn tiles, the share of the others that this step uses, all others.
 
-    The first two are one part and the other of the drawn tiles; the second is empty but where the rest is less than what was drawn
-    (no bank, a small slide): there every second tile goes to it, so that first against second and rest are two views of a slide.
+    The second is empty but where there are fewer others than drawn tiles (no bank, a small slide): there every second tile goes to it,
+    so that first, and second with all others, are two views of a slide.
     """
-    B, words, rows = len(samples), run.model.aggregator.codewords, run.model.aggregator.needs_rows
-    rest_counts = torch.stack([s.rest.counts for s in samples])
-    halved = rest_counts.sum(1) < torch.tensor([len(s.tiles) for s in samples])
-    side = torch.cat([b + B * (torch.arange(len(s.tiles)) % 2 * halved[b]) for b, s in enumerate(samples)]).to(run.device)
-    sums, counts = residual_sums(fresh, codes, words, part_of=side, parts=2 * B)
-    parts = tuple(fresh[side == p] for p in range(2 * B)) if rows else ()
-    ones = tuple(part.new_ones(len(part)) for part in parts)
-    first, second = Bag(sums[:B], counts[:B], parts[:B], ones[:B]), Bag(sums[B:], counts[B:], parts[B:], ones[B:])
-    stored = [s.rest.rows() for s in samples] if rows else []
-    stored = [tuple(torch.from_numpy(kind).to(fresh) for kind in kinds) for kinds in zip(*stored)] or [(), ()]
-    return first, second, Bag(torch.stack([s.rest.sums for s in samples]).to(fresh), rest_counts.to(fresh), *stored)
+    B, words, needs_rows = len(samples), run.model.aggregator.codewords, run.model.aggregator.needs_rows
+    halved = [not run.config.train.bank_share or s.rest.slide.tiles < 2 * len(s.tiles) for s in samples]
+    side = []
+    for b, s in enumerate(samples):
+        drawn = torch.arange(len(s.tiles)) % 2 * halved[b]
+        side.append(b + B * torch.cat([drawn, torch.full((len(s.rest.tiles) - len(s.tiles),), 2)]))
+    side = torch.cat(side).to(run.device)
+    sums, counts = residual_sums(fresh.features, fresh.codes, words, weights=fresh.weights, part_of=side, parts=3 * B)
+    rows, weights = (tuple(all_[side == p] for p in range(3 * B)) if needs_rows else () for all_ in (fresh.features, fresh.weights))
+    first, second, beside = (Bag(sums[i : i + B], counts[i : i + B], rows[i : i + B], weights[i : i + B]) for i in (0, B, 2 * B))
+    stored = [s.rest.rows() for s in samples] if needs_rows else []
+    stored = [tuple(torch.from_numpy(kind).to(sums) for kind in kinds) for kinds in zip(*stored)] or [(), ()]
+    used = Bag(*(torch.stack(kind).to(sums) for kind in zip(*((s.rest.sums, s.rest.counts) for s in samples))), *stored)
+    blocks = [s.rest.others for s in samples] if run.config.train.bank_share else []
+    others = Bag(*(torch.stack([b.sum(0) for b in kind]).to(sums) for kind in zip(*blocks)), *stored) if blocks else used
+    return first, second, beside + used, beside + others
 
 
 def report_vectors(run: Run, samples: Sequence[SlideSample]) -> Float[Tensor, "B E"]:
@@ -386,30 +422,30 @@ def report_vectors(run: Run, samples: Sequence[SlideSample]) -> Float[Tensor, "B
 
 
 def compute_loss(
-    run: Run, samples: Sequence[SlideSample], fresh: Float[Tensor, "N D"], codes: Tensor, plan: list[Int64[np.ndarray, "_"]]
+    run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: list[Int64[np.ndarray, "_"]]
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Float[Tensor, "B E"]]:
     """The loss over all ranks' slides, measurements, and all z."""
     group, model, sizes = run.group, run.model, [len(members) for members in plan]
-    first, second, rest = make_bags(run, samples, fresh, codes)
+    first, second, rest, others = make_bags(run, samples, fresh)
     drawn = first + second
-    stands_for = 1 + torch.tensor([s.rest.left_out for s in samples]).to(fresh) / drawn.counts.sum(1)
+    stands_for = 1 + torch.tensor([s.rest.left_out for s in samples]).to(fresh.weights) / drawn.counts.detach().sum(1)
     whole = drawn.times(stands_for) + rest
-    if run.encoder_learns:
-        means = model.aggregator.mean(whole).detach() + model.aggregator.centre
-        model.aggregator.set_statistics(group.gather_rows(means, sizes), MOMENTUM)
     z, u = group.gather_rows(model.aggregator(whole), sizes), group.gather_rows(report_vectors(run, samples), sizes)
     reports = torch.tensor([run.cohort.members[i].report for members in plan for i in members]).to(run.device)
     scale = group.own_share(model.logit_scale).exp()
     loss = contrastive_loss(z, u, reports, scale)
     if run.config.train.view_weight:
-        others = (second + rest).or_else(first)  # a slide of one tile is its own other part
-        one, other = (group.gather_rows(model.aggregator(bag), sizes) for bag in (first, others))
+        views = first, (second + others).or_else(first)  # a slide of one tile is its own other part
+        one, other = (group.gather_rows(model.aggregator(bag), sizes) for bag in views)
         each_its_own = torch.arange(len(z), device=run.device)
         loss = loss + run.config.train.view_weight * contrastive_loss(one, other, each_its_own, scale)
     similar, hit = (z @ u.T).detach(), reports[:, None] == reports
     best = similar.masked_fill(~hit, -2).amax(1, keepdim=True)
     found = ~(~hit & (similar >= best)).any(1)
-    return loss, {"loss": loss.detach(), "batch_recall@1": found.float().mean(), "temperature": 1 / scale.detach()}, z.detach()
+    share = whole.counts.detach().sum(0) / whole.counts.detach().sum()
+    perplexity = torch.special.entr(share).sum().exp() / len(share)  # 1: all codewords are used alike
+    measured = {"loss": loss.detach(), "batch_recall@1": found.float().mean(), "temperature": 1 / scale.detach()}
+    return loss, measured | {"codeword_use": perplexity}, z.detach()
 
 
 def train_step(
@@ -421,9 +457,8 @@ def train_step(
         DreslclError: loss or gradient is not finite; nothing of this step was kept.
     """
     optimizer = run.optimizer
-    fresh, encode_again = encode_samples(run, samples)
-    codes = nearest_codeword(fresh, run.model.aggregator.codewords)
-    loss, measured, z = compute_loss(run, samples, fresh, codes, plan)
+    fresh, encode_again = encode_samples(run, samples, plan)
+    loss, measured, z = compute_loss(run, samples, fresh, plan)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     encode_again()
@@ -440,22 +475,25 @@ def train_step(
     optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(max=math.log(100))  # the parameter: a clamped value would have no gradient to come back by
-    write_back(run, samples, fresh, codes, values)
+    write_back(run, samples, fresh, values)
     return values, z
 
 
-def write_back(run: Run, samples: Sequence[SlideSample], fresh: Float[Tensor, "N D"], codes: Tensor, values: dict[str, float]) -> None:
-    """Put the fresh features of encoded tiles into the bank; notes drift and age of the rows that they replace."""
-    if not run.encoder_learns:
+def write_back(run: Run, samples: Sequence[SlideSample], fresh: Fresh, values: dict[str, float]) -> None:
+    """Put what is fresh into the bank: features of encoded tiles, codewords and weights of all; notes drift and age of rows replaced."""
+    if not (run.encoder_learns or run.model.aggregator.weighs):
         return
-    ends = np.cumsum([len(s.tiles) for s in samples])[:-1]
-    parts = zip(samples, np.split(fresh.detach().half().cpu().numpy(), ends), np.split(codes.cpu().numpy().astype(np.uint16), ends))
-    encoded = [(s, rows, code) for s, rows, code in parts if s.pixels is not None]
-    cosine = [run.bank.write(s.rest, rows, code, run.step) for s, rows, code in encoded]
-    ages = [run.step - s.rest.age for s, *_ in encoded]
-    for name, found in (("row_cosine", cosine), ("row_age", ages)):
-        together = np.concatenate(found) if found else np.ones(1)
-        values[name] = run.group.mean(float(together.mean()), len(together), run.device)
+    ends = np.cumsum([len(s.rest.tiles) for s in samples])[:-1]
+    kinds = fresh.features.detach().half(), fresh.codes, fresh.weights.detach().half()
+    features, codes, weights = (np.split(kind.cpu().numpy(), ends) for kind in kinds)
+    cosine, ages = [np.ones(0)], [np.ones(0)]
+    for i, s in enumerate(samples):
+        encoded = len(s.tiles) if s.pixels is not None else 0
+        cosine.append(run.bank.write(s.rest, features[i][:encoded], codes[i].astype(np.uint16), weights[i], run.step))
+        ages.append(run.step - s.rest.age[:encoded])
+    for name, found in (("row_cosine", cosine), ("row_age", ages)) if run.encoder_learns else ():
+        together = np.concatenate(found)
+        values[name] = run.group.mean(float(together.mean()) if len(together) else 1.0, len(together), run.device)
 
 
 def stop_on_nan(run: Run, what: str, slides: list[str]) -> None:
@@ -537,7 +575,12 @@ def slide_and_report_vectors(
 
 def save_checkpoint(run: Run) -> None:
     """All that is needed to go on, loadable with weights_only=True."""
-    state = {"version": CHECKPOINT_VERSION, "config": asdict(run.config), "model": run.model.state_dict()}
+    state = {
+        "version": CHECKPOINT_VERSION,
+        "config": asdict(run.config),
+        "model": run.model.state_dict(),
+        "weigher": run.weigher.state_dict(),
+    }
     state |= {"optimizer": run.optimizer.state_dict(), "epoch": run.epoch, "step": run.step, "rows": run.rows, "best": run.best}
     memory = io.BytesIO()  # torch itself loses the reason why a write failed
     torch.save(state, memory)
@@ -563,6 +606,7 @@ def load_checkpoint(run: Run) -> None:
         if run.config.train.epochs < state["epoch"]:
             raise StoreError(f"{path}: {state['epoch']} epochs are done; --epochs {run.config.train.epochs} would go back")
         run.model.load_state_dict(state["model"])
+        run.weigher.load_state_dict(state["weigher"])
         for group, saved in zip(run.optimizer.param_groups, state["optimizer"]["param_groups"]):
             saved |= {key: group[key] for key in ("peak", "weight_decay")}
         run.optimizer.load_state_dict(state["optimizer"])
@@ -666,6 +710,8 @@ def pretrain(
         if group.first and not (out / "checkpoint.pt").exists():
             save_checkpoint(run)  # from here on the bank holds rows of a trained encoder: go on, never start over
         while run.epoch < config.train.epochs:
+            if run.encoder_learns and run.epoch.bit_count() == 1:  # after 1, 2, 4, 8, ... epochs
+                set_codebook(run, refit=True)
             end_epoch(run, run_epoch(run))
         write_report(run)
     return out / "model"

@@ -49,21 +49,25 @@ def rows_of(bank, slide):
     return bank.read(slide, np.arange(bank.tiles(slide)))[0]
 
 
+def codes_of(bank, features):
+    return nearest_codeword(torch.from_numpy(features), bank.codewords).numpy().astype(np.uint16)
+
+
 def put(bank, slide, drawn, features, step=0, share=1.0):
     """What a training step does with one slide."""
     rest = bank.rest(slide, drawn, share, np.random.default_rng(0))
-    codes = nearest_codeword(torch.from_numpy(features), bank.codewords).numpy().astype(np.uint16)
-    return rest, bank.write(rest, features, codes, step)
+    return rest, bank.write(rest, features, codes_of(bank, features), np.ones(len(features), np.float16), step)
 
 
 def loop_sums(bank, slide, tiles=None):
     """The definition, in float64, tile by tile."""
     codewords, rows = bank.codewords.double().numpy(), rows_of(bank, slide).astype(np.float64)
+    weights = bank._open(slide).weight.astype(np.float64)
     sums, counts = np.zeros(codewords.shape), np.zeros(len(codewords))
-    for row in rows if tiles is None else rows[tiles]:
+    for row, weight in zip(*(rows, weights) if tiles is None else (rows[tiles], weights[tiles])):
         k = ((codewords - row) ** 2).sum(1).argmin()
-        sums[k] += row - codewords[k]
-        counts[k] += 1
+        sums[k] += weight * (row - codewords[k])
+        counts[k] += weight
     return sums, counts
 
 
@@ -71,7 +75,7 @@ def assert_consistent(bank, rtol=1e-5):
     for slide in bank.slides:
         sums, counts = bank.sums(slide)
         expected, expected_counts = loop_sums(bank, slide)
-        assert (counts == expected_counts).all()
+        assert np.allclose(counts, expected_counts, rtol=rtol)
         assert np.abs(sums - expected).max() <= rtol * max(1, np.abs(expected).max())
         assert (sums[counts == 0] == 0).all()
         assert np.allclose(bank.mean(slide), rows_of(bank, slide).astype(np.float64).mean(0), atol=1e-5)
@@ -98,8 +102,8 @@ def test_features_given_in_parts_fill_like_features_given_whole(make_bank):
 
 
 @settings(deadline=None, max_examples=40)
-@given(tiles=st.integers(1, 60), share=st.floats(0, 1), data=st.data())
-def test_writes_keep_sums_as_defined_and_the_rest_is_the_other_tiles_of_its_blocks(tmp_path_factory, tiles, share, data):
+@given(tiles=st.integers(1, 60), share=st.floats(0, 1), beside=st.integers(0, 20), data=st.data())
+def test_writes_keep_sums_as_defined_and_the_rest_is_the_other_tiles_of_its_blocks(tmp_path_factory, tiles, share, beside, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     bank = filled(tmp_path_factory.mktemp("b"), {"a": tiles, "z": 3})
     bank.set_codebook(unit(rng, K).astype(np.float16).astype(np.float32))
@@ -107,15 +111,19 @@ def test_writes_keep_sums_as_defined_and_the_rest_is_the_other_tiles_of_its_bloc
         drawn = rng.permutation(tiles)[: data.draw(st.integers(1, tiles))]
         fresh = unit(rng, len(drawn))
         fresh[: len(fresh) // 3] = bank.codewords[0]  # exactly on a codeword
-        rest = bank.rest("a", drawn, share, rng)
-        others = np.setdiff1d(np.arange(tiles), drawn)
+        rest = bank.rest("a", drawn, share, rng, beside)
+        assert (rest.tiles[: len(drawn)] == drawn).all() and len(rest.tiles) <= len(drawn) + beside
+        assert np.isin(block_of(rest.tiles[len(drawn) :]), rest.used).all()
+        others = np.setdiff1d(np.arange(tiles), rest.tiles)
         used = others[np.isin(block_of(others), rest.used)]
         sums, counts = loop_sums(bank, "a", used)
-        assert (rest.counts.numpy() == counts).all() and np.allclose(rest.sums, sums, atol=1e-5)
-        assert rest.left_out == len(others) - len(used) and not rest.sums[rest.counts == 0].any()
-        assert (rest.rows()[0] == rows_of(bank, "a")[used]).all() and (rest.rows()[1] == 1).all()
-        codes = nearest_codeword(torch.from_numpy(fresh), bank.codewords).numpy().astype(np.uint16)
-        bank.write(rest, fresh, codes, step)
+        assert np.allclose(rest.counts, counts, rtol=1e-4) and np.allclose(rest.sums, sums, rtol=1e-4, atol=1e-3)
+        weights = bank._open("a").weight
+        assert rest.left_out == pytest.approx(weights[np.setdiff1d(others, used)].sum(dtype=float), rel=1e-4, abs=1e-3)
+        assert not rest.sums[rest.counts == 0].any() and (rest.counts.numpy()[loop_sums(bank, "a", used)[1] == 0] == 0).all()
+        assert (rest.rows()[0] == rows_of(bank, "a")[used]).all() and (rest.rows()[1] == weights[used]).all()
+        codes = codes_of(bank, np.concatenate([fresh, rest.old[len(drawn) :].astype(np.float32)]))
+        bank.write(rest, fresh, codes, np.exp(rng.uniform(-5, 5, len(codes))).astype(np.float16), step)
         assert (bank.read("a", drawn)[0] == fresh.astype(np.float16)).all()
         assert_consistent(bank, rtol=1e-4)
 
@@ -236,7 +244,7 @@ def test_a_write_cut_short_is_put_right_when_the_slide_is_next_used(make_bank, f
     rest = bank.rest("b", np.arange(20), 1.0, rng)
     setattr(rest.slide, field, getattr(rest.slide, field).view(Cut))
     with pytest.raises(KeyboardInterrupt):
-        bank.write(rest, unit(rng, 20), np.zeros(20, np.uint16), 1)
+        bank.write(rest, unit(rng, 20), np.zeros(20, np.uint16), np.ones(20, np.float16), 1)
     assert_consistent(bank)
 
 
@@ -256,7 +264,7 @@ KILL_LOOP = """
     while True:
         step += 1
         rest = bank.rest("a" if step % 2 else "b", drawn[step % 8], 1.0, rng)
-        bank.write(rest, features[step % 2], np.zeros(1500, np.uint16), step)
+        bank.write(rest, features[step % 2], np.zeros(1500, np.uint16), np.ones(1500, np.float16), step)
         if step == 2:
             print("go", flush=True)
 """
@@ -381,7 +389,7 @@ def test_a_bank_many_times_a_memory_limit_is_used_without_rss_growing(tmp_path):
         for slide in rng.choice(slides, 2, replace=False):
             drawn = rng.choice(M, 64, replace=False)
             rest = bank.rest(slide, drawn, 0.5, rng)
-            bank.write(rest, rng.normal(size=(64, 512)).astype(np.float32), np.zeros(64, np.uint16), step)
+            bank.write(rest, rng.normal(size=(64, 512)).astype(np.float32), np.zeros(64, np.uint16), np.ones(64, np.float16), step)
         start = start or rss()
         peak = max(peak, rss())
     print(start, peak, bank.tiles("s0") * 8 * 1024 / 2**20)

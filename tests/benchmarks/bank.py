@@ -59,7 +59,7 @@ def speeds(folder: Path, features: np.ndarray) -> dict[str, float]:
         return rng.choice(tiles, T, replace=False)
 
     def write() -> None:
-        bank.write(bank.rest(str(rng.choice(slides)), draw(), 1.0, rng), features[:T], np.zeros(T, np.uint16), 1)
+        bank.write(bank.rest(str(rng.choice(slides)), draw(), 1.0, rng), features[:T], np.zeros(T, np.uint16), np.ones(T, np.float16), 1)
 
     source, target = features.astype(np.float16), np.empty((len(features), D), np.float16)
     copied = len(features) / seconds(lambda: np.copyto(target, source), 50)

@@ -96,7 +96,7 @@ def steps(folder: Path, tiles: int, count: int) -> tuple[float, float]:
         stored = Bag(*(torch.stack([getattr(rest, name) for rest in rests]) for name in ("sums", "counts")))
         aggregator(drawn + stored).sum().backward()
         for rest, rows, found in zip(rests, fresh.detach().numpy().reshape(B, T, D), codes.numpy().astype(np.uint16).reshape(B, T)):
-            bank.write(rest, rows, found, step)
+            bank.write(rest, rows, found, np.ones(T, np.float16), step)
         taken.append(time.monotonic() - start)
     return filled, float(np.median(taken))
 
