@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 BLOCKS = 8
+RUN = 8  # consecutive rows that are read together beside the drawn ones
 CHUNK = 8192  # rows in memory at a time when a slide is streamed
 SETTLED = 20_000  # rows up to which K-means looks at all of them in each round
 
@@ -311,7 +312,7 @@ class MemoryBank:
         """The slide's other tiles: its running sums less the drawn rows, and the blocks drawn to be used, a `share` of them in the mean.
 
         Args:
-            beside: so many other tiles at most, of the blocks used, are taken out of the sums too, and their rows read.
+            beside: so many other tiles at most, of the blocks used and in short runs, are taken out of the sums too and their rows read.
         """
         found = self._open(slide)
         assert len(np.unique(drawn)) == len(drawn), f"{slide}: a tile is drawn twice"
@@ -320,9 +321,11 @@ class MemoryBank:
         used = np.sort(rng.choice(BLOCKS, count, replace=False))
         tiles = drawn
         if beside:
-            some = np.arange(found.tiles) if found.tiles <= 4 * beside else np.unique(rng.integers(found.tiles, size=4 * beside))
-            some = np.setdiff1d(some[np.isin(block_of(some), used)], drawn)
-            tiles = np.concatenate([drawn, np.sort(rng.permutation(some)[:beside])])
+            runs = -(-found.tiles // RUN)
+            runs = rng.permutation(runs if runs <= beside else np.unique(rng.integers(runs, size=beside)))
+            some = (runs[:, None] * RUN + np.arange(RUN)).ravel()
+            some = some[(some < found.tiles) & np.isin(block_of(some), used) & ~np.isin(some, drawn)]
+            tiles = np.concatenate([drawn, some[:beside]])
         old = found.gather(tiles)
         sums, counts = self._block_sums(tiles, old, found.code[tiles], found.weight[tiles])
         sums, counts = torch.from_numpy(found.sums) - sums, torch.from_numpy(found.counts) - counts

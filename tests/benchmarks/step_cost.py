@@ -2,11 +2,11 @@
 
     python tests/benchmarks/step_cost.py [--rounds 60] [--work DIR] [--json]
 
-A step asks the bank for the rest of B slides, adds the residuals of T fresh tiles each, aggregates, goes backward to the fresh features
-and writes them back. Both banks hold 16 slides in sparse files, zeros where nothing was written, with sums to match; of each slide eight
-sets of T tiles are drawn, and all are written before time is taken, so that no page is new. Steps on either bank alternate, and the
-ratio is the median over these pairs: with bank_share as by default and with 1; and with every row of the slides read, as an aggregator
-with `needs_rows` does.
+A step asks the bank for the rest of B slides and some rows beside it, weighs these and T fresh tiles each, adds their residuals,
+aggregates, goes backward to the fresh features and the weights, and writes both back. Both banks hold 16 slides in sparse files, zeros
+where nothing was written, with sums to match; of each slide eight sets of T tiles are drawn, and all are written and all rows read
+before time is taken, so that no page is new. Steps on either bank alternate, and the ratio is the median over these pairs: with
+bank_share as by default and with 1; and with every row of the slides read, as an aggregator with `needs_rows` does.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from dreslcl.bank import MemoryBank, SlideFile, slide_layout
 from dreslcl.config import ModelConfig, TrainConfig
 from dreslcl.model import Bag, ResidualAggregator, nearest_codeword, residual_sums
+from dreslcl.trainer import ROWS_BESIDE
 
 B, T, K, D, E = 8, 64, 32, 384, 256
 SLIDES, SETS = 16, 8
@@ -65,24 +67,31 @@ class Step:
 
     def on(self, slides: list[str], tiles: list[np.ndarray]) -> float:
         """Seconds of the step on these."""
-        encoded = self.features[self.rng.integers(0, len(self.features), B * T)]
+        encoded = self.features[self.rng.integers(0, len(self.features), B * T)].reshape(B, T, D)
         start = time.perf_counter()
-        rests = [self.bank.rest(slide, index, self.share, self.rng) for slide, index in zip(slides, tiles)]
+        rests = [self.bank.rest(slide, index, self.share, self.rng, ROWS_BESIDE) for slide, index in zip(slides, tiles)]
         if self.rows:
             for rest in rests:
                 rest.rows()
-        fresh, words = torch.from_numpy(encoded).requires_grad_(), self.aggregator.codewords
-        codes = nearest_codeword(fresh, words)
-        drawn = Bag(*residual_sums(fresh, codes, words, part_of=torch.arange(B).repeat_interleave(T), parts=B))
-        stands_for = 1 + torch.tensor([rest.left_out for rest in rests]) / T
+        rows = [np.concatenate([new, rest.old[T:].astype(np.float32)]) for new, rest in zip(encoded, rests)]
+        part, words = np.concatenate([b + B * (np.arange(len(r)) >= T) for b, r in enumerate(rows)]), self.aggregator.codewords
+        fresh = torch.from_numpy(np.concatenate(rows)).requires_grad_()
+        codes, weights = nearest_codeword(fresh, words), self.aggregator.weigh(fresh)
+        sums, counts = residual_sums(fresh, codes, words, weights=weights, part_of=torch.from_numpy(part), parts=2 * B)
+        drawn, beside = Bag(sums[:B], counts[:B]), Bag(sums[B:], counts[B:])
+        stands_for = 1 + torch.tensor([rest.left_out for rest in rests]) / drawn.counts.detach().sum(1)
         stored = Bag(torch.stack([rest.sums for rest in rests]), torch.stack([rest.counts for rest in rests]))
-        self.aggregator(drawn.times(stands_for) + stored)[:, 0].sum().backward()
-        for rest, rows, found in zip(rests, fresh.detach().numpy().reshape(B, T, D), codes.numpy().astype(np.uint16).reshape(B, T)):
-            self.bank.write(rest, rows, found, 1)
+        self.aggregator(drawn.times(stands_for) + beside + stored)[:, 0].sum().backward()
+        ends = np.cumsum([len(r) for r in rows])[:-1]
+        kinds = (codes.numpy().astype(np.uint16), weights.detach().half().numpy())
+        for rest, new, found, weight in zip(rests, encoded, *(np.split(kind, ends) for kind in kinds)):
+            self.bank.write(rest, new, found, weight, 1)
         return time.perf_counter() - start
 
     def warm_up(self) -> None:
-        """Write every row that is ever drawn, once."""
+        """Write every row that is ever drawn, once, and read all others."""
+        for slide in self.bank.slides:
+            deque(self.bank._open(slide).stream(), maxlen=0)
         for number in range(SETS):
             for first in range(0, len(self.bank.slides), B):
                 some = self.bank.slides[first : first + B]
