@@ -267,7 +267,7 @@ class DRESLCL(nn.Module):
         text: how a report becomes a vector.
         aggregator: bag of B slides -> z (B, E), unit norm.
         text_head: report vectors -> joint space; None where the text tower learns, its vectors being u themselves.
-        logit_scale: log of the inverse temperature, learnt.
+        logit_scale, view_scale: logs of the inverse temperatures of the two contrasts (slide and report, two views), learnt.
         about: what else the model's folder tells: tile size and resolution, slides seen in pretraining.
     """
 
@@ -290,7 +290,7 @@ class DRESLCL(nn.Module):
         self.aggregator = AGGREGATORS[config.aggregator](dim, self.joint_dim, config)
         self.text_head = None if text.learns else nn.Linear(text.dim, self.joint_dim, bias=False)
         self.register_buffer("text_centre", torch.zeros(text.dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.logit_scale, self.view_scale = (nn.Parameter(torch.tensor(math.log(1 / temperature))) for _ in range(2))
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything that learns except the two towers."""

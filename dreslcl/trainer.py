@@ -432,13 +432,13 @@ def compute_loss(
     whole = drawn.times(stands_for) + rest
     z, u = group.gather_rows(model.aggregator(whole), sizes), group.gather_rows(report_vectors(run, samples), sizes)
     reports = torch.tensor([run.cohort.members[i].report for members in plan for i in members]).to(run.device)
-    scale = group.own_share(model.logit_scale).exp()
+    scale, view_scale = (group.own_share(log_scale).exp() for log_scale in (model.logit_scale, model.view_scale))
     loss = contrastive_loss(z, u, reports, scale)
     if run.config.train.view_weight:
         views = first, (second + others).or_else(first)  # a slide of one tile is its own other part
         one, other = (group.gather_rows(model.aggregator(bag), sizes) for bag in views)
         each_its_own = torch.arange(len(z), device=run.device)
-        loss = loss + run.config.train.view_weight * contrastive_loss(one, other, each_its_own, scale)
+        loss = loss + run.config.train.view_weight * contrastive_loss(one, other, each_its_own, view_scale)
     similar, hit = (z @ u.T).detach(), reports[:, None] == reports
     best = similar.masked_fill(~hit, -2).amax(1, keepdim=True)
     found = ~(~hit & (similar >= best)).any(1)
@@ -474,7 +474,8 @@ def train_step(
         stop_on_nan(run, what, [run.slide(s.member) for s in samples])
     optimizer.step()
     with torch.no_grad():
-        run.model.logit_scale.clamp_(max=math.log(100))  # the parameter: a clamped value would have no gradient to come back by
+        for log_scale in (run.model.logit_scale, run.model.view_scale):
+            log_scale.clamp_(max=math.log(100))  # the parameter: a clamped value would have no gradient to come back by
     write_back(run, samples, fresh, values)
     return values, z
 

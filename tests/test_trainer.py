@@ -97,7 +97,11 @@ def test_all_eight_ways_to_train_run_and_move_what_should_learn(cohort, work, ve
     assert all(np.isfinite(v) for v in values.values()) and ("row_cosine" in values) == (tiles == "encoder")
     assert (run.model.encoder.fingerprint() == encoder) == (tiles == "bank")
     moved = {n.split(".")[0] for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-    assert {"aggregator", "logit_scale"} <= moved and ("encoder" in moved) == (tiles == "encoder" or text == "texts")
+    assert (
+        {"aggregator", "logit_scale"} <= moved
+        and ("view_scale" in moved) == bool(views)
+        and ("encoder" in moved) == (tiles == "encoder" or text == "texts")
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"bank_share": 0.5}, {"bank_share": 0.0}, {"tile_batch": 5, "bank_share": 0.3}], ids=str)
