@@ -129,9 +129,9 @@ class Rest:
         return self.others[1][self.used].sum(0)
 
     @property
-    def left_out(self) -> float:
+    def left_out(self) -> Float[Tensor, ""]:
         """How much the tiles weigh that are not used."""
-        return float(self.others[1].sum() - self.others[1][self.used].sum())
+        return self.others[1].sum() - self.counts.sum()
 
     def rows(self) -> tuple[Float16[np.ndarray, "n D"], Float16[np.ndarray, "n"]]:
         """Features and weights of the tiles used, for an aggregator that needs them: reads O(M) rows."""

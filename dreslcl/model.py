@@ -156,7 +156,7 @@ class Aggregator(nn.Module):
         self.centre.lerp_(slide_means.mean(0), momentum)
         spread = self.spread.square().lerp((slide_means - self.centre).square().mean(0), momentum).sqrt()
         typical = spread.square().mean().sqrt()
-        self.spread.copy_(spread.clamp_min(0.1 * typical) if typical > 1e-6 else torch.ones_like(spread))
+        self.spread.copy_(torch.where(typical > 1e-6, spread.clamp_min(0.1 * typical), 1))  # without a branch: a GPU need not be asked
 
     def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
         """Encode B slides."""

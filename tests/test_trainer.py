@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreslcl import trainer
 from dreslcl.bank import SlideFile
@@ -97,11 +98,8 @@ def test_all_eight_ways_to_train_run_and_move_what_should_learn(cohort, work, ve
     assert all(np.isfinite(v) for v in values.values()) and ("row_cosine" in values) == (tiles == "encoder")
     assert (run.model.encoder.fingerprint() == encoder) == (tiles == "bank")
     moved = {n.split(".")[0] for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-    assert (
-        {"aggregator", "logit_scale"} <= moved
-        and ("view_scale" in moved) == bool(views)
-        and ("encoder" in moved) == (tiles == "encoder" or text == "texts")
-    )
+    assert {"aggregator", "logit_scale"} <= moved and ("view_scale" in moved) == bool(views)
+    assert ("encoder" in moved) == (tiles == "encoder" or text == "texts")
 
 
 @pytest.mark.parametrize("settings", [{}, {"bank_share": 0.5}, {"bank_share": 0.0}, {"tile_batch": 5, "bank_share": 0.3}], ids=str)
@@ -201,12 +199,14 @@ def test_a_resting_encoder_reads_no_pixels(cohort, tmp_path, monkeypatch):
     trainer.run_epoch(run)
 
 
-def test_the_temperature_is_bounded_and_comes_back(cohort, tmp_path):
+@pytest.mark.parametrize("name", ["logit_scale", "view_scale"])
+def test_the_temperature_is_bounded_and_comes_back(cohort, tmp_path, name):
     run = open_run(cohort, tmp_path)
+    scale = getattr(run.model, name)
     with torch.no_grad():
-        run.model.logit_scale.fill_(9.0)
+        scale.fill_(9.0)
     trainer.train_step(run, *first_step(run))
-    assert run.model.logit_scale.item() <= np.log(100) + 1e-6 and run.model.logit_scale.grad.item() != 0
+    assert scale.item() <= np.log(100) + 1e-6 and scale.grad.item() != 0
 
 
 # texts
@@ -449,6 +449,58 @@ def test_few_points_of_a_step_wait_for_the_device(cohort, tmp_path, monkeypatch)
     monkeypatch.undo()
     of_the_bank = 3 * len(samples)  # its arrays never leave the CPU
     assert waits.count("tolist") == 1 and waits.count("cpu") <= 3 and len(waits) <= 10 + of_the_bank, waits
+
+
+def test_a_step_runs_on_a_fake_gpu_as_far_as_that_goes(cohort, tmp_path):
+    """Shapes and devices of a whole step but `backward`, for which autograd asks for a real GPU."""
+    run = open_run(cohort, tmp_path, changed(tile_batch=6))
+    samples, plan = first_step(run)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run.device = torch.device("cuda")
+        run.model.to("cuda")
+        run.optimizer = trainer.make_optimizer(run)
+        fresh, _ = trainer.encode_samples(run, [replace(s, pixels=s.pixels.to("cuda")) for s in samples], plan)
+        loss, measured, z = trainer.compute_loss(run, samples, fresh, plan)
+        assert all(value.is_cuda for value in (*vars(fresh).values(), loss, z, *measured.values()))
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        assert torch.nn.utils.clip_grad_norm_(parameters, 1.0).is_cuda
+        run.optimizer.step()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_in_bf16_trains_and_embeds(cohort, tmp_path):
+    settings = changed(precision="bf16", epochs=3)
+    model = DRESLCL.load(pretrain(cohort, tmp_path / "run", settings)).to("cuda")
+    rows = rows_of(tmp_path / "run")
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    on_cpu, pixels = DRESLCL.load(tmp_path / "run" / "model"), np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    assert np.abs(model.embed_tiles(pixels) - on_cpu.embed_tiles(pixels)).max() < 0.01
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_pixels_come_pinned_and_a_step_waits_once(cohort, tmp_path):
+    run = open_run(cohort, tmp_path)
+    trainer.train_step(run, *first_step(run))
+    samples, plan = first_step(run)
+    assert all(s.pixels.is_cuda for s in samples)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            trainer.train_step(run, samples, plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_by_nccl(cohort, work, tmp_path):
+    (tmp_path / "two.py").write_text(RANKS)
+    SMALL.save(tmp_path / "settings.toml")
+    torchrun(tmp_path / "two.py", 2, str(work), str(tmp_path / "two"))
+    assert all(np.isfinite(float(row["loss"])) for row in rows_of(tmp_path / "two"))
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(cohort, tmp_path, caplog):
