@@ -99,6 +99,16 @@ def test_every_aggregator_gives_unit_vectors_and_learns_in_all_its_weights(name,
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
 
 
+def test_tiles_weigh_one_at_the_start_then_what_the_gate_says_within_its_bound():
+    aggregator, rows = ResidualAggregator(8, 4, ModelConfig(codewords=3, width=16)), torch.randn(50, 8)
+    torch.testing.assert_close(aggregator.weigh(rows), torch.ones(50))
+    torch.nn.init.normal_(aggregator.score.weight, std=30)
+    weights = aggregator.weigh(rows)
+    assert weights.min() >= np.exp(-5) * 0.999 and weights.max() <= np.exp(5) * 1.001 and weights.max() / weights.min() > 100
+    mean = aggregator.mean(aggregator.bag(rows))[0]
+    torch.testing.assert_close(mean, (weights[:, None] * rows).sum(0) / weights.sum(), rtol=1e-4, atol=1e-5)
+
+
 def test_an_empty_codeword_has_a_finite_gradient_and_an_empty_slide_encodes():
     made = make_aggregator()
     x = made.codewords[0].repeat(5, 1).requires_grad_()  # all on one codeword: residuals of zero

@@ -193,6 +193,35 @@ def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, 
         assert (counts == again_counts).all() and np.allclose(before, again, atol=1e-4)
 
 
+def test_weights_learn_from_drawn_tiles_and_rows_beside_them_and_the_bank_keeps_them(cohort, tmp_path, monkeypatch):
+    run, seen, inner = open_run(cohort, tmp_path, changed(bank_share=0.5)), [], trainer.make_bags
+    monkeypatch.setattr(trainer, "make_bags", lambda run, samples, fresh: seen.append(fresh) or inner(run, samples, fresh))
+    torch.nn.init.normal_(run.model.aggregator.score.weight)
+    samples, plan = first_step(run)
+    assert all(len(s.rest.tiles) > len(s.tiles) == 4 for s in samples)
+    trainer.train_step(run, samples, plan)
+    assert all(run.model.aggregator.get_parameter(f"{name}.weight").grad.any() for name in ("value", "gate", "score"))
+    stored = [run.bank.rest(run.slide(s.member), s.rest.tiles, 1.0, run.rng()).slide.weight[s.rest.tiles] for s in samples]
+    np.testing.assert_allclose(np.concatenate(stored), seen[0].weights.detach(), rtol=1e-3)
+    assert np.ptp(np.concatenate(stored)) > 0.01
+
+
+def test_the_codebook_follows_the_features_and_slides_are_assigned_and_weighed_anew(cohort, tmp_path):
+    run = open_run(cohort, tmp_path)
+    trainer.run_epoch(run)
+    before = run.model.aggregator.codewords.clone()
+    torch.nn.init.normal_(run.model.aggregator.score.weight)
+    trainer.set_codebook(run, refit=True)
+    words = run.model.aggregator.codewords
+    assert not torch.equal(words, before)
+    rows = torch.from_numpy(run.bank.read("s0", np.arange(run.bank.tiles("s0")))[0]).float()
+    bag = run.model.aggregator.bag(rows)
+    sums, counts = run.bank.sums("s0")
+    np.testing.assert_allclose(sums, bag.sums[0].detach(), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(counts, bag.counts[0].detach(), rtol=1e-2)  # weights as float16
+    assert 1 / len(words) <= trainer.run_epoch(run)["codeword_use"] <= 1
+
+
 def test_a_resting_encoder_reads_no_pixels(cohort, tmp_path, monkeypatch):
     run = open_run(cohort, tmp_path, FROZEN)
     monkeypatch.setattr(run.reader, "read", lambda *_: pytest.fail("pixels were read"))
@@ -499,7 +528,7 @@ def test_on_a_gpu_pixels_come_pinned_and_a_step_waits_once(cohort, tmp_path):
 def test_two_gpus_train_by_nccl(cohort, work, tmp_path):
     (tmp_path / "two.py").write_text(RANKS)
     SMALL.save(tmp_path / "settings.toml")
-    torchrun(tmp_path / "two.py", 2, str(work), str(tmp_path / "two"))
+    torchrun(tmp_path / "two.py", 2, str(work), str(tmp_path / "two"), gpus="0,1")
     assert all(np.isfinite(float(row["loss"])) for row in rows_of(tmp_path / "two"))
 
 
@@ -545,9 +574,9 @@ pretrain(Cohort.load(work).with_reports(work / "reports.csv"), out, RunConfig.lo
 """
 
 
-def torchrun(script: Path, ranks: int, *arguments: str) -> None:
+def torchrun(script: Path, ranks: int, *arguments: str, gpus: str = "") -> None:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", str(script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
