@@ -103,8 +103,7 @@ class Segments:
     def load(self, fd: int, index: int, buffer: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"] | None:
         """Pixels of one segment, in `buffer` where the decoder can; none for a blank one.
 
-        Raises:
-            SlideError: it cannot be read or decoded, or is not of the stated size.
+        Raises SlideError: it cannot be read or decoded, or is not of the stated size.
         """
         try:
             parts = range(index, len(self.offsets), len(self.offsets) // self.planes)
@@ -190,11 +189,7 @@ class Segments:
 
 
 def from_page(page: Any, name: str) -> Segments:
-    """The segments of a tifffile page.
-
-    Raises:
-        SlideError: not 8-bit colour, or a compression that is not read.
-    """
+    """The segments of a tifffile page. Raises SlideError: not 8-bit colour, or a compression that is not read."""
     key, only = page.keyframe, "only 8-bit RGB scans can be tiled"
     samples, planes = key.samplesperpixel, key.samplesperpixel if key.planarconfig == 2 else 1
     shown = 4 if samples == 4 and key.extrasamples in ((1,), (2,)) else 3  # with alpha, associated or not
@@ -232,11 +227,7 @@ def _brief(value: Any) -> str:
 
 
 def from_image(data: bytes, name: str) -> Segments:
-    """A PNG or JPEG file as one segment.
-
-    Raises:
-        SlideError: it is no such image, or not 8-bit colour.
-    """
+    """A PNG or JPEG file as one segment. Raises SlideError: it is no such image, or not 8-bit colour."""
     try:
         if data[:2] == b"\xff\xd8":
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)

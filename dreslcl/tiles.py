@@ -342,8 +342,7 @@ def tile_slides(
 
     Returns the rows of this run's slides (of its shard), those that were already there included.
 
-    Raises:
-        DreslclError: nothing to do, bad tables, the output folder is in use by another run, or cannot be written.
+    Raises DreslclError: nothing to do, bad tables, the output folder is in use by another run, or cannot be written.
     """
     source, out = Path(os.path.abspath(source)), Path(out)  # noqa: PTH100  (links are kept: ids follow the names the user sees)
     index, count = shard or rank_and_world()

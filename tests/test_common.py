@@ -234,7 +234,7 @@ def test_words_for_no_value_are_known_in_any_case_and_counted():
     ],
 )
 def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch, caplog, environment, expected):
-    common._tell_of_half_set_ranks.cache_clear()
+    common._warn_once.cache_clear()
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
