@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attack import contents, durations, in_child, kill, kills, marked
+from attack import durations, in_child, kill, kills, marked
+from folders import contents, tiled
 
 from dreslcl import embedding, report, tiles, trainer
 from dreslcl.bank import MemoryBank, SlideFile, slide_layout
@@ -63,15 +64,6 @@ COMMANDS = {
 def run(pipe, name: str, *arguments) -> None:
     function, phases = COMMANDS[name]
     marked(pipe, phases, function, arguments)
-
-
-def tiled(out: Path) -> dict:
-    """What `tile` wrote, without the seconds each slide took."""
-    found = contents(out)
-    for name in [name for name in found if name.startswith("rows/")]:
-        made = json.loads(found[name])
-        found[name] = made | {"row": made["row"] | {"seconds": 0}}
-    return found | {"slides.csv": [row | {"seconds": 0} for row in read_table(out / "slides.csv")]}
 
 
 def assert_whole_run(out: Path, epochs: int) -> None:

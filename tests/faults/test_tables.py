@@ -10,7 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from attack import contents, dreslcl, in_child
+from attack import dreslcl, in_child
+from folders import contents
 
 from dreslcl.cohort import Cohort, read_reports
 from dreslcl.common import DreslclError, TableError, read_table
