@@ -174,11 +174,23 @@ def test_qupath_exports_are_read_in_their_several_shapes(tmp_path):
             assert len(read_geojson(path)) == count
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"features": [7]}', '{"type": "Polygon", "coordinates": 4}', '{"features": []}'])
-def test_a_file_that_is_no_annotation_is_refused_in_one_line(tmp_path, text):
-    path = tmp_path / "a.geojson"
-    path.write_text(text)
-    with pytest.raises(SlideError, match=r"a\.geojson"):
-        read_geojson(path)
-    with pytest.raises(SlideError, match="export one from QuPath"):
-        read_geojson(tmp_path / "missing.geojson")
+WRONG = [
+    b"",
+    b"{",
+    b"[]",
+    b"3",
+    b'{"features": [7]}',
+    b'{"type": "Polygon", "coordinates": 4}',
+    b'{"features": []}',
+    b"\xff\xe9",
+    b"\0{}",
+]
+
+
+@pytest.mark.parametrize("data", WRONG)
+def test_a_file_that_is_no_annotation_is_refused_in_one_line(tmp_path, data):
+    (tmp_path / "a.geojson").write_bytes(data)
+    for name, message in (("a.geojson", r"a\.geojson: "), ("missing.geojson", "export one from QuPath")):
+        with pytest.raises(SlideError, match=message) as caught:
+            read_geojson(tmp_path / name)
+        assert "\n" not in str(caught.value)
