@@ -1,4 +1,4 @@
-"""What a folder of results holds, to compare with what another one does."""
+"""What a folder of results holds, to compare with what another one does; and a file that does harm."""
 
 import json
 from pathlib import Path
@@ -35,3 +35,13 @@ def tiled(work: Path) -> dict[str, Any]:
         found[name] = json.loads(found[name])
         found[name]["row"]["seconds"] = 0
     return found | {"slides.csv": [row | {"seconds": 0} for row in read_slides(work)]}
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")

@@ -174,17 +174,7 @@ def test_qupath_exports_are_read_in_their_several_shapes(tmp_path):
             assert len(read_geojson(path)) == count
 
 
-WRONG = [
-    b"",
-    b"{",
-    b"[]",
-    b"3",
-    b'{"features": [7]}',
-    b'{"type": "Polygon", "coordinates": 4}',
-    b'{"features": []}',
-    b"\xff\xe9",
-    b"\0{}",
-]
+WRONG = [b"", b"{", b"[]", b"3", b'{"features": [7]}', b'{"type": "Polygon", "coordinates": 4}', b'{"features": []}', b"\xff\xe9", b"\0"]
 
 
 @pytest.mark.parametrize("data", WRONG)
