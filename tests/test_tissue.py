@@ -136,7 +136,7 @@ def test_a_mask_survives_the_way_through_geojson(seed):
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.lists(st.lists(st.tuples(st.integers(-30, 130), st.integers(-30, 130)), min_size=3, max_size=7), min_size=1, max_size=2))
 def test_a_drawn_polygon_holds_the_pixels_whose_centres_are_inside_by_the_even_odd_rule(corners):
-    rings = [np.array(ring) + (np.sqrt(2) / 5, np.pi / 9) for ring in corners]  # no edge runs through a centre
+    rings = [np.array(ring) + np.array([np.sqrt(2) / 5, np.pi / 9]) for ring in corners]  # no edge runs through a centre
     mask = draw_polygons([rings], (20, 25), (100, 100))
     for row in range(20):
         for column in range(25):
