@@ -104,7 +104,7 @@ def join_labels(named: Mapping[str, Embeddings], rows: Sequence[Row], columns: S
 
 
 def match_rows(
-    embeddings: Embeddings, rows: Sequence[Row], columns: Sequence[str], where: str
+    embeddings: "Embeddings | Slides", rows: Sequence[Row], columns: Sequence[str], where: str
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Slide -> its values of `columns` and its "patient", found by slide_id or else by patient; and warnings about what has no partner.
 
@@ -122,9 +122,8 @@ def match_rows(
         if found:
             break
     else:
-        key, names = keys[0]
-        theirs = preview(row[key] for row in rows)
-        raise TableError(f"{where}: no {key} matches the embeddings; the table has {theirs}, they have {preview(names)}")
+        theirs, tried = preview(row[key] for row in rows for key, _ in keys), " or ".join(key for key, _ in keys)
+        raise TableError(f"{where}: no {tried} matches the embeddings; the table has {theirs}, they have {preview(keys[0][1])}")
     partners = set(found.values())
     alone, bare = [name for name in table if name not in partners], [slide for slide in embeddings.ids if slide not in found]
     lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
@@ -264,13 +263,8 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
         columns = sorted((c for c in (table[0] if table else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
         if not columns:
             raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {columns_of(table)}")
-        keys, parts = [c for c in ("slide_id", patient_column(table)) if c in table[0]], {}
-        for column in columns:
-            of = {same_name(row[key]): row[column] for key in keys[1:] for row in table} | one_value(Path(split), table, keys[0], column)
-            parts[column] = [of.get(same_name(slide)) or of.get(same_name(p), "") for slide, p in zip(slides.ids, slides.patients)]
-        if not any(map(any, parts.values())):
-            theirs = preview(row[key] for key in keys for row in table)
-            raise TableError(f"{where}: no id matches; the table has {theirs}, the embeddings have {preview(slides.ids)}")
+        row_of, _ = match_rows(slides, table, columns, where)
+        parts = {column: [row_of.get(slide, {}).get(column, "") for slide in slides.ids.tolist()] for column in columns}
     folds = []
     for column, words in parts.items():
         words = ["" if is_missing(word) else word.lower() for word in words]
