@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -58,7 +58,7 @@ class Cohort:
         if not found:
             raise TableError(f"{work}: none of its {len(rows)} slides has tiles; see status and error in slides.csv")
         without = len(rows) - len(found)
-        return cls(*_members(found, patients, "tiles" + f"; {without} empty or failed" * (without > 0)), work=Path(work))
+        return cls._of(found, patients, "tiles" + f"; {without} empty or failed" * (without > 0), work=Path(work))
 
     @classmethod
     def of_features(
@@ -72,7 +72,14 @@ class Cohort:
         if not found:
             raise TableError(f"none of the {len(files)} files of features holds a tile")
         without = len(files) - len(found)
-        return cls(*_members(found, patients, "tile features" + f"; {without} empty" * (without > 0)), unreadable=unreadable or {})
+        return cls._of(found, patients, "tile features" + f"; {without} empty" * (without > 0), unreadable=unreadable or {})
+
+    @classmethod
+    def _of(cls, found: list[tuple[str, int, Path]], patients: Path | None, unit: str, **rest: Any) -> "Cohort":
+        """A cohort of (slide id, tiles, source), without reports."""
+        known = read_patients(patients) if patients else {}
+        members = [SlideRecord(slide, known.get(same_name(slide)) or patient_of(slide), *what) for slide, *what in sorted(found)]
+        return cls(tuple(members), notes=(f"{len(members)} slides with {sum(m.tiles for m in members):,} {unit}",), **rest)
 
     def with_reports(self, reports: Path | None, vectors: Path | None = None) -> "Cohort":
         """Keep the slides that have a report, joined by slide id or else by patient.
@@ -176,13 +183,6 @@ class Cohort:
 
 def _like(names: Sequence[str]) -> str:
     return f" like {', '.join(names[:3])}" if names else " none"
-
-
-def _members(found: list[tuple[str, int, Path]], patients: Path | None, unit: str) -> tuple[tuple[SlideRecord, ...], tuple, tuple[str]]:
-    """The members, no reports and the note of a cohort of (slide id, tiles, source)."""
-    known = read_patients(patients) if patients else {}
-    members = [SlideRecord(slide, known.get(same_name(slide)) or patient_of(slide), *what) for slide, *what in sorted(found)]
-    return tuple(members), (), (f"{len(members)} slides with {sum(m.tiles for m in members):,} {unit}",)
 
 
 # batches
