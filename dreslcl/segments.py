@@ -128,7 +128,8 @@ class Segments:
         """
         shape = np.array(windows.shape[2:0:-1])
         segments, starts, copies = self._plan(corners, shape)
-        keep = self._worth_keeping(segments, len(copies))
+        worth = len(copies) >= 1.25 * len(segments) or 3 * self.edge[0] * self.edge[1] > 4 << 20  # they are shared, or large
+        keep = set({index % self.grid[0]: index for index in np.sort(segments).tolist()}.values()) if worth else ()  # each column's lowest
 
         def run(job: slice) -> dict[int, Decoded]:
             kept, buffer = {}, cache.buffer(self.edge)
@@ -168,12 +169,6 @@ class Segments:
         (left, top), (right, bottom), (x, y) = (low - corners[window]).T, (high - corners[window]).T, (low - place * edge).T
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
         return segment[starts], np.append(starts, len(segment)), np.stack([window, top, bottom, left, right, y, x], axis=1)
-
-    def _worth_keeping(self, segments: np.ndarray, copies: int) -> set[int]:
-        """The lowest segment of each column, if windows share segments; of scattered windows none."""
-        if copies < 1.25 * len(segments) and 3 * self.edge[0] * self.edge[1] <= 4 << 20:  # large ones are kept anyway
-            return set()
-        return set({index % self.grid[0]: index for index in np.sort(segments).tolist()}.values())
 
 
 def from_page(page: Any, name: str) -> Segments:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,15 +41,6 @@ def pretrain(work: Path, out: Path, held_out: bool = False) -> None:
 
 def embed(work: Path, out: Path, model: Path) -> None:
     embedding.embed(Cohort.load(work), out, model=model, tile_features=True, settings=TrainConfig(workers=1))
-
-
-def at_random(phases: dict[str, list[float]], times: int, attack: Callable[[int, tuple[str, int, float]], bool]) -> int:
-    """Attack at `times` random moments of each phase, two at once; how many were killed within it."""
-    moments = kills(phases, times, seed=times)
-    with ThreadPoolExecutor(2) as pool:
-        cut = sum(pool.map(attack, range(len(moments)), moments))
-    print(f"\n{len(moments)} killed, {cut} within {', '.join(phases)}")
-    return cut
 
 
 STEPS = {"fill": "fill_bank", "step": "train_step", "checkpoint": "save_checkpoint", "epoch end": "end_epoch"}
@@ -113,7 +103,10 @@ def test_a_command_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, 
         shutil.rmtree(out)
         return cut
 
-    cut = at_random(phases, times, attack)
+    moments = kills(phases, times, seed=times)
+    with ThreadPoolExecutor(2) as pool:  # two at once
+        cut = sum(pool.map(attack, range(len(moments)), moments))
+    print(f"\n{len(moments)} killed, {cut} within {', '.join(phases)}")
     assert name != "pretrain" or cut >= times  # most kills hit their phase: else this shows nothing
 
 
