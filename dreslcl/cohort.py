@@ -7,8 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -28,31 +27,20 @@ class SlideRecord:
 
     slide_id: str
     patient_id: str
-    tiles: int
-    """M."""
-    source: Path
-    """The scan, or its file of features."""
-    report: int = -1
-    """Index into Cohort.reports; -1: none. Slides with equal reports share the index."""
+    tiles: int  # M
+    source: Path  # the scan, or its file of features
+    report: int = -1  # index into Cohort.reports, shared by slides with equal reports; -1: none
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides with their patients and reports.
+    """Slides with their patients and reports."""
 
-    Attributes:
-        members: one per slide, ordered by slide id.
-        reports: the distinct reports: texts, or arrays (n, E) of vectors made elsewhere (n windows of one report).
-        notes: what the join of slides and reports found, one line each.
-        work: the folder that `dreslcl tile` wrote (None where tile features stand in for pixels).
-        unreadable: slide id -> reason for files of features that cannot be read.
-    """
-
-    members: tuple[SlideRecord, ...]
-    reports: tuple[str | np.ndarray, ...] = ()
-    notes: tuple[str, ...] = ()
-    work: Path | None = None
-    unreadable: Mapping[str, str] = field(default_factory=dict)
+    members: tuple[SlideRecord, ...]  # ordered by slide id
+    reports: tuple[str | np.ndarray, ...] = ()  # the distinct ones: texts, or (n, E) vectors made elsewhere, of a report's n windows
+    notes: tuple[str, ...] = ()  # what the join of slides and reports found, one line each
+    work: Path | None = None  # the folder that `dreslcl tile` wrote; none where tile features stand in for pixels
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # slide id -> reason, of files of features that cannot be read
 
     def __len__(self) -> int:
         return len(self.members)
@@ -63,39 +51,35 @@ class Cohort:
 
         A slide's patient comes from `patients` (a table with slide_id and patient_id), else from its TCGA barcode, else is
         the slide itself.
-
-        Raises:
-            TableError: no slide in WORK has tiles.
+        Raises TableError: no slide in WORK has tiles.
         """
         rows = read_slides(work)
-        known = read_patients(patients) if patients else {}
-        members = []
-        for row in rows:
-            if row["status"] == "ok":
-                slide = row["slide_id"]
-                members.append(SlideRecord(slide, known.get(same_name(slide)) or patient_of(slide), int(row["tiles"]), Path(row["path"])))
-        if not members:
+        found = [(row["slide_id"], int(row["tiles"]), Path(row["path"])) for row in rows if row["status"] == "ok"]
+        if not found:
             raise TableError(f"{work}: none of its {len(rows)} slides has tiles; see status and error in slides.csv")
-        without = len(rows) - len(members)
-        notes = (f"{len(members)} slides with {sum(m.tiles for m in members):,} tiles" + (f"; {without} empty or failed" * (without > 0)),)
-        return cls(tuple(sorted(members, key=lambda m: m.slide_id)), (), notes, Path(work))
+        without = len(rows) - len(found)
+        return cls._of(found, patients, "tiles" + f"; {without} empty or failed" * (without > 0), work=Path(work))
 
     @classmethod
     def of_features(
-        cls, files: dict[str, tuple[Path, int]], *, patients: Path | None = None, unreadable: Mapping[str, str] = MappingProxyType({})
+        cls, files: dict[str, tuple[Path, int]], *, patients: Path | None = None, unreadable: Mapping[str, str] | None = None
     ) -> "Cohort":
         """Slides known by files of tile features: slide id -> (file, tiles), as `find_features` gives them.
 
-        Raises:
-            TableError: no file holds a tile.
+        Raises TableError: no file holds a tile.
         """
-        known = read_patients(patients) if patients else {}
-        members = [SlideRecord(s, known.get(same_name(s)) or patient_of(s), m, path) for s, (path, m) in sorted(files.items()) if m]
-        if not members:
+        found = [(slide, tiles, path) for slide, (path, tiles) in files.items() if tiles]
+        if not found:
             raise TableError(f"none of the {len(files)} files of features holds a tile")
-        without = len(files) - len(members)
-        notes = (f"{len(members)} slides with {sum(m.tiles for m in members):,} tile features" + (f"; {without} empty" * (without > 0)),)
-        return cls(tuple(members), (), notes, unreadable=unreadable)
+        without = len(files) - len(found)
+        return cls._of(found, patients, "tile features" + f"; {without} empty" * (without > 0), unreadable=unreadable or {})
+
+    @classmethod
+    def _of(cls, found: list[tuple[str, int, Path]], patients: Path | None, unit: str, **rest: Any) -> "Cohort":
+        """A cohort of (slide id, tiles, source), without reports."""
+        known = read_patients(patients) if patients else {}
+        members = [SlideRecord(slide, known.get(same_name(slide)) or patient_of(slide), *what) for slide, *what in sorted(found)]
+        return cls(tuple(members), notes=(f"{len(members)} slides with {sum(m.tiles for m in members):,} {unit}",), **rest)
 
     def with_reports(self, reports: Path | None, vectors: Path | None = None) -> "Cohort":
         """Keep the slides that have a report, joined by slide id or else by patient.
@@ -104,8 +88,7 @@ class Cohort:
             reports: CSV or TSV with slide_id and/or patient_id and report; TCGA_Reports.csv; or HistGen's JSON.
             vectors: HDF5 or npz keyed by slide or patient id with report vectors (E,) or (n, E), in place of texts.
 
-        Raises:
-            TableError: no report matches any slide (examples of both sides are shown), or vectors differ in width.
+        Raises TableError: no report matches any slide (examples of both sides are shown), or vectors differ in width.
         """
         rows: Sequence[tuple[str, str, str | np.ndarray]]
         if vectors is not None:
@@ -114,25 +97,28 @@ class Cohort:
             rows = [(row["slide_id"], row["patient_id"], row["report"]) for row in read_reports(reports)]
         else:
             raise ConfigError("pretraining needs reports: --reports TABLE or --report-embeddings FILE")
-        source = vectors or reports
-        by_slide = _index([(same_name(s), i) for i, (s, _, _) in enumerate(rows) if s], rows, source)
-        by_patient = _index([(same_name(p), i) for i, (s, p, _) in enumerate(rows) if p and s in ("", p)], rows, source)
-        members, texts, numbers, used, bare = [], [], {}, set(), []
+        by_slide, by_patient, used = {}, {}, set()
+        for number, (slide, patient, report) in enumerate(rows):
+            for of, name in ((by_slide, slide), (by_patient, patient if slide in ("", patient) else "")):
+                first = of.setdefault(same_name(name), number)
+                if vectors and not np.array_equal(report, rows[first][2]):  # `read_reports` has seen to this in a table
+                    raise TableError(f"{vectors}: {name!r} has more than one report; keep one for each slide or patient")
+        members, bare, numbers, texts = [], [], {}, []
         for m in self.members:
-            row = by_slide.get(same_name(m.slide_id), by_patient.get(same_name(m.patient_id)))
-            if row is None:
+            number = by_slide.get(same_name(m.slide_id), by_patient.get(same_name(m.patient_id)))
+            if number is None:
                 bare.append(m.slide_id)
                 continue
-            _, patient, report = rows[row]
-            used.add(row)
+            used.add(number)
+            _, patient, report = rows[number]
             key = report if isinstance(report, str) else report.tobytes()
             if key not in numbers:
                 numbers[key] = len(texts)
                 texts.append(report)
             members.append(replace(m, patient_id=m.patient_id if vectors else patient or m.patient_id, report=numbers[key]))
-        lost = [s or p for i, (s, p, _) in enumerate(rows) if i not in used]
+        lost = [slide or patient for number, (slide, patient, _) in enumerate(rows) if number not in used]
         if not members:
-            raise TableError(f"{source}: no report matches a slide; slides are{_like(bare)}; reports are{_like(lost)}")
+            raise TableError(f"{vectors or reports}: no report matches a slide; slides are{_like(bare)}; reports are{_like(lost)}")
         shared = sum(count > 1 for count in Counter(m.report for m in members).values())
         notes = (
             *self.notes,
@@ -162,8 +148,7 @@ class Cohort:
             rule: a file with one slide or patient id per line, or `column=value` of the table; None takes nothing out.
             table: the table of reports, or another with slide_id or patient_id and the rule's column.
 
-        Raises:
-            TableError: the column is absent, or the rule names nothing in the cohort.
+        Raises TableError: the column is absent, or the rule names nothing in the cohort.
         """
         if rule is None:
             return self, self.subset([])
@@ -198,19 +183,6 @@ class Cohort:
 
 def _like(names: Sequence[str]) -> str:
     return f" like {', '.join(names[:3])}" if names else " none"
-
-
-def _index(keys: Sequence[tuple[str, int]], rows: Sequence[tuple[str, str, str | np.ndarray]], source: Path | None) -> dict[str, int]:
-    """Key -> row. The same report twice counts once.
-
-    Raises:
-        TableError: two reports for one key.
-    """
-    found: dict[str, int] = {}
-    for key, row in keys:
-        if not np.array_equal(rows[found.setdefault(key, row)][2], rows[row][2]):
-            raise TableError(f"{source}: {key!r} has more than one report; keep one for each slide or patient")
-    return found
 
 
 # batches
@@ -272,36 +244,32 @@ class TileReader:
 
     def __init__(self, cohort: Cohort, *, workers: int = 0, cache_bytes: int = 0):
         self.cohort, self.workers = cohort, workers or cores()
-        self._open, self._used = lru_cache(maxsize=128)(self._open_tiles), set()
+        self._open, self._opened = lru_cache(maxsize=128)(self._open_tiles), set()
         self.grid = lru_cache(maxsize=1024)(cohort.grid)
         fits = bool(cache_bytes) and sum(m.tiles for m in cohort.members) * self.grid(0).size ** 2 * 3 <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if fits else None
 
     def _open_tiles(self, member: int) -> TilePixels:
-        assert self.cohort.work is not None, "a cohort of features has no pixels"
-        return TilePixels(self.cohort.work, self.cohort.members[member].source, self.grid(member))
-
-    def _read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        pixels = self._open(member)
-        self._used.add(member)
-        return pixels.read(index)
+        pixels = TilePixels(self.cohort.work, self.cohort.members[member].source, self.grid(member))
+        self._opened.add(member)
+        return pixels
 
     def release(self, member: int) -> None:
         """Let go of the decoded pieces that reading on in a slide would use."""
-        if member in self._used:
+        if member in self._opened:
             self._open(member).slide.release()
 
     def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the member's tiles `index`."""
         if self._cache is None:
-            return self._read(member, index)
+            return self._open(member).read(index)
         grid = self.grid(member)
         if member not in self._cache:  # setdefault: two threads may both get here, one pair of arrays wins
             self._cache.setdefault(member, (np.empty((len(grid), grid.size, grid.size, 3), np.uint8), np.zeros(len(grid), bool)))
         store, have = self._cache[member]
         missing = index[~have[index]]
         if len(missing):
-            store[missing] = self._read(member, missing)
+            store[missing] = self._open(member).read(missing)
             have[missing] = True
         return store[index]
 

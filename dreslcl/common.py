@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
+_warn_once = cache(log.warning)
 Item = TypeVar("Item")
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -81,9 +82,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield `NAME.part` to write to; rename it to `path` on success, remove it on any error.
 
     Write with Python's own calls: libraries that open files themselves lose the reason why a write failed.
-
-    Raises:
-        DiskError: it cannot be written; the message says why.
+    Raises DiskError: it cannot be written; the message says why.
     """
     part = Path(f"{path}.part")
     with _writing(part):
@@ -122,14 +121,10 @@ def hdf5_file(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def hold(folder: Path, name: str = ".lock", *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a folder against other processes; the system lets go when the process ends, however it ends.
+    """Hold a folder against other processes (`shared`: against all but shared holders); the system lets go when the process ends.
 
-    The lock file `name` stays behind and means nothing by itself. A shared holder lets other shared ones in. `wait` waits for the
-    other holder instead of raising.
-
-    Raises:
-        BusyError: another process holds the folder; the message says which, on which host.
-        DiskError: the folder cannot be written.
+    The lock file `name` stays behind and means nothing by itself. Raises DiskError: the folder cannot be written; BusyError, unless it
+    shall `wait`: another process holds the folder. The message says which, on which host.
     """
     path = Path(folder) / name
     with _writing(path):
@@ -198,8 +193,7 @@ def same_name(text: str) -> str:
 def check_id(value: str, where: str) -> str:
     """Return an id that can safely name a file.
 
-    Raises:
-        TableError: the id is empty, holds a path separator or a control character, or starts with a dot.
+    Raises TableError: the id is empty, holds a path separator or a control character, or starts with a dot.
     """
     if not value or value.startswith(".") or re.search(r"[/\\\x00-\x1f]", value):
         raise TableError(f"{where}: {value!r} cannot be an id; ids hold no slash, no control character and no leading dot")
@@ -236,20 +230,16 @@ def remember(seen: Iterable[str], selected: Iterable[str]) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A text file, UTF-8 with or without a byte-order mark, or UTF-16 with one.
-
-    Raises:
-        TableError: no such file, or not text.
-    """
+    """A text file, UTF-8 with or without a byte-order mark, or UTF-16 with one. Raises TableError: no such file, or not text."""
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     except OSError as error:
         raise TableError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise TableError(f"{path}: not UTF-8 text (byte {error.start}); save it as CSV, UTF-8") from error
+        raise TableError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8 (a table: as CSV, UTF-8)") from error
     if "\x00" in text:
-        raise TableError(f"{path}: holds NUL characters, so it is no text; save it as CSV, UTF-8")
+        raise TableError(f"{path}: holds NUL characters, so it is no text; save it as UTF-8 (a table: as CSV, UTF-8)")
     return text.replace("\ufeff", "")  # marks stand in the middle too, where files were joined
 
 
@@ -264,9 +254,8 @@ class Row(dict[str, str]):
 def read_table(path: Path, required: Sequence[str] = ()) -> list[Row]:
     """Rows of a CSV or TSV file, cells as texts ("007" stays "007"). Columns are parted by tab, comma, semicolon or bar.
 
-    Raises:
-        TableError: as `read_text`; no header, a column twice, or a required one absent (those there are listed); a quote that does not
-            close, or a row of more cells than there are columns.
+    Raises TableError: as `read_text`; no header, a column twice, or a required one absent (those there are listed); a quote that does not
+    close, or a row of more cells than there are columns.
     """
     path, rows, line, text = Path(path), [], 1, read_text(path)
     first, end, _ = re.split("(\r\n|\r|\n)", text.lstrip("\r\n") + "\n", maxsplit=1)
@@ -297,11 +286,7 @@ def read_table(path: Path, required: Sequence[str] = ()) -> list[Row]:
 
 
 def read_list(path: Path) -> list[str]:
-    """Names (`same_name`) of slides or patients: one on each line, or those of a table with slide_id or patient_id.
-
-    Raises:
-        TableError: as `read_table`.
-    """
+    """Names (`same_name`) of slides or patients: one on each line, or those of a table (`read_table`) with slide_id or patient_id."""
     names = re.split("[\r\n]+", read_text(path).strip())
     keys = {"slide_id", "patient_id"}.intersection(re.split(r"[\t,;|\s\"]+", names[0]))
     if keys:
@@ -310,11 +295,7 @@ def read_list(path: Path) -> list[str]:
 
 
 def one_value(path: Path, rows: Iterable[Row], key: str, column: str) -> dict[str, str]:
-    """Name (`same_name`) in the column `key` -> value in `column`, of rows that have both.
-
-    Raises:
-        TableError: a name has two values; both rows are named.
-    """
+    """Name in the column `key` -> value in `column`, of rows that have both. Raises TableError: a name has two values; names both rows."""
     found: dict[str, Row] = {}
     for row in rows:
         name, value = same_name(row.get(key, "")), row.get(column, "")
@@ -343,14 +324,11 @@ def cores() -> int:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without torchrun.
-
-    Raises:
-        ConfigError: RANK, WORLD_SIZE and MASTER_ADDR do not go together.
-    """
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without. Raises ConfigError: set wrongly."""
     rank, world, address = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if not rank or not world:
-        _tell_of_half_set_ranks(rank, world)
+        if rank or world:
+            _warn_once("RANK=%s WORLD_SIZE=%s: torchrun sets both, so this is taken for one process that does all the work", rank, world)
         return 0, 1
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)) or (int(world) > 1 and not address):
         said = f"RANK={rank} WORLD_SIZE={world} MASTER_ADDR={address}"
@@ -358,18 +336,9 @@ def rank_and_world() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-@cache
-def _tell_of_half_set_ranks(rank: str, world: str) -> None:
-    if rank or world:
-        log.warning("RANK=%s WORLD_SIZE=%s: torchrun sets both, so this is taken for one process that does all the work", rank, world)
-
-
 @contextmanager
 def counting(title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """A bar over `total` units on stderr, or a line of the log every half minute where there is no terminal.
-
-    Yields a function to call with the number of units done, 1 by default.
-    """
+    """A bar over `total` units on stderr, or a line of the log every EVERY_S without a terminal; yields what to call with units done."""
     began = logged = time.monotonic()
     count, hidden = 0, logging.getLogger("dreslcl").level > logging.INFO or not sys.stderr.isatty()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[rate]}"))

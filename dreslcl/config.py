@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .common import ConfigError, write_text
+from .common import ConfigError, TableError, read_text, write_text
 
 
 def _require(condition: bool, message: str) -> None:
@@ -225,8 +225,8 @@ def read_knobs(path: Path) -> dict[type, dict[str, Any]]:
         ConfigError: not TOML, an unknown table or knob, or a value of the wrong type.
     """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tables = tomllib.loads(read_text(path))
+    except (TableError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable TOML file ({error})") from error
     for name, table in tables.items():
         _require(name in TABLES and isinstance(table, dict), f"{path}: unknown table [{name}]; there are {', '.join(TABLES)}")

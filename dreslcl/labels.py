@@ -21,13 +21,9 @@ from .formats import Embeddings
 from .formats import patient_of as barcode_patient
 
 NEGATIVE = set("no not non without false negative neg normal benign healthy control wt wildtype unmutated absent low mss msil pmmr".split())
-POSITIVE = set(
-    "yes true positive pos mut mutated mutant altered amplified tumor tumour cancer malignant present high msi msih dmmr".split()
-)
-POSITIVE |= set("metastasis metastases metastatic deficient responder".split())
-NEGATION = re.compile(r"(non|not|no|un|in)")
-NO_CLASS_WORDS = {"no", "yes", "false", "true", "negative", "neg", "positive", "pos", "wt", "mut", "absent", "present", "high", "low"}
-"""They name no class by themselves: the leak scan passes over them."""
+POSITIVE = set("yes true positive pos mut mutated mutant altered amplified tumor tumour cancer malignant present high".split())
+POSITIVE |= set("msi msih dmmr metastasis metastases metastatic deficient responder".split())
+NO_CLASS_WORDS = set("no yes false true negative neg positive pos wt mut absent present high low".split())  # the leak scan skips these
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient")
 
@@ -44,22 +40,15 @@ class Fold(NamedTuple):
 class Slides:
     """n slides that have a row in the table, in the embeddings' order."""
 
-    where: str
-    """The table's name, for messages."""
-    rows: list[dict[str, str]]
-    """Its values of the columns asked for, and of "patient"."""
+    where: str  # the table's name, for messages
+    rows: list[dict[str, str]]  # its values of the columns asked for, and of "patient"
     ids: Shaped[np.ndarray, "n"]
     patients: Shaped[np.ndarray, "n"]
-    seen: Bool[np.ndarray, "n"]
-    """Whether pretraining saw the slide's patient."""
-    selected: Bool[np.ndarray, "n"]
-    """Whether the patient chose the epoch that pretraining kept."""
-    features: dict[str, np.ndarray]
-    """embedding, and where there are: compared, mean-pool; (n, ...) each."""
-    warnings: list[str] = field(default_factory=list)
-    """What the user should know; it grows on the way and subsets share it."""
-    column: str = ""
-    """What y, classes and folds are of; before `labelled` they are empty."""
+    seen: Bool[np.ndarray, "n"]  # whether pretraining saw the slide's patient
+    selected: Bool[np.ndarray, "n"]  # whether the patient chose the epoch that pretraining kept
+    features: dict[str, np.ndarray]  # embedding, and where there are: compared, mean-pool; (n, ...) each
+    warnings: list[str] = field(default_factory=list)  # what the user should know; it grows on the way and subsets share it
+    column: str = ""  # what y, classes and folds are of; before `labelled` they are empty
     classes: tuple[str, ...] = ()
     y: Int[np.ndarray, "_"] = field(default_factory=lambda: np.empty(0, int))
     folds: Sequence[Fold] = ()
@@ -90,8 +79,7 @@ def preview(values: Iterable[str], limit: int = 3) -> str:
 def join_labels(named: Mapping[str, Embeddings], rows: Sequence[Row], columns: Sequence[str], where: str) -> Slides:
     """The slides that have a row and are in all of the embeddings ("embedding", perhaps "compared"); `warnings` counts those left out.
 
-    Raises:
-        TableError: one of the columns is absent, as `match_rows`, or the embeddings share no slide.
+    Raises TableError: one of the columns is absent, as `match_rows`, or the embeddings share no slide.
     """
     for column in columns:
         if column not in (rows[0] if rows else ()):
@@ -116,16 +104,15 @@ def join_labels(named: Mapping[str, Embeddings], rows: Sequence[Row], columns: S
 
 
 def match_rows(
-    embeddings: Embeddings, rows: Sequence[Row], columns: Sequence[str], where: str
+    embeddings: "Embeddings | Slides", rows: Sequence[Row], columns: Sequence[str], where: str
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Slide -> its values of `columns` and its "patient", found by slide_id or else by patient; and warnings about what has no partner.
 
-    Raises:
-        TableError: neither id column is there, nothing matches (both sides shown), or one id has two values of a column.
+    Raises TableError: neither id column is there, nothing matches (both sides shown), or one id has two values of a column.
     """
     own = patient_column(rows)
     patients = [patient_of(slide, "", known) for slide, known in zip(embeddings.ids, embeddings.patients)]
-    keys = [("slide_id", embeddings.ids)] * bool(rows and "slide_id" in rows[0]) + [(own, patients)] * bool(own)
+    keys = [(key, names) for key, names in (("slide_id", embeddings.ids), (own, patients)) if key and rows and key in rows[0]]
     if not keys:
         raise TableError(f"{where}: no column 'slide_id' or 'patient_id'; there are {columns_of(rows)}")
     for key, names in keys:
@@ -135,9 +122,8 @@ def match_rows(
         if found:
             break
     else:
-        key, names = keys[0]
-        theirs = preview(row[key] for row in rows)
-        raise TableError(f"{where}: no {key} matches the embeddings; the table has {theirs}, they have {preview(names)}")
+        theirs, tried = preview(row[key] for row in rows for key, _ in keys), " or ".join(key for key, _ in keys)
+        raise TableError(f"{where}: no {tried} matches the embeddings; the table has {theirs}, they have {preview(keys[0][1])}")
     partners = set(found.values())
     alone, bare = [name for name in table if name not in partners], [slide for slide in embeddings.ids if slide not in found]
     lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
@@ -185,11 +171,7 @@ def patient_of(slide: str, in_table: str, in_embeddings: str) -> str:
 
 
 def having(slides: Slides, column: str) -> Slides:
-    """The slides that have a value in a column.
-
-    Raises:
-        TableError: none has.
-    """
+    """The slides that have a value in a column. Raises TableError: none has."""
     known = np.array([i for i, row in enumerate(slides.rows) if row[column]], int)
     if not len(known):
         raise TableError(f"{slides.where}: none of the {len(slides.rows)} slides with an embedding has a {column}")
@@ -206,9 +188,8 @@ def labelled(slides: Slides, column: str, positive: str | None = None, binary: b
 def class_numbers(values: Sequence[str], column: str, positive: str | None, binary: bool) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class numbers and names; with two classes the positive one is number 1: `positive` (against the rest), else `positive_of` the two.
 
-    Raises:
-        TableError: fewer than two classes, more than two or no positive one where `binary` asks for it, no class `positive`, or two that
-            differ only in case or form ("LUAD" and "luad", "1" and "1.0").
+    Raises TableError: fewer than two classes, more than two or no positive one where `binary` asks for it, no class `positive`, or two
+    that differ only in case or form ("LUAD" and "luad", "1" and "1.0").
     """
     classes = sorted(set(values))
     alike: dict[str, str] = {}
@@ -257,12 +238,12 @@ def positive_of(a: str, b: str) -> str:
             return bool(found & words) or name.rstrip()[-1:] in sign or (words is NEGATIVE and "wildtype" in squash(name))
 
     for one, other in ((a, b), (b, a)):
-        if NEGATION.match(squash(other)) and NEGATION.sub("", squash(other), count=1) == squash(one):
+        if re.fullmatch(r"(non|not|no|un|in)" + re.escape(squash(one)), squash(other)):
             return one
-    for words, sign, turn in ((NEGATIVE, "-−–", True), (POSITIVE, "+", False)):
+    for words, sign in ((NEGATIVE, "-−–"), (POSITIVE, "+")):
         first, second = reads(a, words, sign), reads(b, words, sign)
         if first != second:
-            return (b if first else a) if turn else (a if first else b)
+            return a if first == (words is POSITIVE) else b
     return ""
 
 
@@ -270,9 +251,7 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
     """Folds from the words train, val, test of a column of the labels, or of a table with columns fold_0, fold_1 ... (Patho-Bench's).
 
     Slides with another word or none ("", or no row in the table) are left out of the fold.
-
-    Raises:
-        TableError: no such column or file, no id of it is known, another word, no test part, or a patient in two parts of one fold.
+    Raises TableError: no such column or file, no id of it is known, another word, no test part, or a patient in two parts of one fold.
     """
     where, own = slides.where, slides.rows[0]
     if split in own:
@@ -284,13 +263,8 @@ def given_folds(split: str | Path, slides: Slides) -> list[Fold]:
         columns = sorted((c for c in (table[0] if table else []) if re.fullmatch(r"fold_\d+", c)), key=lambda c: int(c[5:]))
         if not columns:
             raise TableError(f"{where}: no columns fold_0, fold_1 ...; there are {columns_of(table)}")
-        keys, parts = [c for c in ("slide_id", patient_column(table)) if c in table[0]], {}
-        for column in columns:
-            of = {same_name(row[key]): row[column] for key in keys[1:] for row in table} | one_value(Path(split), table, keys[0], column)
-            parts[column] = [of.get(same_name(slide)) or of.get(same_name(p), "") for slide, p in zip(slides.ids, slides.patients)]
-        if not any(map(any, parts.values())):
-            theirs = preview(row[key] for key in keys for row in table)
-            raise TableError(f"{where}: no id matches; the table has {theirs}, the embeddings have {preview(slides.ids)}")
+        row_of, _ = match_rows(slides, table, columns, where)
+        parts = {column: [row_of.get(slide, {}).get(column, "") for slide in slides.ids.tolist()] for column in columns}
     folds = []
     for column, words in parts.items():
         words = ["" if is_missing(word) else word.lower() for word in words]
@@ -317,10 +291,9 @@ def patient_folds(y: np.ndarray, patients: np.ndarray, count: int, seed: int) ->
 
 
 def with_folds(slides: Slides, split: str | Path | None, count: int, seed: int) -> Slides:
-    """The slides with the given split, else with `count` folds by patient; with 0 all slides are one test part.
+    """The slides with the given split (`given_folds`), else with `count` folds by patient; with 0 all slides are one test part.
 
-    Raises:
-        TableError: as `given_folds`, or a class with fewer patients than there are folds.
+    Raises TableError: a class has fewer patients than there are folds.
     """
     if split is not None:
         return replace(slides, folds=given_folds(split, slides))
@@ -335,11 +308,7 @@ def with_folds(slides: Slides, split: str | Path | None, count: int, seed: int) 
 
 
 def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str]]:
-    """Test parts without the slides of patients that pretraining saw, and the ids of those slides; a warning counts them.
-
-    Raises:
-        TableError: nothing is left to test.
-    """
+    """Test parts without the slides of patients that pretraining saw (a warning counts them), and their ids. TableError: none is left."""
     tested = np.unique(slides.tested)
     if chose := int(slides.selected[tested].sum()):
         told = "tested slides are of patients whose retrieval chose the epoch that pretraining kept; the numbers are a little optimistic"
@@ -353,19 +322,15 @@ def leave_out_seen(slides: Slides, include_seen: bool) -> tuple[Slides, list[str
         return slides, []
     if len(seen) == len(tested):
         how = "use --include-seen (the numbers are then optimistic) or pretrain with --exclude"
-        raise TableError(
-            f"{slides.column}: pretraining saw the patients of all {len(tested)} slides to test, so none can be held out; {how}"
-        )
+        raise TableError(f"{slides.column}: pretraining saw the patients of all {len(tested)} slides to test, so none is held out; {how}")
     slides.warnings.append(f"{of} slides are of patients seen in pretraining and left out of test: {preview(seen)}")
     return replace(slides, folds=[fold._replace(test=fold.test[~slides.seen[fold.test]]) for fold in slides.folds]), seen
 
 
 def leak_scan(reports: Sequence[Row], embeddings: Embeddings, names: Iterable[str]) -> tuple[str, list[str]]:
     """Search the reports that pretraining read (all, where none can be told) for the classes' names: a summary, and warnings."""
-    known = known_patients([embeddings], reports)["seen"]
-    reports = [
-        row for row in reports if same_name(row.get("slide_id", "")) in known or row.get(patient_column(reports)) in known
-    ] or reports
+    known, own = known_patients([embeddings], reports)["seen"], patient_column(reports)
+    reports = [row for row in reports if same_name(row.get("slide_id", "")) in known or row.get(own) in known] or reports
     warnings = []
     for name in dict.fromkeys(names):
         words = [re.escape(word) for word in re.split(r"[\W_]+", name) if word]
@@ -374,7 +339,7 @@ def leak_scan(reports: Sequence[Row], embeddings: Embeddings, names: Iterable[st
         pattern = re.compile(r"(?<!\w)" + r"[\W_]+".join(words) + r"s?(?!\w)", re.IGNORECASE)
         hits = [(row, hit) for row in reports if (hit := pattern.search(row.get("report", "")))]
         for row, hit in hits[:1]:
-            who, text = row.get("slide_id") or row.get(patient_column(reports), ""), row["report"]
+            who, text = row.get("slide_id") or row.get(own, ""), row["report"]
             around = " ".join(text[max(0, hit.start() - 40) : hit.end() + 40].split())
             there = f"{len(hits)} of {len(reports)} pretraining reports"
             warnings.append(f"leak scan: {name!r} stands in {there}, for example {who}: “…{around}…”")

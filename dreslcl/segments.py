@@ -22,10 +22,8 @@ from PIL import Image
 
 from .common import SlideError
 
-MAX_SEGMENT_BYTES = 1 << 30
-"""Largest decoded segment: a larger claim is refused before memory is taken."""
-CACHE_BYTES = 128 << 20
-"""Most decoded bytes that one read keeps for the next."""
+MAX_SEGMENT_BYTES = 1 << 30  # largest decoded segment: a larger claim is refused before memory is taken
+CACHE_BYTES = 128 << 20  # most decoded bytes that one read keeps for the next
 
 RGB, YCBCR = 2, 6  # TIFF's photometric interpretations
 JPEG, JPEG2000, JPEG2000_YCBCR = 7, (33003, 33004, 33005, 34712), 33003
@@ -66,17 +64,13 @@ class DecodeCache:
 class Segments:
     """One level as it lies in the file. Segment i covers column i % grid[0], row i // grid[0]; a byte count of 0 is blank (white)."""
 
-    name: str
-    """What errors call it."""
-    size: tuple[int, int]
-    """(w, h) of the level, pixels."""
-    edge: tuple[int, int]
-    """(w, h) of a segment; those at the right and bottom may be stored cut."""
+    name: str  # what errors call it
+    size: tuple[int, int]  # (w, h) of the level, pixels
+    edge: tuple[int, int]  # (w, h) of a segment; those at the right and bottom may be stored cut
     offsets: Integer[np.ndarray, "S"]
     counts: Integer[np.ndarray, "S"]
     decode: Decoder
-    planes: int = 1
-    """3 or 4 where red, green, blue (and alpha) lie in separate segments."""
+    planes: int = 1  # 3 or 4 where red, green, blue (and alpha) lie in separate segments
 
     def __post_init__(self) -> None:
         (w, h), found = self.edge, {len(self.offsets), len(self.counts)}
@@ -103,8 +97,7 @@ class Segments:
     def load(self, fd: int, index: int, buffer: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"] | None:
         """Pixels of one segment, in `buffer` where the decoder can; none for a blank one.
 
-        Raises:
-            SlideError: it cannot be read or decoded, or is not of the stated size.
+        Raises SlideError: it cannot be read or decoded, or is not of the stated size.
         """
         try:
             parts = range(index, len(self.offsets), len(self.offsets) // self.planes)
@@ -127,12 +120,7 @@ class Segments:
             raise SlideError(f"{self.name}: stored tile {index} cannot be decoded ({error}); {DAMAGED}") from error
 
     def read(
-        self,
-        fd: int,
-        corners: Integer[np.ndarray, "N 2"],
-        windows: UInt8[np.ndarray, "N h w 3"],
-        cache: DecodeCache,
-        pool: Executor | None = None,
+        self, fd: int, corners: Integer[np.ndarray, "N 2"], windows: UInt8[np.ndarray, "N h w 3"], cache: DecodeCache, pool: Executor | None
     ) -> None:
         """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); what lies outside the level stays as it is.
 
@@ -140,7 +128,8 @@ class Segments:
         """
         shape = np.array(windows.shape[2:0:-1])
         segments, starts, copies = self._plan(corners, shape)
-        keep = self._worth_keeping(segments, len(copies))
+        worth = len(copies) >= 1.25 * len(segments) or 3 * self.edge[0] * self.edge[1] > 4 << 20  # they are shared, or large
+        keep = set({index % self.grid[0]: index for index in np.sort(segments).tolist()}.values()) if worth else ()  # each column's lowest
 
         def run(job: slice) -> dict[int, Decoded]:
             kept, buffer = {}, cache.buffer(self.edge)
@@ -181,32 +170,19 @@ class Segments:
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
         return segment[starts], np.append(starts, len(segment)), np.stack([window, top, bottom, left, right, y, x], axis=1)
 
-    def _worth_keeping(self, segments: np.ndarray, copies: int) -> set[int]:
-        """The lowest segment of each column, if windows share segments; of scattered windows none."""
-        large = 3 * self.edge[0] * self.edge[1] > 4 << 20
-        if not large and copies < 1.25 * len(segments):
-            return set()
-        return set({index % self.grid[0]: index for index in np.sort(segments).tolist()}.values())
-
 
 def from_page(page: Any, name: str) -> Segments:
-    """The segments of a tifffile page.
-
-    Raises:
-        SlideError: not 8-bit colour, or a compression that is not read.
-    """
+    """The segments of a tifffile page. Raises SlideError: not 8-bit colour, or a compression that is not read."""
     key, only = page.keyframe, "only 8-bit RGB scans can be tiled"
     samples, planes = key.samplesperpixel, key.samplesperpixel if key.planarconfig == 2 else 1
     shown = 4 if samples == 4 and key.extrasamples in ((1,), (2,)) else 3  # with alpha, associated or not
-    refused = {
-        f"{samples} channel(s), {_brief(key.photometric)}, not RGB; {only} (convert it or take a brightfield scan)": (
-            samples not in (3, 4) or key.photometric not in (RGB, YCBCR)
-        ),
-        f"{_brief(key.bitspersample)}-bit pixels; {only} (convert it to 8-bit)": key.bitspersample != 8 or key.dtype != np.uint8,
-        f"a volume, not an image; {only}": key.imagedepth != 1 or key.tiledepth != 1,
-    }
-    if any(refused.values()):
-        raise SlideError(f"{name}: {next(why for why, is_so in refused.items() if is_so)}")
+    if samples not in (3, 4) or key.photometric not in (RGB, YCBCR):
+        what = f"{samples} channel(s), {_brief(key.photometric)}, not RGB"
+        raise SlideError(f"{name}: {what}; {only} (convert it or take a brightfield scan)")
+    if key.bitspersample != 8 or key.dtype != np.uint8:
+        raise SlideError(f"{name}: {_brief(key.bitspersample)}-bit pixels; {only} (convert it to 8-bit)")
+    if key.imagedepth != 1 or key.tiledepth != 1:
+        raise SlideError(f"{name}: a volume, not an image; {only}")
     edge = (key.tilewidth, key.tilelength) if key.is_tiled else (key.imagewidth, min(key.rowsperstrip, key.imagelength))
     if key.compression == JPEG and planes == 1 and samples == 3:
         decode = _jpeg(key)
@@ -232,13 +208,10 @@ def _brief(value: Any) -> str:
 
 
 def from_image(data: bytes, name: str) -> Segments:
-    """A PNG or JPEG file as one segment.
-
-    Raises:
-        SlideError: it is no such image, or not 8-bit colour.
-    """
+    """A PNG or JPEG file as one segment. Raises SlideError: it is no such image, or not 8-bit colour."""
+    is_jpeg = data[:2] == b"\xff\xd8"
     try:
-        if data[:2] == b"\xff\xd8":
+        if is_jpeg:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
             colour = space in ("RGB", "YCbCr")
         else:
@@ -250,7 +223,6 @@ def from_image(data: bytes, name: str) -> Segments:
         raise SlideError(f"{name}: not an 8-bit RGB image; convert it to one")
 
     def decode(data: bytes, _: int, buffer: np.ndarray) -> np.ndarray:
-        is_jpeg = data[:2] == b"\xff\xd8"
         return simplejpeg.decode_jpeg(data, "RGB", buffer=buffer) if is_jpeg else imagecodecs.png_decode(data)
 
     return Segments(name, (width, height), (width, height), np.array([0]), np.array([len(data)]), decode)

@@ -84,8 +84,7 @@ class Slide:
             raise SlideError(f"{path.name}: {asked} µm/px is no resolution of a scan; give one from {low} to {high:g}")
         try:
             with path.open("rb") as file:
-                head = file.read(512)
-            file_bytes = path.stat().st_size
+                head, file_bytes = file.read(512), path.stat().st_size
         except OSError as error:
             raise SlideError(f"{path.name}: cannot be opened ({error.strerror})") from error
         known = path.suffix.lower() not in FOREIGN
@@ -241,7 +240,7 @@ class Slide:
             try:
                 held, cache = self._caches.popleft()
             except IndexError:  # none yet, or other threads have them
-                held, cache = stored, DecodeCache()
+                held, cache = None, None
             cache = cache if held is stored else DecodeCache()
             stored.read(self._file.fileno(), corners[rows] - at, windows, cache, pool)
             self._caches.append((stored, cache))
@@ -280,11 +279,9 @@ def _what(path: Path, head: bytes) -> str:
         return f"{what}, which is not read; {CONVERT}"
     if not head.strip(b"\0"):
         return f"starts with zeros, so it is no scan; {DAMAGED}"
-    try:
-        text = not re.search(r"[\x00-\x08]", head[:-4].decode())
-    except UnicodeDecodeError:
-        text = False
-    return "a text file, not a scan; give the scan itself" if text else f"not a scan of a known format; {CONVERT}"
+    if re.search("[\x00-\x08\ufffd]", head[:-4].decode(errors="replace")):
+        return f"not a scan of a known format; {CONVERT}"
+    return "a text file, not a scan; give the scan itself"
 
 
 @dataclass

@@ -70,8 +70,6 @@ OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide
     "mpp": float, "threshold": float, "min_tissue": float, "max_tiles": int, "min_sharpness": float,
     "drop_pen": lambda text: text.lower() in ("1", "true", "yes"),
 }  # fmt: skip
-
-
 ATTRIBUTES = {  # field of a grid -> its name in the file, TRIDENT's where it has one
     "slide_id": "name", "size": "patch_size", "extent_px": "patch_size_level0", "overlap": "overlap", "mpp": "mpp",
     "mpp_level0": "mpp_level0", "mpp_source": "mpp_source", "fingerprint": "fingerprint",
@@ -210,15 +208,14 @@ def thin_out(xy: Int64[np.ndarray, "m 2"], step: int, count: int) -> Int64[np.nd
 
 def read_coords(path: Path, slide: Slide) -> tuple[Int64[np.ndarray, "m 2"], int, int]:
     """Coordinates that TRIDENT or CLAM wrote: corners and tile edge in level-0 pixels, and tile edge in pixels. Raises SlideError."""
-    if not path.exists():
-        raise SlideError(f"{path}: not there; coordinates that TRIDENT or CLAM wrote for this scan are needed")
     try:
         with h5py.File(path, "r") as file:
             xy, at = np.asarray(file["coords"], np.int64).reshape(-1, 2), dict(file["coords"].attrs)
         size = int(at["patch_size"])
         extent = int(at["patch_size_level0"]) if "patch_size_level0" in at else round(size * float(np.ravel(at["downsample"])[0]))
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise SlideError(f"{path}: no coordinates as TRIDENT or CLAM write them ({error})") from error
+        why = error if path.exists() else "not there"
+        raise SlideError(f"{path}: no coordinates as TRIDENT or CLAM write them for a scan ({why})") from error
     if len(xy) and (xy.min() < 0 or (xy.max(axis=0) >= slide.size).any()):
         raise SlideError(f"{path}: holds a tile at {tuple(xy.max(axis=0).tolist())}, but the scan has {slide.size[0]} x {slide.size[1]} px")
     return xy, extent, size
@@ -342,8 +339,7 @@ def tile_slides(
 
     Returns the rows of this run's slides (of its shard), those that were already there included.
 
-    Raises:
-        DreslclError: nothing to do, bad tables, the output folder is in use by another run, or cannot be written.
+    Raises DreslclError: nothing to do, bad tables, the output folder is in use by another run, or cannot be written.
     """
     source, out = Path(os.path.abspath(source)), Path(out)  # noqa: PTH100  (links are kept: ids follow the names the user sees)
     index, count = shard or rank_and_world()
@@ -358,7 +354,8 @@ def tile_slides(
         return refused + _run(jobs, workers, lambda job: _tile(job, check))
     with hold(out, shared=count > 1), hold(out, f".lock-{index}-of-{count}"):
         made = _read_rows(out)
-        done = {job.slide_id for job in jobs if not check and _is_done(job, *made.get(job.slide_id, (None, "")), out, write == "packs")}
+        finished = (job for job in jobs if not check and job.slide_id in made)
+        done = {job.slide_id for job in finished if _is_done(job, *made[job.slide_id], out, write == "packs")}
         try:
             rows = _run([job for job in jobs if job.slide_id not in done], workers, lambda job: _tile(job, check, out, write == "packs"))
         finally:  # also when it is stopped
@@ -385,18 +382,16 @@ def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[d
     for path in sorted(paths):
         by_id[same_name(slide_id(path, source))].append(path)
     scans, unusable = [], []
-    for path, *more in sorted(by_id.values(), key=lambda same: slide_id(same[0], source)):
-        name = slide_id(path, source)
+    for name, path, *more in sorted((slide_id(same[0], source), *same) for same in by_id.values()):
         try:
             check_id(name, str(path))
-            problem = f"{' and '.join(p.name for p in (path, *more))} would share this id; rename or move one" if more else ""
-            problem = "the path is too long to name files after; shorten it" if len(os.fsencode(name)) > 200 else problem
-        except TableError as error:
-            problem = str(error)
-        if problem:
-            unusable.append(_row(name, path) | {"error": problem})
-        else:
+            if more:
+                raise TableError(f"{' and '.join(p.name for p in (path, *more))} would share this id; rename or move one")
+            if len(os.fsencode(name)) > 200:
+                raise TableError("the path is too long to name files after; shorten it")
             scans.append((name, path))
+        except TableError as error:
+            unusable.append(_row(name, path) | {"error": str(error)})
     return scans, unusable
 
 
@@ -452,9 +447,8 @@ def _run(jobs: list[_Job], workers: int, work: Callable[[_Job], dict[str, Any]])
         try:
             for done in as_completed([pool.submit(work, job) for job in jobs]):
                 rows.append(row := done.result())
-                for text in (row["error"] if row["status"] == "error" else "", row["warning"]):
-                    if text:
-                        log.warning("%s (%s)", text, row["path"])
+                for text in filter(None, (row["error"] if row["status"] == "error" else "", row["warning"])):
+                    log.warning("%s (%s)", text, row["path"])
                 log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
                 count()
         finally:
@@ -523,18 +517,15 @@ def _read_rows(out: Path) -> dict[str, tuple[dict[str, Any], str]]:
     return rows
 
 
-def _is_done(job: _Job, row: dict[str, Any] | None, made_of: str, out: Path, pack: bool) -> bool:
-    if row is None or made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
+def _is_done(job: _Job, row: dict[str, Any], made_of: str, out: Path, pack: bool) -> bool:
+    if made_of != job.fingerprint or row["status"] == "error" or row["path"] != str(job.path):
         return False
     packed = not (pack and row["tiles"]) or packed_fingerprint(pack_path(out, job.slide_id)) == job.fingerprint
     return packed and grid_path(out, job.slide_id).exists()
 
 
 def _gather(out: Path, jobs: list[_Job], unusable: list[dict[str, Any]]) -> None:
-    """Put slides.csv together from the rows of all runs and shards.
-
-    Left out are rows that this run is about to replace, and failures of scans that are gone.
-    """
+    """Put slides.csv together from the rows of all runs; not those that this one will replace, nor failures of scans that are gone."""
     current = {job.slide_id: job.fingerprint for job in jobs}
     with hold(out, "rows/.lock", wait=True):
         rows = {row["slide_id"]: row for row in unusable}

@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.measure import find_contours
 
-from .common import SlideError
+from .common import SlideError, TableError, read_text
 
 SATURATION_RANGE = (0.04, 0.08)  # Otsu's threshold is followed inside; 99 % of glass stays below 0.03, 95 % of dense tissue above 0.08
 DENSITY_RANGE = (0.02, 0.05)  # the same for optical density (log10)
@@ -160,18 +160,17 @@ def polygons_to_geojson(polygons: list[list[np.ndarray]]) -> dict[str, Any]:
 def read_geojson(path: Path) -> list[list[np.ndarray]]:
     """The areas that QuPath (or we) annotated, level-0 pixels; not points, lines and classes that start with "Ignore".
 
-    Raises:
-        SlideError: the file cannot be read, is no GeoJSON, or holds no area.
+    Raises SlideError: no such file, not UTF-8 or UTF-16 text, no GeoJSON, or no area in it.
     """
+    if not path.exists():
+        raise SlideError(f"no tissue annotation {path}; export one from QuPath under that name")
     try:
-        data = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))  # UTF-8 with or without a mark, UTF-16
+        data = json.loads(read_text(path))
         features = data if isinstance(data, list) else data.get("features", [data])
         classes = [((feature.get("properties") or {}).get("classification") or {}).get("name", "") for feature in features]
         meant = [f.get("geometry") or f for f, name in zip(features, classes) if not str(name).startswith("Ignore")]
         polygons = [[np.asarray(ring, np.float64)[:, :2] for ring in area] for geometry in meant for area in _areas(geometry)]
-    except OSError as error:
-        raise SlideError(f"no tissue annotation {path} ({error.strerror}); export one from QuPath under that name") from error
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+    except (TableError, ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise SlideError(f"{path}: not GeoJSON as QuPath exports it ({error})") from error
     if not polygons or not all(np.isfinite(ring).all() for rings in polygons for ring in rings):
         raise SlideError(f"{path}: holds no polygon, or one without finite corners; draw the tissue as an area annotation")

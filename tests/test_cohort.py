@@ -7,20 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreslcl.cohort import (
-    Cohort,
-    SlideRecord,
-    TileReader,
-    deal_patients,
-    draw_tiles,
-    patient_of,
-    plan_epoch,
-    prefetch,
-    read_report_vectors,
-    read_reports,
-    window_tiles,
-)
+from dreslcl.cohort import Cohort, SlideRecord, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
 from dreslcl.common import ConfigError, TableError, write_table
+from dreslcl.formats import read_report_vectors, read_reports
 from dreslcl.slide import Slide
 
 
@@ -29,7 +18,7 @@ def cohort_of(*names):
 
 
 def table(path, columns, *rows):
-    write_table(path, columns, rows)
+    write_table(path, columns.split(), rows)
     return path
 
 
@@ -42,7 +31,7 @@ def test_tiled_slides_are_joined_with_their_reports_and_patients(work):
 
 
 def test_join_says_what_matched_and_what_did_not(tmp_path):
-    reports = table(tmp_path / "r.csv", ["slide_id", "report"], ("a.svs", "One."), ("b", "One."), ("z", "Nobody."))
+    reports = table(tmp_path / "r.csv", "slide_id report", ("a.svs", "One."), ("b", "One."), ("z", "Nobody."))
     cohort = cohort_of("a", "b", "c").with_reports(reports)
     assert [(m.slide_id, m.report) for m in cohort.members] == [("a", 0), ("b", 0)]  # one text: positives of each other
     assert cohort.notes[1:] == (
@@ -53,22 +42,22 @@ def test_join_says_what_matched_and_what_did_not(tmp_path):
 
 
 def test_reports_by_patient_reach_all_slides_of_the_patient(tmp_path):
-    reports = table(tmp_path / "r.csv", ["patient_id", "report"], ("TCGA-05-4382", "One."))
+    reports = table(tmp_path / "r.csv", "patient_id report", ("TCGA-05-4382", "One."))
     cohort = cohort_of("TCGA-05-4382-01Z-00-DX1.76b4", "TCGA-05-4382-01Z-00-DX2.99", "TCGA-05-4384-01").with_reports(reports)
     assert [m.report for m in cohort.members] == [0, 0] and {m.patient_id for m in cohort.members} == {"TCGA-05-4382"}
-    assert patient_of("slide7") == "slide7"
 
 
 def test_same_report_twice_counts_once_and_two_reports_are_refused(tmp_path):
-    twice = table(tmp_path / "r.csv", ["slide_id", "report"], ("a", "One."), ("a.svs", "One."))
-    assert len(cohort_of("a").with_reports(twice)) == 1
-    other = table(tmp_path / "r2.csv", ["slide_id", "report"], ("a", "One."), ("a.svs", "Two."))
+    assert len(cohort_of("a").with_reports(table(tmp_path / "r.csv", "slide_id report", ("a", "One."), ("a.svs", "One.")))) == 1
     with pytest.raises(TableError, match="'a' has more than one report"):
-        cohort_of("a").with_reports(other)
+        cohort_of("a").with_reports(table(tmp_path / "r.csv", "slide_id report", ("a", "One."), ("a.svs", "Two.")))
+    np.savez(tmp_path / "v.npz", **{"a": np.ones(4), "a.svs": np.zeros(4)})
+    with pytest.raises(TableError, match=r"'a\.svs' has more than one report"):
+        cohort_of("a").with_reports(None, tmp_path / "v.npz")
 
 
 def test_no_match_shows_both_sides(tmp_path):
-    reports = table(tmp_path / "r.csv", ["slide_id", "report"], ("x1", "One."))
+    reports = table(tmp_path / "r.csv", "slide_id report", ("x1", "One."))
     with pytest.raises(TableError, match="slides are like a, b; reports are like x1"):
         cohort_of("a", "b").with_reports(reports)
     with pytest.raises(ConfigError, match="--reports TABLE or --report-embeddings FILE"):
@@ -77,7 +66,7 @@ def test_no_match_shows_both_sides(tmp_path):
 
 def test_tables_of_tcga_and_histgen_are_read(tmp_path):
     rows = ("TCGA-CQ-7063.be787b58-3a45", 0, "One."), ("TCGA-AA-0001.x", 0, " ")
-    tcga = table(tmp_path / "t.csv", ["patient_filename", "label", "text"], *rows)
+    tcga = table(tmp_path / "t.csv", "patient_filename label text", *rows)
     assert read_reports(tcga) == [{"slide_id": "", "patient_id": "TCGA-CQ-7063", "report": "One."}]
     (tmp_path / "a.json").write_text(
         json.dumps({"train": [{"id": "a", "report": "One.", "image_path": []}], "test": [{"id": "b", "report": "Two."}]})
@@ -87,19 +76,19 @@ def test_tables_of_tcga_and_histgen_are_read(tmp_path):
     assert [m.slide_id for m in kept.members] == ["a"] and [m.slide_id for m in gone.members] == ["b"]
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"train": [{"id": 1}]}', '{"train": 3}'])
-def test_other_json_is_refused_in_one_line(tmp_path, text):
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(TableError, match="not HistGen's layout") as caught:
-        read_reports(tmp_path / "a.json")
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        *[("r.json", text, "not HistGen's layout") for text in ("[1]", "{", '{"train": [{"id": 1}]}', '{"train": 3}')],
+        ("r.csv", "slide_id,text\na,One.", "needs columns report and slide_id or patient_id; there are slide_id, text"),
+        ("r.csv", "slide_id,report\na,  ", "none of its 1 rows has a report"),
+    ],
+)
+def test_what_holds_no_reports_is_refused_in_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TableError, match=message) as caught:
+        read_reports(tmp_path / name)
     assert "\n" not in str(caught.value)
-
-
-def test_tables_without_the_columns_or_without_reports_are_refused(tmp_path):
-    with pytest.raises(TableError, match="needs columns report and slide_id or patient_id; there are slide_id, text"):
-        read_reports(table(tmp_path / "r.csv", ["slide_id", "text"], ("a", "One.")))
-    with pytest.raises(TableError, match="none of its 1 rows has a report"):
-        read_reports(table(tmp_path / "r2.csv", ["slide_id", "report"], ("a", "  ")))
 
 
 def test_real_tcga_reports_match_their_slides(test_data):
@@ -132,21 +121,26 @@ def test_slides_with_equal_report_vectors_share_their_report(tmp_path):
     assert [m.report for m in cohort.members] == [0, 1, 0] and len(cohort.reports) == 2
 
 
-@pytest.mark.parametrize("values", [{"a": np.ones(3), "b": np.ones(4)}, {"a": np.ones((1, 2, 3))}, {"a": np.ones((0, 3))}, {}])
-def test_report_vectors_of_several_shapes_are_refused(tmp_path, values):
-    np.savez(tmp_path / "v.npz", **values)
-    with pytest.raises(TableError, match="with one width"):
-        read_report_vectors(tmp_path / "v.npz")
+ODD = np.array([{}], dtype=object)
+WIDTHS = [{"a": np.ones(3), "b": np.ones(4)}, {"a": np.ones((1, 2, 3))}, {"a": np.ones((0, 3))}, {}]
 
 
-def test_files_that_hold_no_vectors_are_refused_in_one_line(tmp_path):
-    np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))
-    np.savez(tmp_path / "nan.npz", a=np.array([np.nan, 1]))
-    np.savez(tmp_path / "cut.npz", a=np.ones(4))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:60])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        *((values, "with one width") for values in WIDTHS),
+        ({"a": [np.nan, 1]}, "not finite"),
+        ({"a": ODD}, "not an HDF5 or npz"),
+        (60, "npz"),
+    ],
+)
+def test_files_that_hold_no_vectors_are_refused_in_one_line(tmp_path, values, message):
+    np.savez(tmp_path / "v.npz", **(values if isinstance(values, dict) else {"a": np.ones(4)}))
+    if values == 60:  # bytes left of the file
+        (tmp_path / "v.npz").write_bytes((tmp_path / "v.npz").read_bytes()[:60])
     (tmp_path / "text.h5").write_text("hello")
-    for name in ("object.npz", "nan.npz", "cut.npz", "text.h5"):
-        with pytest.raises(TableError) as caught:
+    for name, why in (("v.npz", message), ("text.h5", "not an HDF5")):
+        with pytest.raises(TableError, match=why) as caught:
             read_report_vectors(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -155,21 +149,20 @@ def test_files_that_hold_no_vectors_are_refused_in_one_line(tmp_path):
 
 
 def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
-    reports = table(
-        tmp_path / "r.csv", ["slide_id", "patient_id", "report", "part"], ("a", "p", "1", "x"), ("b", "p", "2", "y"), ("c", "q", "3", "y")
-    )
+    reports = table(tmp_path / "r.csv", "slide_id patient_id report part", *(row.split() for row in ("a p 1 x", "b p 2 y", "c q 3 y")))
     cohort = cohort_of("a", "b", "c").with_reports(reports)
     kept, gone = cohort.split("part=x", reports)
     assert [m.slide_id for m in kept.members] == ["c"] and [m.slide_id for m in gone.members] == ["a", "b"]
     (tmp_path / "ids.txt").write_text("b.svs\n\n")
     assert [m.slide_id for m in cohort.split(str(tmp_path / "ids.txt"), None)[0].members] == ["c"]
     assert cohort.split(None, None)[0] is cohort
-    with pytest.raises(TableError, match="no column 'prat'"):
-        cohort.split("prat=x", reports)
-    with pytest.raises(TableError, match="names none of the 3 slides"):
-        cohort.split("part=w", reports)
-    with pytest.raises(ConfigError, match="neither a file of ids nor column=value"):
-        cohort.split("nothing.txt", None)
+    for rule, kind, message in (
+        ("prat=x", TableError, "no column 'prat'"),
+        ("part=w", TableError, "names none of the 3 slides"),
+        ("nothing.txt", ConfigError, "neither a file of ids nor column=value"),
+    ):
+        with pytest.raises(kind, match=message):
+            cohort.split(rule, reports)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

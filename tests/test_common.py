@@ -1,4 +1,5 @@
 import csv
+import itertools
 import logging
 import multiprocessing
 
@@ -7,28 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dreslcl import common
-from dreslcl.common import (
-    BusyError,
-    ConfigError,
-    TableError,
-    atomic,
-    check_id,
-    counting,
-    file_stamp,
-    fingerprint,
-    hold,
-    is_missing,
-    missing_words,
-    one_value,
-    rank_and_world,
-    read_list,
-    read_table,
-    same_name,
-    slide_id,
-    track,
-    write_json,
-    write_table,
-)  # fmt: skip
+from dreslcl.common import ConfigError, TableError, atomic, hold, is_missing, read_list, read_table, same_name, write_json, write_table
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):
@@ -64,12 +44,11 @@ def theirs(path, delimiter, encoding):
     st.lists(st.tuples(st.text("ab0é", min_size=1), cells, cells), min_size=1),
     st.sampled_from(",;\t|"),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
-    st.sampled_from(["\r\n", "\n"]),
-    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    st.sampled_from([*itertools.product(["\r\n", "\n"], [csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), ("\r", csv.QUOTE_ALL)]),
 )
-@example([("a", "x\ry", f"x{ODD}y")], ",", "utf-8", "\n", csv.QUOTE_MINIMAL)
-def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, rows, delimiter, encoding, end, quoting):
-    path = tmp_path_factory.mktemp("t") / ("t.tsv" if delimiter == "\t" else "t.csv")
+@example([("a", "x\ry", f"x{ODD}y")], ",", "utf-8", ("\n", csv.QUOTE_MINIMAL))
+def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, rows, delimiter, encoding, style):
+    path, (end, quoting) = tmp_path_factory.mktemp("t") / ("t.tsv" if delimiter == "\t" else "t.csv"), style
     with path.open("w", newline="", encoding=encoding) as file:
         csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=quoting).writerows([["slide_id", "x", "report"], *rows])
     read = [[value.strip() for value in row.values()] for row in read_table(path)]
@@ -96,10 +75,10 @@ LISTS = {
 }
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("kind", LISTS)
 def test_a_list_of_names_is_read_as_other_programs_write_it(tmp_path, encoding, kind):
-    (tmp_path / "l.txt").write_bytes(LISTS[kind].encode(encoding))
+    (tmp_path / "l.txt").write_bytes(("\ufeff" * (encoding == "utf-16-be") + LISTS[kind]).encode(encoding))
     assert read_list(tmp_path / "l.txt") == ["TCGA-05-4000", "é", "b.ome"]
 
 
@@ -114,10 +93,10 @@ def test_a_name_is_one_name_whatever_it_holds_and_marks_where_files_were_joined_
 def test_a_name_with_two_values_is_refused_and_both_rows_are_named(tmp_path):
     (tmp_path / "t.csv").write_text('slide_id,patient_id\na,P1\n"b\n",P2\nb.svs,NA\n\na.svs,P1\nB,P3\n')
     rows = read_table(tmp_path / "t.csv")
-    assert one_value(tmp_path / "t.csv", rows, "slide_id", "patient_id") == {"a": "P1", "b": "P2", "B": "P3"}
+    assert common.one_value(tmp_path / "t.csv", rows, "slide_id", "patient_id") == {"a": "P1", "b": "P2", "B": "P3"}
     (tmp_path / "t.csv").write_text('slide_id,patient_id\na,P1\n"b\n",P2\n\na.svs,P3\n')
     with pytest.raises(TableError, match=r"slide_id 'a' has more than one patient_id: 'P1' \(line 2\) and 'P3' \(line 6\); keep one"):
-        one_value(tmp_path / "t.csv", read_table(tmp_path / "t.csv"), "slide_id", "patient_id")
+        common.one_value(tmp_path / "t.csv", read_table(tmp_path / "t.csv"), "slide_id", "patient_id")
 
 
 def test_formula_in_a_cell_is_made_inert(tmp_path):
@@ -132,7 +111,10 @@ def test_formula_in_a_cell_is_made_inert(tmp_path):
         (b"report\n\xff\xe9\n", "not UTF-8 text"), (b"report\n\x00\n", "holds NUL characters"), (None, r"cannot be read \(No such file"),
         (b"report,report\n1,2\n", "column 'report' comes twice"), ("report\nx".encode("utf-16-le"), "holds NUL characters"),
         (b'\nreport,a\nx,y\n\n"two\nlines",z\n"one,b\nc,d\n', "line 7: a quote opens that never closes"),
-        (b'report,a\n"the ""end"" of,b\n', "line 2: a quote opens that never closes"), (b'report\n"x" y\n', "line 2: ',' expected after"),
+        (b"\n\n\n", "empty"), (b"\xef\xbb\xbf", "empty"), (b"\xff\xfea\0b", "not UTF-8 text"), (b",,\n,,\n", "no column 'report'"),
+        ("report\nx".encode("utf-32"), "NUL characters"), ("report\ngrößer".encode("latin-1"), "not UTF-8 text"),
+        (b"PK\x03\x04 a spreadsheet", "no column 'report'"), (b'report\n"x" y\n', "line 2: ',' expected after"),
+        (b'report,a\n"the ""end"" of,b\n', "line 2: a quote opens that never closes"),
         (b"report,a\nx,y\n5 mm, grade 2,z\n", "line 3: 3 cells for 2 columns; quote texts that hold ','"),
     ],
 )  # fmt: skip
@@ -145,27 +127,27 @@ def test_unreadable_table_says_why_in_one_line(tmp_path, content, message):
 
 
 def test_ids_name_a_scan_by_its_place_and_never_leave_the_folder(tmp_path):
-    assert slide_id(tmp_path / "a" / "b c.x.svs", tmp_path) == "a__b c.x"
-    assert slide_id(tmp_path / "only.svs", tmp_path / "only.svs") == "only"
-    assert check_id("007", "t.csv") == "007"
+    assert common.slide_id(tmp_path / "a" / "b c.x.svs", tmp_path) == "a__b c.x"
+    assert common.slide_id(tmp_path / "only.svs", tmp_path / "only.svs") == "only"
+    assert common.check_id("007", "t.csv") == "007"
     for bad in ("", ".hidden", "..", "a/b", "a\\b", "a\nb", "a\x00"):
         with pytest.raises(TableError, match="cannot be an id"):
-            check_id(bad, "t.csv")
+            common.check_id(bad, "t.csv")
 
 
 def test_fingerprint_knows_values_not_order(tmp_path):
-    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+    assert common.fingerprint({"a": 1, "b": [2]}) == common.fingerprint({"b": [2], "a": 1}) != common.fingerprint({"a": 1, "b": [3]})
     (tmp_path / "f").write_text("x")
-    before = file_stamp(tmp_path / "f")
+    before = common.file_stamp(tmp_path / "f")
     (tmp_path / "f").write_text("xy")
-    assert file_stamp(tmp_path / "f") != before
+    assert common.file_stamp(tmp_path / "f") != before
 
 
 def _try(folder, shared, answer):
     try:
         with hold(folder, shared=shared):
             answer.put("held")
-    except BusyError as error:
+    except common.BusyError as error:
         answer.put(str(error))
 
 
@@ -187,11 +169,11 @@ def test_a_log_gets_a_line_with_rate_and_time_left_now_and_then(monkeypatch, cap
     clock = [0.0]
     monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO, "dreslcl")
-    with counting("embedding", 100, "tiles") as done:
+    with common.counting("embedding", 100, "tiles") as done:
         for _ in range(9):
             clock[0] += 8
             done(10)
-    for _ in track(iter(range(45)), "reading", "reports", 90):
+    for _ in common.track(iter(range(45)), "reading", "reports", 90):
         clock[0] += 1
     said = [record.message.split(" ", 1) for record in caplog.records]
     assert said[:2] == [["embedding", "40/100 tiles 1.25/s 0:00:48 left"], ["embedding", "80/100 tiles 1.25/s 0:00:16 left"]]
@@ -201,7 +183,7 @@ def test_a_log_gets_a_line_with_rate_and_time_left_now_and_then(monkeypatch, cap
 def test_quiet_logs_nothing(monkeypatch, caplog):
     monkeypatch.setattr(common, "EVERY_S", 0)
     monkeypatch.setattr(logging.getLogger("dreslcl"), "level", logging.WARNING)
-    assert list(track([1, 2], "embedding", "tiles")) == [1, 2] and not caplog.records
+    assert list(common.track([1, 2], "embedding", "tiles")) == [1, 2] and not caplog.records
 
 
 def test_a_name_is_the_same_whatever_its_suffix_case_of_suffix_and_unicode_form():
@@ -215,33 +197,25 @@ def test_words_for_no_value_are_known_in_any_case_and_counted():
     words = "NA na N/A #N/A <NA> nan NaN None NULL '-- -- ? Unknown missing".split()
     assert all(map(is_missing, ["", " ", *words, "Not Reported", "not available", "[Not Available]"]))
     assert not any(map(is_missing, ["-", "+", "0", "no", "unknown primary", "NA12878", "none seen", "n", "nano", "-1", "Nanette"]))
-    assert missing_words(["a", "?", "NA", "?", "0"]) == "2 '?', 1 'NA'" and missing_words(["a"]) == ""
+    assert common.missing_words(["a", "?", "NA", "?", "0"]) == "2 '?', 1 'NA'" and common.missing_words(["a"]) == ""
 
 
 @pytest.mark.parametrize(
-    "environment, expected",
+    "rank, world, address, expected",
     [
-        ({}, (0, 1)),
-        ({"RANK": "", "WORLD_SIZE": " "}, (0, 1)),
-        ({"WORLD_SIZE": "2"}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": ""}, (0, 1)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "node1"}, (1, 3)),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
-        ({"RANK": "-1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
-        ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, None),
+        (None, None, None, (0, 1)), ("", " ", None, (0, 1)), (None, "2", None, (0, 1)), ("1", "", None, (0, 1)), ("0", "1", None, (0, 1)),
+        ("1", "3", "node1", (1, 3)), ("0", "2", None, None), ("2", "2", "node1", None), ("-1", "2", "node1", None),
+        ("one", "2", "node1", None),
     ],
-)
-def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch, caplog, environment, expected):
-    common._tell_of_half_set_ranks.cache_clear()
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+)  # fmt: skip
+def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch, caplog, rank, world, address, expected):
+    common._warn_once.cache_clear()
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("MASTER_ADDR", address)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     if expected is None:
         with pytest.raises(ConfigError, match=r"^[^\n]*torchrun sets all three[^\n]*$"):
-            rank_and_world()
+            common.rank_and_world()
     else:
-        assert rank_and_world() == rank_and_world() == expected
-        assert len(caplog.records) == (len([v for v in environment.values() if v.strip()]) == 1)  # once
+        assert common.rank_and_world() == common.rank_and_world() == expected
+        half = bool((rank or "").strip()) != bool((world or "").strip())
+        assert len(caplog.records) == half  # once

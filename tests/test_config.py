@@ -31,8 +31,9 @@ def test_presets_and_changed_knobs_survive_writing_and_reading(preset, tmp_path)
     assert RunConfig.load(tmp_path / "config.toml") == config
 
 
-def test_absent_knobs_have_their_defaults_and_a_file_can_hold_every_table(tmp_path):
-    (tmp_path / "c.toml").write_text("[train]\nlr = 1\n[tile]\nmpp = 2\n[eval]\nshots = [1, 4]\n")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_absent_knobs_have_their_defaults_and_a_file_can_hold_every_table(tmp_path, encoding):
+    (tmp_path / "c.toml").write_bytes("# é\r\n[train]\r\nlr = 1\n[tile]\nmpp = 2\n[eval]\nshots = [1, 4]\n".encode(encoding))
     assert RunConfig.load(tmp_path / "c.toml") == RunConfig(train=TrainConfig(lr=1.0))
     knobs = read_knobs(tmp_path / "c.toml")
     assert (knobs[TileConfig], knobs[EvalConfig], knobs[ModelConfig]) == ({"mpp": 2.0}, {"shots": (1, 4)}, {})

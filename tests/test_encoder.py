@@ -6,6 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from folders import Bomb
 from PIL import Image
 
 from dreslcl.common import ModelError
@@ -191,14 +192,6 @@ def test_fingerprint_depends_on_weights_and_preprocessing():
     with torch.no_grad():
         next(other.clip.visual.parameters()).mul_(1.01)
     assert len({e.fingerprint() for e in (plain, shifted, other)}) == 3
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth"])

@@ -406,7 +406,7 @@ def moved(test):
         (moved(lambda i, row: i > 30), r"puts patient 'p015' into train \(s015_0\) and test \(s015_1\); 1 patients are on two sides"),
         ("case_id\tslide_id\tfold\nx\ty\ttest\n", "no columns fold_0, fold_1"),
         ("slide_id\tfold_0\ns000_0\ttest\ns000_0.svs\ttrain\n", "a.tsv: slide_id 's000_0' has more than one fold_0: 'test' .line 2. and"),
-        ("case_id\tslide_id\tfold_0\nx\ty\ttest\n", "no id matches; the table has 'y', 'x', the embeddings have 's000_0'"),
+        ("case_id\tslide_id\tfold_0\nx\ty\ttest\n", "no slide_id or case_id matches the embeddings; the table has 'y', 'x', they"),
         (lambda rows: rows, "no column 'split', nor a file of that name"),
     ],
 )

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from folders import Bomb
 
 from dreslcl.common import StoreError, TableError
 from dreslcl.formats import find_features, patient_of, read_corners, read_features, read_patients, read_reports
@@ -58,14 +59,6 @@ def test_the_shape_of_a_tensor_is_learnt_without_loading_it(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "load", lambda *a, **options: asked.append(options) or load(*a, **options))
     find_features(tmp_path)
     assert asked == [{"weights_only": True, "mmap": True}]
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 BROKEN = {

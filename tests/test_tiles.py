@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from folders import tiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from dreslcl import tiles
-from dreslcl.common import BusyError, ConfigError, DiskError, StoreError, TableError, hold
+from dreslcl.common import ConfigError, DiskError, StoreError, TableError
 from dreslcl.config import TileConfig
 from dreslcl.demo import write_scan
 from dreslcl.slide import Slide
@@ -45,15 +45,6 @@ def scans(tmp_path_factory) -> Path:
         path.parent.mkdir(exist_ok=True)
         write_scan(path, picture(1024, 768 + 64 * n, seed=n))
     return folder
-
-
-def outputs(work: Path) -> dict[str, bytes]:
-    """Every file of a WORK folder but the locks, without the time each slide took."""
-    paths = (path for path in sorted(work.rglob("*")) if path.is_file() and not path.name.startswith(".lock"))
-    files = {str(path.relative_to(work)): path.read_bytes() for path in paths}
-    for name in (name for name in files if name.startswith("rows/")):
-        files[name] = re.sub(rb'"seconds": [\d.]+', b"", files[name])
-    return files | {"slides.csv": str([row | {"seconds": 0} for row in read_slides(work)]).encode()}
 
 
 # -- grid maths -------------------------------------------------------------------------------------------------------
@@ -360,25 +351,19 @@ def test_shards_running_at_once_do_what_one_run_does(scans, tmp_path):
     env = [os.environ | {"RANK": str(i), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"} for i in range(3)]
     processes = [subprocess.Popen([sys.executable, "-c", RUN, scans, tmp_path / "w"], env=e) for e in env]
     assert [p.wait() for p in processes] == [0, 0, 0]
-    assert outputs(tmp_path / "w") == outputs(tmp_path / "whole")
+    assert tiled(tmp_path / "w") == tiled(tmp_path / "whole")
     assert [row["slide_id"] for row in tile_slides(scans, tmp_path / "w", SMALL, shard=(1, 4))] == ["a__1", "b__1"]
     with pytest.raises(ConfigError, match="numbered from 0 to 2"):
         tile_slides(scans, tmp_path / "w", SMALL, shard=(3, 3))
 
 
-def test_a_second_run_on_the_same_folder_is_told_who_holds_it(scans, tmp_path):
-    for shard in (None, (0, 2)):
-        with hold(tmp_path), pytest.raises(BusyError, match=f"process {os.getpid()} on"):
-            tile_slides(scans, tmp_path, SMALL, shard=shard)
-
-
 def test_damaged_leftovers_and_a_file_in_the_way(scans, tmp_path):
     tile_slides(scans, tmp_path / "w", SMALL)
-    expected = outputs(tmp_path / "w")
+    expected = tiled(tmp_path / "w")
     for name, text in [("a__0", ""), ("a__1", "[]"), ("a__2", '{"row": 3}')]:
         (tmp_path / "w" / "rows" / f"{name}.json").write_text(text)
     tile_slides(scans, tmp_path / "w", SMALL)
-    assert outputs(tmp_path / "w") == expected
+    assert tiled(tmp_path / "w") == expected
     (tmp_path / "file").touch()
     with pytest.raises(DiskError, match="cannot be written"):
         tile_slides(scans, tmp_path / "file", SMALL)

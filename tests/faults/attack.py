@@ -13,19 +13,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
-import numpy as np
-
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dreslcl.trainer", "dreslcl.embedding", "dreslcl.evaluation", "dreslcl.report", "sklearn.cluster"])
-
-
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,30 +33,40 @@ class Crash(AssertionError):
     """A process that ended without an answer."""
 
 
+def started(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
+    """A process that runs `target(pipe, *arguments)`, and our end of the pipe."""
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=target, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def told(pipe: Any) -> Iterator[Any]:
+    """What a process sends until it ends."""
+    with suppress(EOFError):
+        while True:
+            yield pipe.recv()
+
+
 def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = 300) -> Any:
     """What `function` returns in a process of its own, which is killed after so many seconds.
 
-    Raises:
-        Crash: it raised, was killed by a signal, or took too long.
+    Raises Crash: it raised, was killed by a signal, or took too long.
     """
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_answer, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
+    process, pipe = started(_answer, function, arguments)
     try:
-        if not ours.poll(seconds):
+        if not pipe.poll(seconds):
             raise Crash(f"no answer within {seconds} s")
-        good, value = ours.recv()
+        good, value = pipe.recv()
     except EOFError:
         process.join()
         raise Crash(f"ended with {process.exitcode} and no answer") from None
     finally:
         process.kill()
         process.join()
-    if isinstance(value, Forbidden):
-        raise value
     if not good:
-        raise Crash(value)
+        raise value if isinstance(value, Forbidden) else Crash(value)
     return value
 
 
@@ -150,44 +156,27 @@ def marked(pipe: Any, phases: dict[str, tuple[type | Any, str]], function: Calla
 
 def durations(target: Callable[..., None], *arguments: Any) -> dict[str, list[float]]:
     """Seconds that each call of each phase takes in an undisturbed run; `target(pipe, *arguments)` calls `marked`."""
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=target, args=(theirs, *arguments))
-    process.start()
-    theirs.close()
+    process, pipe = started(target, *arguments)
     begun: dict[str, float] = {}
     found: dict[str, list[float]] = {}
-    try:
-        while True:
-            phase, what, moment = ours.recv()
-            if what == "begins":
-                begun[phase] = moment
-            else:
-                found.setdefault(phase, []).append(moment - begun[phase])
-    except EOFError:
-        process.join()
+    for phase, what, moment in told(pipe):
+        if what == "begins":
+            begun[phase] = moment
+        else:
+            found.setdefault(phase, []).append(moment - begun[phase])
+    process.join()
     assert process.exitcode == 0
     return found
 
 
 def kill(phase: str, nth: int, delay: float, target: Callable[..., None], *arguments: Any) -> bool:
     """SIGKILL a run `delay` seconds after its phase began for the n-th time. Returns whether it was still in that call."""
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=target, args=(theirs, *arguments))
-    process.start()
-    theirs.close()
-    begun = 0
-    while begun <= nth:
-        name, what, moment = ours.recv()
-        begun += (name, what) == (phase, "begins")
-    time.sleep(max(0.0, moment + delay - time.monotonic()))
+    process, pipe = started(target, *arguments)
+    begins = (moment for name, what, moment in told(pipe) if (name, what) == (phase, "begins"))
+    time.sleep(max(0.0, next(islice(begins, nth, None)) + delay - time.monotonic()))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    try:
-        while True:
-            if ours.recv()[:2] == (phase, "ends"):
-                return False
-    except EOFError:
-        return True
+    return all(said[:2] != (phase, "ends") for said in told(pipe))
 
 
 def kills(phases: dict[str, list[float]], times: int, seed: int) -> list[tuple[str, int, float]]:
@@ -195,27 +184,6 @@ def kills(phases: dict[str, list[float]], times: int, seed: int) -> list[tuple[s
     draw = random.Random(seed)
     chosen = [(phase, draw.randrange(len(taken)), draw.random()) for phase, taken in phases.items() for _ in range(times)]
     return [(phase, nth, share * phases[phase][nth]) for phase, nth, share in chosen]
-
-
-# what a folder holds
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Every file of a folder but locks, by relative path: its bytes; of HDF5 files the data and attributes."""
-    found: dict[str, Any] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")):
-        name = str(path.relative_to(folder))
-        found[name] = hdf5(path) if path.suffix == ".h5" else path.read_bytes()
-    return found
-
-
-def hdf5(path: Path) -> dict[str, Any]:
-    """Datasets and attributes of a file, as bytes and texts; not the way from the file to its model."""
-    with h5py.File(path) as file:
-        data = {key: np.asarray(value[()]).tolist() for key, value in file.items()}
-        return data | {
-            f"{key}@": {k: str(v) for k, v in value.attrs.items() if k != "model_folder"} for key, value in [*file.items(), ("", file)]
-        }
 
 
 # forbidding
@@ -231,11 +199,7 @@ def forget_root() -> None:
 
 
 def small_disk(place: Path, kilobytes: int, *, read_only: bool = False) -> None:
-    """Mount a tmpfs of `kilobytes` that only this process sees.
-
-    Raises:
-        Forbidden: not allowed here.
-    """
+    """Mount a tmpfs of `kilobytes` that only this process sees. Raises Forbidden: not allowed here."""
     new_mounts, new_users, private = 0x20000, 0x10000000, 0x44000  # CLONE_NEWNS, CLONE_NEWUSER, MS_REC | MS_PRIVATE
     user, root = f"0 {os.getuid()} 1", os.geteuid() == 0
     failed = LIBC.unshare(new_mounts if root else new_mounts | new_users)

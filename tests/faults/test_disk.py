@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import TILE, Done, Forbidden, command, contents, dreslcl, forget_root, hdf5, in_child, resize, small_disk
-from test_kill import assert_whole_run, tiled
+from attack import TILE, Done, Forbidden, command, dreslcl, forget_root, in_child, resize, small_disk
+from folders import contents, hdf5, tiled
+from test_kill import assert_whole_run
 
 from dreslcl.common import read_table
 

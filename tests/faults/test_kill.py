@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from attack import contents, durations, in_child, kill, kills, marked
+from attack import durations, in_child, kill, kills, marked
+from folders import contents, tiled
 
 from dreslcl import embedding, report, tiles, trainer
 from dreslcl.bank import MemoryBank, SlideFile, slide_layout
@@ -43,15 +43,6 @@ def embed(work: Path, out: Path, model: Path) -> None:
     embedding.embed(Cohort.load(work), out, model=model, tile_features=True, settings=TrainConfig(workers=1))
 
 
-def at_random(phases: dict[str, list[float]], times: int, attack: Callable[[int, tuple[str, int, float]], bool]) -> int:
-    """Attack at `times` random moments of each phase, two at once; how many were killed within it."""
-    moments = kills(phases, times, seed=times)
-    with ThreadPoolExecutor(2) as pool:
-        cut = sum(pool.map(attack, range(len(moments)), moments))
-    print(f"\n{len(moments)} killed, {cut} within {', '.join(phases)}")
-    return cut
-
-
 STEPS = {"fill": "fill_bank", "step": "train_step", "checkpoint": "save_checkpoint", "epoch end": "end_epoch"}
 COMMANDS = {
     "tile": (tile, {}),
@@ -63,15 +54,6 @@ COMMANDS = {
 def run(pipe, name: str, *arguments) -> None:
     function, phases = COMMANDS[name]
     marked(pipe, phases, function, arguments)
-
-
-def tiled(out: Path) -> dict:
-    """What `tile` wrote, without the seconds each slide took."""
-    found = contents(out)
-    for name in [name for name in found if name.startswith("rows/")]:
-        made = json.loads(found[name])
-        found[name] = made | {"row": made["row"] | {"seconds": 0}}
-    return found | {"slides.csv": [row | {"seconds": 0} for row in read_table(out / "slides.csv")]}
 
 
 def assert_whole_run(out: Path, epochs: int) -> None:
@@ -121,7 +103,10 @@ def test_a_command_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, 
         shutil.rmtree(out)
         return cut
 
-    cut = at_random(phases, times, attack)
+    moments = kills(phases, times, seed=times)
+    with ThreadPoolExecutor(2) as pool:  # two at once
+        cut = sum(pool.map(attack, range(len(moments)), moments))
+    print(f"\n{len(moments)} killed, {cut} within {', '.join(phases)}")
     assert name != "pretrain" or cut >= times  # most kills hit their phase: else this shows nothing
 
 

@@ -1,17 +1,14 @@
-"""Load: many slides, long tables, a slide of half a million tiles; `-m slow -s` prints figures."""
+"""Load: many slides, long tables, a grid of half a million tiles; `-m slow -s` prints figures. The bank: tests/benchmarks/bank.py."""
 
 import os
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from attack import dreslcl, in_child
 
-from dreslcl.bank import MemoryBank
 from dreslcl.common import read_table, write_table
-from dreslcl.config import ModelConfig
 from dreslcl.demo import write_scan
 from dreslcl.embedding import Embeddings
 from dreslcl.tiles import TileGrid, grid_corners, hilbert_order
@@ -70,45 +67,7 @@ def test_a_table_of_200_000_rows_is_evaluated(tmp_path):
     assert mb < 800
 
 
-def steps(folder: Path, tiles: int, count: int) -> tuple[float, float]:
-    """Fill a bank with slides of so many tiles and take training steps; seconds of the fill and of a step (median)."""
-    import torch
-
-    from dreslcl.model import Bag, ResidualAggregator, nearest_codeword, residual_sums
-
-    D, K, T, B = 384, 16, 16, 2
-    rng, bank = np.random.default_rng(0), MemoryBank(folder, dim=D, codewords=K, encoder="e")
-    bank.create()
-    start = time.monotonic()
-    for slide in "ab":
-        bank.fill(slide, (rng.standard_normal((min(4096, tiles - at), D), np.float32) / 20 for at in range(0, tiles, 4096)), tiles, "m")
-    aggregator = ResidualAggregator(D, 64, ModelConfig(codewords=K))
-    aggregator.codewords.copy_(torch.from_numpy(rng.standard_normal((K, D), np.float32) / 20))
-    bank.set_codebook(aggregator.codewords.numpy())
-    assert [bank.sums(slide)[1].sum() for slide in "ab"] == [tiles] * B  # built
-    filled, taken = time.monotonic() - start, []
-    for step in range(count):
-        start = time.monotonic()
-        rests = [bank.rest(slide, np.sort(rng.choice(tiles, T, replace=False)), 0.5, rng) for slide in "ab"]
-        fresh = torch.from_numpy(rng.standard_normal((B * T, D), np.float32) / 20).requires_grad_()
-        codes = nearest_codeword(fresh, aggregator.codewords)
-        drawn = Bag(*residual_sums(fresh, codes, aggregator.codewords, part_of=torch.arange(B).repeat_interleave(T), parts=B))
-        stored = Bag(*(torch.stack([getattr(rest, name) for rest in rests]) for name in ("sums", "counts")))
-        aggregator(drawn + stored).sum().backward()
-        for rest, rows, found in zip(rests, fresh.detach().numpy().reshape(B, T, D), codes.numpy().astype(np.uint16).reshape(B, T)):
-            bank.write(rest, rows, found, np.ones(T, np.float16), step)
-        taken.append(time.monotonic() - start)
-    return filled, float(np.median(taken))
-
-
-def test_a_slide_of_half_a_million_tiles_goes_through_grid_bank_and_step_in_flat_memory(tmp_path):
-    found = {}
-    for tiles in (5_000, 500_000):
-        (filled, step), _, mb = in_child(measured, steps, tmp_path / str(tiles), tiles, 200, seconds=2000)
-        found[tiles] = mb, step
-        print(f"\n2 slides of {tiles:,} tiles: fill {filled:.1f} s, step {step * 1e3:.1f} ms, {mb:.0f} MB more memory")
-    size = sum(p.stat().st_size for p in (tmp_path / "500000").iterdir()) / 1e6
-    assert found[500_000][0] < found[5_000][0] + 200 < size, f"memory grew with a bank of {size:.0f} MB"
+def test_a_grid_of_half_a_million_tiles_is_saved_loaded_and_ordered(tmp_path):
     xy = grid_corners((1000 * 512, 500 * 512), 512, 512)
     grid = TileGrid("a", xy, np.ones(len(xy), np.float32), 512, 256, 0.5, 0.25, "x", (512_000, 256_000), "f")
     start = time.monotonic()

@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from attack import CONTEXT, command, dreslcl, in_child
-from test_kill import tile, tiled
+from attack import command, dreslcl, in_child, started
+from folders import tiled
+from test_kill import tile
 
 from dreslcl.common import BusyError, hold
 from dreslcl.tiles import TileGrid
 
 
-def holder(folder: Path, pipe) -> None:
+def holder(pipe, folder: Path) -> None:
     """Hold a folder until the end."""
     with hold(folder):
         pipe.send("held")
@@ -25,10 +26,8 @@ def holder(folder: Path, pipe) -> None:
 
 @pytest.mark.parametrize("name", ["tile", "pretrain", "embed", "eval"])
 def test_the_second_process_is_told_who_holds_the_folder_and_a_crash_lets_go(work, whole, tmp_path, name):
-    ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=holder, args=(tmp_path, theirs))
-    process.start()
-    assert ours.recv() == "held"
+    process, pipe = started(holder, tmp_path)
+    assert pipe.recv() == "held"
     arguments = [*command(name, work, whole), tmp_path]
     done = in_child(dreslcl, *arguments)
     done.says("BusyError", f"is in use by process {process.pid} on {socket.gethostname()}")

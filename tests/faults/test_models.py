@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import Bomb
 from test_kill import SETTINGS
 
 from dreslcl import trainer
@@ -18,16 +19,6 @@ from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort
 from dreslcl.common import ModelError, StoreError
 from dreslcl.model import DRESLCL
-
-
-class Bomb:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_another_checkpoint_is_refused_in_one_line_and_its_code_is_never_run(work, whole, tmp_path):

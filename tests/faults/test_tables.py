@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,35 +9,22 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from attack import contents, dreslcl, in_child
+from attack import dreslcl, in_child
+from folders import contents
 
 from dreslcl.cohort import Cohort, read_reports
-from dreslcl.common import DreslclError, TableError, read_table
+from dreslcl.common import TableError, read_table
 from dreslcl.embedding import Embeddings
 
-TEXT = 'Adenocarcinoma, "moderately"\r\ndifferentiated; größer = 3 mm\t<b>'
 CLIMBING = ("../../etc/x", "..", ".", "/etc/x", "a/../../b", "..\\..\\x", "C:\\x", "a\0b", "a\nb", ".hidden", "")
 FORMULAS = ("=cmd|'/c calc'!A1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("x")')
 EVIL = ("<script>document.title='RAN'</script>", "<img src=x onerror=\"document.title='RAN'\">", '"><svg onload="document.title=\'RAN\'">')
 EVIL += ("{{ 7*7 }}", "</td></table><iframe srcdoc=\"<script>parent.document.title='RAN'</script>\">", "javascript:document.title='RAN'")
 
 
-def quoted(rows: list[list[str]], delimiter: str = ",", end: str = "\n") -> str:
+def quoted(rows: list[list[str]]) -> str:
     """A table with every field quoted."""
-    return end.join(delimiter.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows) + end
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_table_in_any_encoding_is_read_as_it_is_or_refused_in_one_line(tmp_path, encoding, end):
-    bom = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
-    (tmp_path / "r.csv").write_bytes((bom + quoted([["slide_id", "report"], ["007", TEXT]], end=end)).encode(encoding))
-    try:
-        [row] = read_table(tmp_path / "r.csv", ["slide_id", "report"])
-    except TableError as error:
-        assert encoding in ("utf-32", "latin-1", "cp1252") and "\n" not in str(error)
-    else:
-        assert row == {"slide_id": "007", "report": TEXT}
+    return "\n".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows) + "\n"
 
 
 def test_a_field_of_a_megabyte_is_read_whole_and_a_field_of_seventeen_is_refused(tmp_path):
@@ -50,23 +36,12 @@ def test_a_field_of_a_megabyte_is_read_whole_and_a_field_of_seventeen_is_refused
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"slide_id,report\na,one\0two\n", b"\0" * 100,
-         b"slide_id,report\n\xff\xfe\n", b"\xff\xfeab\0", b"slide_id\nreport", b"\n\n\n", b"\xef\xbb\xbf",
-        b'slide_id,report\na,"never closed\n' * 3, b"slide_id,slide_id,report\na,b,c\n",
-        b"slide_id,report\na\n", b"slide_id,report\na,b,c,d\n",
-        b",,\n,,\n", b'"slide_id\n","report"\n', b"PK\x03\x04 a spreadsheet", b"slide_id;report\na;b\n", os.urandom(4096),
-    ],
-)  # fmt: skip
-def test_a_broken_table_is_read_or_refused_in_one_line(tmp_path, data):
-    (tmp_path / "r.csv").write_bytes(data)
-    for read in (read_reports, lambda path: read_table(path, ["slide_id", "report"])):
-        try:
-            read(path := tmp_path / "r.csv")
-        except DreslclError as error:
-            assert "\n" not in str(error) and str(path) in str(error) and len(str(error)) < 500
+def test_noise_is_refused_in_one_line(tmp_path):
+    (tmp_path / "r.csv").write_bytes(np.random.default_rng(0).bytes(4096))
+    for read in (read_reports, read_table):
+        with pytest.raises(TableError, match=r"r\.csv: ") as caught:
+            read(tmp_path / "r.csv")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def renamed(work: Path, name: str) -> None:

@@ -1,0 +1,47 @@
+"""What a folder of results holds, to compare with what another one does; and a file that does harm."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dreslcl.tiles import read_slides
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of a folder but locks, by relative path: its bytes; of HDF5 files the data and attributes."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock")):
+        name = str(path.relative_to(folder))
+        found[name] = hdf5(path) if path.suffix == ".h5" else path.read_bytes()
+    return found
+
+
+def hdf5(path: Path) -> dict[str, Any]:
+    """Datasets and attributes of a file, as bytes and texts; not the way from the file to its model."""
+    with h5py.File(path) as file:
+        data = {key: np.asarray(value[()]).tolist() for key, value in file.items()}
+        return data | {
+            f"{key}@": {k: str(v) for k, v in value.attrs.items() if k != "model_folder"} for key, value in [*file.items(), ("", file)]
+        }
+
+
+def tiled(work: Path) -> dict[str, Any]:
+    """What `tile` wrote, without the seconds each slide took."""
+    found = contents(work)
+    for name in (name for name in found if name.startswith("rows/")):
+        found[name] = json.loads(found[name])
+        found[name]["row"]["seconds"] = 0
+    return found | {"slides.csv": [row | {"seconds": 0} for row in read_slides(work)]}
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
