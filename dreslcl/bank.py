@@ -151,8 +151,7 @@ class MemoryBank:
         dim, codewords: D and K.
         encoder: fingerprint of the tile encoder that the run starts from.
 
-    Raises:
-        StoreError: a bank is there that was made with another D, K or encoder, or bank.json is damaged.
+    Raises StoreError: a bank is there that was made with another D, K or encoder, or bank.json is damaged.
     """
 
     def __init__(self, folder: Path, *, dim: int, codewords: int, encoder: str):
@@ -225,8 +224,7 @@ class MemoryBank:
         Args:
             sparse: take disk space for rows as they are written, not before.
 
-        Raises:
-            StoreError: no room on the disk, a wrong number of rows or width, or features that are not finite.
+        Raises StoreError: no room on the disk, a wrong number of rows or width, or features that are not finite.
         """
         path, layout = self._path(slide), slide_layout(tiles, self.dim, self.codewords_count)
         part, first, total = path.with_name(path.name + ".part"), 0, np.zeros(self.dim)
@@ -272,8 +270,7 @@ class MemoryBank:
         Args:
             weigh: gives rows (n, D) their weights then, on any thread; without, they weigh 1.
 
-        Raises:
-            StoreError: codewords of another number or width than the bank's.
+        Raises StoreError: codewords of another number or width than the bank's.
         """
         if codewords.shape != (self.codewords_count, self.dim):
             raise StoreError(f"{self.folder}: a codebook of shape {codewords.shape}; the bank has K, D = {self.codewords_count, self.dim}")
@@ -346,9 +343,7 @@ class MemoryBank:
 
         The new sums are the other tiles' and theirs. Returns the cosine between old and new row of each of the T: how far the encoder
         has drifted since they were written.
-
-        Raises:
-            StoreError: features that are not finite, or of another width.
+        Raises StoreError: features that are not finite, or of another width.
         """
         slide = rest.slide
         new, T = self._rounded(slide.path.stem, features), len(features)
@@ -395,9 +390,7 @@ def fit_codebook(
     """K-means of bank rows (in mini-batches above 20,000 rows) from `start`, or the best of 3 by k-means++. Logs occupancy and inertia.
 
     A codeword that ends without rows moves to the row farthest from its own codeword.
-
-    Raises:
-        ConfigError: fewer than K distinct rows.
+    Raises ConfigError: fewer than K distinct rows.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 

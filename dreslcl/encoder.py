@@ -99,9 +99,8 @@ class Encoder(nn.Module):
     def create(cls, config: EncoderConfig, *, seed: int = 0) -> "Encoder":
         """Build the model that `config` names; random weights are drawn from `seed`.
 
-        Raises:
-            ModelError: unknown name or tag (near names are suggested), a folder without a configuration or with damaged
-                weights, or a download that failed (with what to do offline).
+        Raises ModelError: unknown name or tag (near names are suggested), a folder without a configuration or with damaged weights, or a
+        download that failed (with what to do offline).
         """
         name = config.name
         _register_tiny()
@@ -178,8 +177,7 @@ class Encoder(nn.Module):
     def set_trainable(self, tune: str, *, text: bool) -> None:
         """Choose what learns: `tune` is EncoderConfig.tune, `text` the text tower.
 
-        Raises:
-            ModelError: the tower has no blocks to count for last:N.
+        Raises ModelError: the tower has no blocks to count for last:N.
         """
         for p in self.clip.parameters():
             p.requires_grad_(False)
@@ -240,9 +238,7 @@ def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
     """Width D, input edge (px), context (tokens), with `build` parameters (millions) of both towers. Nothing is downloaded.
 
     The parameters of an architecture that needs a package which is not installed are None.
-
-    Raises:
-        ModelError: unknown name.
+    Raises ModelError: unknown name.
     """
     config = EncoderConfig(name)
     _register_tiny()

@@ -59,11 +59,11 @@ def residual_sums(
 ) -> tuple[Float[Tensor, "P K D"], Float[Tensor, "P K"]]:
     """Sum the residual of every tile to its codeword, and its weight (VLAD; Jégou et al. 2010), apart for each of P parts.
 
+    A codeword without tiles has a sum of exactly zero.
+
     Args:
         weights: a(x) of each tile; 1 without.
         part_of: the part of each tile: a slide of the batch, or a block of a slide. All in part 0 without.
-
-    A codeword without tiles has a sum of exactly zero.
     """
     (K, D), cells = codewords.shape, codes if part_of is None else part_of * len(codewords) + codes
     residuals = features.to(codewords.dtype) - codewords[codes]  # before summing: Σx − n·c would leave rounding noise
@@ -78,10 +78,8 @@ class Bag:
 
     sums: Float[Tensor, "B K D"]
     counts: Float[Tensor, "B K"]
-    rows: tuple[Tensor, ...] = ()
-    """Features (n, D) of each slide's tiles, where the aggregator needs them."""
-    weights: tuple[Tensor, ...] = ()
-    """(n,) beside them."""
+    rows: tuple[Tensor, ...] = ()  # features (n, D) of each slide's tiles, where the aggregator needs them
+    weights: tuple[Tensor, ...] = ()  # (n,) beside them
 
     def __add__(self, other: "Bag") -> "Bag":
         rows, weights = (tuple(map(torch.cat, zip(*pair))) for pair in ((self.rows, other.rows), (self.weights, other.weights)))
@@ -168,7 +166,7 @@ class ResidualAggregator(Aggregator):
     Transformer with a CLS token reads them. A linear path from the slide's standardised mean feature is added (`mean_path`).
 
     A gated score s(x) = w·(tanh(V x̂) ⊙ σ(U x̂)) of the standardised tile (Ilse et al. 2018, without their softmax over the tiles, so that
-    sums stay sums) gives it the weight a(x) = exp(5 tanh(s/5)), 1 at the start: where 1 % of the tiles tell, they can outweigh the rest.
+    sums stay sums) gives it the weight a(x) = exp(5 tanh(s/5)): where 1 % of the tiles tell, they can outweigh the rest.
     """
 
     def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
@@ -183,7 +181,6 @@ class ResidualAggregator(Aggregator):
         self.head = nn.Linear(width, joint_dim)
         self.mean_head = nn.Linear(dim, joint_dim, bias=False) if config.mean_path else None
         self.value, self.gate, self.score = nn.Linear(dim, width), nn.Linear(dim, width), nn.Linear(width, 1, bias=False)
-        nn.init.zeros_(self.score.weight)
 
     def weigh(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
         """a(x), from exp(−5) to exp(5)."""
@@ -307,19 +304,14 @@ class DRESLCL(nn.Module):
     # use after training
 
     def embed_tiles(self, tiles: np.ndarray) -> Float32[np.ndarray, "N D"]:
-        """Unit-norm features of tiles, uint8 (N, H, W, 3).
-
-        Raises:
-            ModelError: the model has no tile encoder (it was trained on features).
-        """
+        """Unit-norm features of tiles, uint8 (N, H, W, 3). Raises ModelError: the model was trained on features made elsewhere."""
         with inference(self):
             return self._tile_encoder().encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
 
     def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
         """The slide vector of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
 
-        Raises:
-            ModelError: features of another width than the model's D.
+        Raises ModelError: features of another width than the model's D.
         """
         total = None
         with inference(self):
@@ -336,9 +328,8 @@ class DRESLCL(nn.Module):
     def embed_slide(self, scan: str | Path, *, batch: int = 128) -> Float32[np.ndarray, "E"]:
         """The slide vector of a scan: its tissue tiles, all encoded. Nothing is written, memory does not grow with the scan.
 
-        Raises:
-            ModelError: the model has no tile encoder (it was trained on features).
-            SlideError: the scan cannot be read, or holds no tissue.
+        Raises ModelError: the model has no tile encoder (it was trained on features); SlideError: the scan cannot be read, or holds no
+        tissue.
         """
         self._tile_encoder()
         with Slide.open(Path(scan)) as slide:
@@ -349,11 +340,7 @@ class DRESLCL(nn.Module):
             return self.embed_features(self.embed_tiles(slide.read_tiles(xy, grid.size, grid.mpp)) for xy in corners)
 
     def embed_text(self, texts: str | Sequence[str]) -> Float32[np.ndarray, "*N E"]:
-        """Joint-space vector of a text, or of each of several.
-
-        Raises:
-            ModelError: the model was trained on report vectors made elsewhere.
-        """
+        """Joint-space vector of a text, or of each of several. Raises ModelError: it was trained on report vectors made elsewhere."""
         many = [texts] if isinstance(texts, str) else list(texts)
         with inference(self):
             vectors = self.project_text(torch.stack([self.text.vector(text) for text in many]).to(self.device)).cpu().numpy()
@@ -392,11 +379,7 @@ class DRESLCL(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "DRESLCL":
-        """Read a model folder, in evaluation mode, on the CPU.
-
-        Raises:
-            ModelError: no model there, a damaged or newer one, or weights that do not fit its configuration.
-        """
+        """Read a model folder, in evaluation mode, on the CPU. Raises ModelError: no model there, or none that is whole and known."""
         folder = Path(folder)
         try:
             header = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -34,7 +34,7 @@ from .embedding import encode_slides
 from .encoder import Augmentation, Encoder, autocast, cached_features, inference, pick_device
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
-from .model import AGGREGATORS, DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
+from .model import DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
 from .report import Journal, codebook_atlas, retrieval_examples, run_page
 from .text import Text, make_text
 from .tiles import hilbert_order
@@ -51,7 +51,7 @@ ROWS_BESIDE = 256  # bank rows that are weighed anew at each step beside the enc
 PIECES = 8  # most pieces of a report read at a step by a text tower that learns: bounds the time of long reports
 RETRIEVAL_SLIDES = 200  # of the training slides, for the report page where none are held out
 FAILED_SHARE = 0.1  # a run goes on without slides that cannot be read, up to this share
-FREE_TO_CHANGE = ("epochs", "lr", "encoder_lr", "text_lr", "weight_decay", "tile_batch", "precision", "workers", "cache_gb")
+FREE_TO_CHANGE = ("epochs", "lr", "encoder_lr", "text_lr", "weight_decay", "tile_batch", "precision", "workers", "cache_gb", "slides")
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,12 @@ class Run:
 def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, group: Ranks) -> Run:
     """Build the model and its optimiser, check the cohort.
 
-    Raises:
-        ConfigError: nothing to contrast, or a batch that does not fit the ranks.
-        ModelError: the encoder cannot be built.
+    Raises ConfigError: nothing to contrast, or a batch that does not fit the ranks; ModelError: the encoder cannot be built.
     """
     train, device = config.train, pick_device()
     if train.batch % group.world:
         raise ConfigError(f"batch must be a multiple of the {group.world} ranks, got {train.batch}")
     patients = {m.patient_id for m in cohort.members}
-    if config.model.aggregator not in AGGREGATORS:
-        raise ConfigError(f"no aggregator {config.model.aggregator!r}; there are {', '.join(AGGREGATORS)}; put your own into AGGREGATORS")
     if len(patients) < max(2, group.world) or len(cohort.reports) < 2:
         needed = f"{max(2, group.world)} patients and two reports are needed, there are {len(patients)} and {len(cohort.reports)}"
         raise ConfigError(f"a contrast needs slides that differ: at least {needed}")
@@ -205,8 +201,7 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 def fill_bank(run: Run) -> None:
     """Encode the slides whose rows are not in the bank. One that cannot be read is left out of the run, named in a warning and on the page.
 
-    Raises:
-        DreslclError: more than a tenth cannot be read.
+    Raises DreslclError: more than a tenth cannot be read.
     """
     marks: dict[int, str] = {}
     failed: dict[int, str] = {}
@@ -453,8 +448,7 @@ def train_step(
 ) -> tuple[dict[str, float], Float[Tensor, "B E"]]:
     """One optimiser step on this rank's samples; `plan` holds all ranks' slides. Returns measurements and all z.
 
-    Raises:
-        DreslclError: loss or gradient is not finite; nothing of this step was kept.
+    Raises DreslclError: loss or gradient is not finite; nothing of this step was kept.
     """
     optimizer = run.optimizer
     fresh, encode_again = encode_samples(run, samples, plan)
@@ -576,13 +570,9 @@ def slide_and_report_vectors(
 
 def save_checkpoint(run: Run) -> None:
     """All that is needed to go on, loadable with weights_only=True."""
-    state = {
-        "version": CHECKPOINT_VERSION,
-        "config": asdict(run.config),
-        "model": run.model.state_dict(),
-        "weigher": run.weigher.state_dict(),
-    }
-    state |= {"optimizer": run.optimizer.state_dict(), "epoch": run.epoch, "step": run.step, "rows": run.rows, "best": run.best}
+    state = {"version": CHECKPOINT_VERSION, "config": asdict(run.config), "slides": run.model.about["slides"], "epoch": run.epoch}
+    state |= {"model": run.model.state_dict(), "weigher": run.weigher.state_dict(), "optimizer": run.optimizer.state_dict()}
+    state |= {"step": run.step, "rows": run.rows, "best": run.best}
     memory = io.BytesIO()  # torch itself loses the reason why a write failed
     torch.save(state, memory)
     write_bytes(run.out / "checkpoint.pt", memory.getbuffer())
@@ -591,8 +581,7 @@ def save_checkpoint(run: Run) -> None:
 def load_checkpoint(run: Run) -> None:
     """Go on where the last whole epoch ended. What may change is applied and said; anything else is refused.
 
-    Raises:
-        StoreError: a damaged checkpoint, or one of other settings.
+    Raises StoreError: a damaged checkpoint, or one of other settings.
     """
     path = run.out / "checkpoint.pt"
     try:
@@ -601,6 +590,8 @@ def load_checkpoint(run: Run) -> None:
         changed = {
             f"{part}.{key}": (there[part][key], value) for part in here for key, value in here[part].items() if there[part][key] != value
         }
+        if state["slides"] != len(run.cohort):
+            changed["cohort.slides"] = state["slides"], len(run.cohort)
         told = ", ".join(f"{name.split('.')[1]} {old} → {new}" for name, (old, new) in changed.items())
         if refused := [name for name in changed if name.split(".")[1] not in FREE_TO_CHANGE]:
             raise StoreError(f"{path}: this run was started with other settings ({told}); use another --out, or the same {refused[0]}")
@@ -688,8 +679,7 @@ def pretrain(
         dry_run: say what the run takes, and stop.
         tensorboard: write events for it too.
 
-    Raises:
-        ConfigError, StoreError, ModelError, DreslclError: see the modules; the message says what to do.
+    Raises ConfigError, StoreError, ModelError, DreslclError: see the modules; the message says what to do.
     """
     out = Path(out)
     with ranks(pick_device()) as group, hold(out) if group.first and not dry_run else nullcontext():

@@ -99,9 +99,9 @@ def test_every_aggregator_gives_unit_vectors_and_learns_in_all_its_weights(name,
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
 
 
-def test_tiles_weigh_one_at_the_start_then_what_the_gate_says_within_its_bound():
+def test_tiles_weigh_about_one_at_the_start_then_what_the_gate_says_within_its_bound():
     aggregator, rows = ResidualAggregator(8, 4, ModelConfig(codewords=3, width=16)), torch.randn(50, 8)
-    torch.testing.assert_close(aggregator.weigh(rows), torch.ones(50))
+    assert (aggregator.weigh(rows).log().abs() < 1).all()
     torch.nn.init.normal_(aggregator.score.weight, std=30)
     weights = aggregator.weigh(rows)
     assert weights.min() >= np.exp(-5) * 0.999 and weights.max() <= np.exp(5) * 1.001 and weights.max() / weights.min() > 100
@@ -118,7 +118,7 @@ def test_an_empty_codeword_has_a_finite_gradient_and_an_empty_slide_encodes():
 
 
 def test_the_mean_is_that_of_the_slide_less_the_centre_and_statistics_follow():
-    made, x = make_aggregator().double(), features(40, 1).double()
+    made, x = make_aggregator("mean-mlp").double(), features(40, 1).double()
     torch.testing.assert_close(made.mean(made.bag(x))[0], x.mean(0) - made.centre)
     means = features(7, 2).double()
     made.set_statistics(means)

@@ -40,9 +40,11 @@ def rows_of(out):
         return list(csv.DictReader(file))
 
 
-def open_run(cohort, out, settings=SMALL, held_out=None) -> Run:
-    """A run that is ready for its first step."""
+def open_run(cohort, out, settings=SMALL, held_out=None, gate=True) -> Run:
+    """A run that is ready for its first step; without `gate` all tiles weigh 1."""
     run = trainer.open_run(cohort, held_out or Cohort(()), settings, out, Ranks())
+    if not gate and settings.model.aggregator == "residual":
+        torch.nn.init.zeros_(run.model.aggregator.score.weight)
     run.bank.create()
     trainer.fill_bank(run)
     trainer.read_reports(run)
@@ -136,7 +138,7 @@ def test_where_all_tiles_are_drawn_z_is_what_embed_gives(cohort, tmp_path):
 
 @pytest.mark.parametrize("aggregator", ["residual", "attention"])
 def test_the_two_views_are_the_drawn_tiles_and_the_rest_or_halves_where_the_rest_is_less(cohort, tmp_path, monkeypatch, aggregator):
-    run = open_run(cohort, tmp_path, replace(changed(view_weight=0.7), model=replace(SMALL.model, aggregator=aggregator)))
+    run = open_run(cohort, tmp_path, replace(changed(view_weight=0.7), model=replace(SMALL.model, aggregator=aggregator)), gate=False)
     M, calls, inner = cohort.members[0].tiles, [], trainer.contrastive_loss
     run.model.eval()
     monkeypatch.setattr(trainer, "contrastive_loss", lambda z, u, *rest: calls.append((z, u, inner(z, u, *rest))) or calls[-1][2])
@@ -166,7 +168,7 @@ def test_the_two_views_are_the_drawn_tiles_and_the_rest_or_halves_where_the_rest
 
 
 def test_a_drawn_tile_stands_for_those_left_out(cohort, tmp_path, monkeypatch):
-    run, seen = open_run(cohort, tmp_path, changed(bank_share=0.5, view_weight=0.0)), []
+    run, seen = open_run(cohort, tmp_path, changed(bank_share=0.5, view_weight=0.0), gate=False), []
     monkeypatch.setattr(run.model.aggregator, "forward", lambda bag: seen.append(bag) or torch.ones(len(bag.counts), run.model.joint_dim))
     samples, plan = first_step(run)
     trainer.compute_loss(run, samples, trainer.encode_samples(run, samples, plan)[0], plan)
@@ -176,7 +178,7 @@ def test_a_drawn_tile_stands_for_those_left_out(cohort, tmp_path, monkeypatch):
 
 
 def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, monkeypatch):
-    run, read = open_run(cohort, tmp_path), []
+    run, read = open_run(cohort, tmp_path, gate=False), []
     for m in range(len(cohort)):
         run.bank.sums(run.slide(m))  # built
     gather = SlideFile.gather
