@@ -124,6 +124,8 @@ class TrainConfig:
     """Weight of the report-free objective, a slide's drawn tiles and its other tiles as a positive pair; 0: off."""
     report_part: float = 0.5
     """Share of a report's pieces used at a step, drawn anew each time; 1: all."""
+    leak_words: str = ""
+    """Words masked out of the training reports, commas between, * for any ending: how much of a score is the report's own word?"""
     lr: float = 3e-4
     """Peak learning rate of the aggregator and the heads."""
     encoder_lr: float = 1e-4

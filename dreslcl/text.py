@@ -45,6 +45,12 @@ def clean_report(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def mask_words(text: str, words: str) -> str:
+    """A text without some words, given with commas between them, in any case; `adeno*` stands for all that begins so."""
+    patterns = (re.escape(word.strip()).replace(r"\*", r"\w*") for word in words.split(",") if word.strip())
+    return re.sub(rf"(?<!\w)({'|'.join(patterns)})(?!\w)", " ", text, flags=re.IGNORECASE)
+
+
 class Text(nn.Module):
     """Vectors of texts, of width X = `dim`; `learns`: training changes them. As it is, for vectors made elsewhere: it encodes nothing."""
 

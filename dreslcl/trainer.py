@@ -36,7 +36,7 @@ from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
 from .model import DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
 from .report import Journal, codebook_atlas, retrieval_examples, run_page
-from .text import Text, make_text
+from .text import Text, make_text, mask_words
 from .tiles import hilbert_order
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,12 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
         needed = f"{max(2, group.world)} patients and two reports are needed, there are {len(patients)} and {len(cohort.reports)}"
         raise ConfigError(f"a contrast needs slides that differ: at least {needed}")
     pixels, vectors = cohort.work is not None, not isinstance(cohort.reports[0], str)
+    if train.leak_words:
+        if vectors:
+            raise ConfigError("--leak-words masks words of reports; it cannot where vectors of them are given")
+        masked = tuple(mask_words(report, train.leak_words) for report in cohort.reports)
+        count = sum(a != b for a, b in zip(masked, cohort.reports))
+        cohort = replace(cohort, reports=masked, notes=(*cohort.notes, f"{count} of {len(masked)} reports held words of --leak-words"))
     tower = config.encoder.text.startswith("tower") or (config.encoder.text == "auto" and config.encoder.has_weights)
     encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or (tower and not vectors) else None
     owner = {m.report: m.patient_id for m in cohort.members}

@@ -10,7 +10,7 @@ import torch
 from dreslcl.common import ConfigError, ModelError
 from dreslcl.config import EncoderConfig
 from dreslcl.encoder import Encoder
-from dreslcl.text import Lsa, Sentence, Text, clean_report, make_text
+from dreslcl.text import Lsa, Sentence, Text, clean_report, make_text, mask_words
 
 FINDINGS = ["squamous cell carcinoma of the left lung", "tubular adenoma of the colon", "carcinoma of the kidney", "benign breast tissue"]
 MARKER = "Zwölfzungen"
@@ -177,3 +177,9 @@ def test_missing_package_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ModelError, match=r"pip install 'dreslcl\[text\]'"):
         make("sentence:all-MiniLM-L6-v2")
+
+
+def test_leak_words_are_masked_whole_in_any_case_and_by_their_beginning():
+    text = "Squamous cell carcinoma; no adenocarcinoma, squamousoid, Adeno."
+    assert mask_words(text, "squamous, adeno*").split() == ["cell", "carcinoma;", "no", ",", "squamousoid,", "."]
+    assert mask_words(text, "cell carcinoma,(x") == text.replace("cell carcinoma", " ")

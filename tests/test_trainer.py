@@ -255,6 +255,12 @@ def test_a_report_has_one_vector_in_training_and_after(cohort, tmp_path):
     np.testing.assert_allclose(in_training, run.model.embed_text(long.reports[cohort.members[0].report]), atol=1e-5)
 
 
+def test_leak_words_are_masked_out_of_what_is_learnt_from(cohort, tmp_path):
+    run = open_run(cohort, tmp_path, changed(leak_words="finding"))
+    assert not any("finding" in piece.lower() for pieces in run.pieces for piece in pieces) and "8 of 8 reports" in " ".join(run.notes)
+    assert all("Finding" in report for report in cohort.reports)
+
+
 def test_a_long_report_costs_a_tower_that_learns_no_more_than_its_cap(cohort, tmp_path, monkeypatch):
     long = replace(cohort, reports=tuple(" ".join(f"Finding {i}." for i in range(400)) + r for r in cohort.reports))
     run, read = open_run(long, tmp_path), []
