@@ -333,7 +333,7 @@ class DRESLCL(nn.Module):
         """
         self._tile_encoder()
         with Slide.open(Path(scan)) as slide:
-            grid = find_tiles(slide, TileConfig(size=self.about["size"], mpp=self.about["mpp"]))
+            grid = find_tiles(slide, TileConfig(**self.about.get("tile", {}) | {"size": self.about["size"], "mpp": self.about["mpp"]}))
             if not len(grid):
                 raise SlideError(f"{scan}: no tissue found, so there is nothing to embed")
             corners = (grid.xy[i : i + batch] for i in range(0, len(grid), batch))

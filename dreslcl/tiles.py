@@ -72,7 +72,7 @@ OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide
 }  # fmt: skip
 ATTRIBUTES = {  # field of a grid -> its name in the file, TRIDENT's where it has one
     "slide_id": "name", "size": "patch_size", "extent_px": "patch_size_level0", "overlap": "overlap", "mpp": "mpp",
-    "mpp_level0": "mpp_level0", "mpp_source": "mpp_source", "fingerprint": "fingerprint",
+    "mpp_level0": "mpp_level0", "mpp_source": "mpp_source", "fingerprint": "fingerprint", "settings": "settings",
 }  # fmt: skip
 
 
@@ -91,6 +91,7 @@ class TileGrid:
     level0_size: tuple[int, int]
     fingerprint: str = ""  # of the parameters and of the scan's size and time of change
     overlap: int = 0
+    settings: str = "{}"  # those of TileConfig, as JSON
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -178,7 +179,8 @@ def find_tiles(slide: Slide, config: TileConfig = TileConfig(), tissue: Tissue |
     if 0 < config.max_tiles < len(rows):
         rows = rows[thin_out(xy[rows], step, config.max_tiles)]
     name = slide_id(slide.path, slide.path)
-    return TileGrid(name, xy[rows], share[rows], extent, size, mpp, slide.mpp, slide.mpp_source, slide.size, overlap=overlap)
+    about = {"mpp_level0": slide.mpp, "mpp_source": slide.mpp_source, "level0_size": slide.size, "settings": json.dumps(asdict(config))}
+    return TileGrid(name, xy[rows], share[rows], extent, size, mpp, overlap=overlap, **about)
 
 
 def grid_corners(level0_size: tuple[int, int], extent: int, step: int) -> Int64[np.ndarray, "n 2"]:

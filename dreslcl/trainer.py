@@ -8,6 +8,7 @@ of the drawn tiles stand in for fresh features: the path is the same.
 
 import copy
 import io
+import json
 import logging
 import math
 import shutil
@@ -165,7 +166,8 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     counts = {"slides": len(cohort), "patients": len(patients), "reports": len(cohort.reports)}
     about |= counts | {"tiles_seen": sum(m.tiles for m in cohort.members)}
     if reader:
-        about |= {"mpp": reader.grid(0).mpp, "size": reader.grid(0).size}
+        grid = reader.grid(0)
+        about |= {"mpp": grid.mpp, "size": grid.size, "tile": json.loads(grid.settings)}
     dim = encoder.dim if pixels and encoder else read_features(cohort.members[0].source).shape[1]
     torch.manual_seed(train.seed)
     model = DRESLCL(encoder, text, config.model, dim=dim, temperature=train.temperature, about=about).to(device)

@@ -16,7 +16,7 @@ from dreslcl import trainer
 from dreslcl.bank import SlideFile
 from dreslcl.cohort import Cohort, window_tiles
 from dreslcl.common import ConfigError, DreslclError, SlideError, StoreError, hashed
-from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TrainConfig
+from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
 from dreslcl.distributed import Ranks
 from dreslcl.embedding import embed
 from dreslcl.formats import find_features, unit
@@ -626,5 +626,6 @@ def test_the_kept_model_is_loadable_and_bags_are_of_the_batch(cohort, tmp_path):
     samples, plan = first_step(run)
     bags = trainer.make_bags(run, samples, trainer.encode_samples(run, samples, plan)[0])
     assert all(isinstance(bag, Bag) and len(bag.counts) == len(samples) for bag in bags)
+    assert TileConfig(**run.model.about["tile"]) == TileConfig(size=64, mpp=2.0)
     run.model.save(tmp_path / "model")
     assert DRESLCL.load(tmp_path / "model").fingerprint() == run.model.fingerprint()
