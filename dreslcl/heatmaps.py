@@ -1,4 +1,4 @@
-"""Where on a slide its vector comes from: maps of codewords and of each tile's contribution to a score, for eyes and for QuPath."""
+"""Where on a slide its vector comes from: maps of codewords, weights and contributions to a score, for eyes and for QuPath."""
 
 import io
 import json
@@ -10,10 +10,10 @@ from textwrap import wrap
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, Num, UInt8
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import CenteredNorm
+from matplotlib.colors import CenteredNorm, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
@@ -39,18 +39,20 @@ OPACITY = 140  # of a map over its thumbnail, 0-255
 
 def contributions(
     aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
-) -> tuple[Int64[np.ndarray, "M"], Float[np.ndarray, "M"]]:
-    """The codeword of each tile of a slide, and each tile's first-order contribution to the score s = direction · z of the slide.
+) -> tuple[Int64[np.ndarray, "M"], Float[np.ndarray, "M"], Float[np.ndarray, "M"]]:
+    """Of each tile of a slide the codeword, the weight a(x), and the first-order contribution to the score s = direction · z of the slide.
 
-    Tile i weighs w_i in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂w_i at w = 1: tokens, shares and mean path are
-    all in it, nothing is approximated. What the score would lose without the tile (w_i = 0) it gives to first order only. Where scaling all
-    weights leaves z as it is, as for our aggregators, contributions sum to zero: a tile counts against the average tile of its slide.
+    Tile i counts f_i times in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂f_i at f = 1: weight, tokens, shares and
+    mean path are all in it, nothing is approximated. What the score would lose without the tile (f_i = 0) it gives to first order only.
+    Where scaling all of f leaves z as it is, as for our aggregators, contributions sum to zero: a tile counts against the slide's average.
     """
-    weights = features.new_ones(len(features)).requires_grad_()
+    factor = features.new_ones(len(features)).requires_grad_()
     with torch.enable_grad():
-        score = aggregator(aggregator.bag(features, weights))[0] @ direction
-        (values,) = torch.autograd.grad(score, weights)
-    return nearest_codeword(features, aggregator.codewords).cpu().numpy(), values.cpu().numpy()
+        score = aggregator(aggregator.bag(features, factor))[0] @ direction
+        (values,) = torch.autograd.grad(score, factor)
+    found = nearest_codeword(features, aggregator.codewords), aggregator.weigh(features).detach(), values
+    codes, weights, values = (kind.cpu().numpy() for kind in found)
+    return codes, weights, values
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ def draw_heatmaps(
 ) -> dict[str, str]:
     """Draw maps of every slide that is in the embeddings; returns slide id -> reason of those that failed.
 
-    `codewords/<slide_id>.png` is over the thumbnail which morphology word each tile is; `geojson/<slide_id>.geojson` holds the same tiles,
-    with their measurements, for QuPath. With a text or labels, `contributions/<slide_id>.png` shows what each tile adds to the slide's
-    score, `top_tiles/<slide_id>.jpg` the tiles that add most. Contributions are scaled by the number of tiles: the change of
-    the score per share of the slide. Does only what is missing or was drawn from something else; holds one slide's features in memory.
+    `codewords/<slide_id>.png` is over the thumbnail which morphology word each tile is, `weights/<slide_id>.png` how much it weighs, where
+    tiles differ in weight; `geojson/<slide_id>.geojson` holds the same tiles, with their measurements, for QuPath. With a text or labels,
+    `contributions/<slide_id>.png` shows what each tile adds to the slide's score, `top_tiles/<slide_id>.jpg` the tiles that add most.
+    Contributions are scaled by the number of tiles: the change of the score per share of the slide. Does only what is missing or was drawn
+    from something else; holds one slide's features in memory.
 
     Args:
         embedded: of `embed` with a model; it knows the model's folder.
@@ -114,10 +117,10 @@ def draw_heatmaps(
                 rows = np.concatenate(list(parts)).astype(np.float16)  # as embed rounds them
                 target = targets.get(slide)
                 direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(trained.device)
-                codes, values = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
+                codes, weights, values = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
                 grid = cohort.grid(i)
                 with grid.open_scan(cohort.members[i].source) as scan:
-                    _draw(out, scan, grid, codes, len(grid) * values, trained.config.codewords, target, marks[i])
+                    _draw(out, scan, grid, codes, weights, len(grid) * values, trained.config.codewords, target, marks[i])
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 failed[slide] = reason(error)
                 log.warning("%s: no heatmap: %s", slide, failed[slide])
@@ -152,6 +155,7 @@ def _draw(
     scan: Slide,
     grid: TileGrid,
     codes: Int64[np.ndarray, "M"],
+    weights: Float32[np.ndarray, "M"],
     values: Float32[np.ndarray, "M"],
     codewords: int,
     target: Target | None,
@@ -164,12 +168,18 @@ def _draw(
     palette = colormap(order[:codewords] if codewords <= 18 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
     if target:
         norm = CenteredNorm(halfrange=max(float(np.percentile(np.abs(values), 99)), 1e-12))
-        scale = ScalarMappable(norm, colormaps["RdBu_r"])
+        scale, key = ScalarMappable(norm, colormaps["RdBu_r"]), "lowers  ←  per share of the slide  →  raises"
         colours = scale.to_rgba(values, alpha=OPACITY / 255, bytes=True)
-        _save_map(folder / "contributions" / f"{grid.slide_id}.png", thumbnail, grid, colours, target.title, mark, scale)
+        _save_map(folder / "contributions" / f"{grid.slide_id}.png", thumbnail, grid, colours, target.title, mark, scale, key)
         top = np.argsort(-values)[:TOP]
         _save_sheet(folder / "top_tiles" / f"{grid.slide_id}.jpg", scan.read_tiles(grid.xy[top], grid.size, grid.mpp), values[top])
-    write_text(folder / "geojson" / f"{grid.slide_id}.geojson", json.dumps(tiles_geojson(grid, codes, palette, values if target else None)))
+    if np.ptp(weights):
+        relative = weights / weights.mean()
+        scale = ScalarMappable(LogNorm(*np.percentile(relative, [1, 99])), colormaps["viridis"])
+        colours, key = scale.to_rgba(relative, alpha=OPACITY / 255, bytes=True), "times the mean of the slide"
+        _save_map(folder / "weights" / f"{grid.slide_id}.png", thumbnail, grid, colours, "Weight of each tile", mark, scale, key)
+    measured = {"codeword": codes, "weight": weights} | ({"contribution": values} if target else {})
+    write_text(folder / "geojson" / f"{grid.slide_id}.geojson", json.dumps(tiles_geojson(grid, measured, palette)))
     share = np.bincount(codes, minlength=codewords) / len(codes)
     often = np.argsort(-share, kind="stable")[:16]
     legend = [Patch(color=palette[k] / 255, label=f"{k}: {share[k]:.0%}") for k in often if share[k]]
@@ -185,8 +195,9 @@ def _save_map(
     title: str,
     mark: str,
     key: ScalarMappable | list[Patch],
+    name: str = "",
 ) -> None:
-    """A map over the thumbnail with a scale bar and a key: a colour bar, or named colours."""
+    """A map over the thumbnail with a scale bar and a key: a colour bar with its name, or named colours."""
     image = draw_overlay(thumbnail, [], grid.xy, grid.extent_px, grid.level0_size, 1400, colours)
     w, h = image.size
     figure = Figure(figsize=(6.4, 6.4 * min(max(h / w, 0.4), 1.6)), layout="constrained")
@@ -197,11 +208,10 @@ def _save_map(
     per_px = grid.mpp_level0 * grid.level0_size[0] / w
     length = _round_length(w * per_px / 4)
     ax.plot([0.02 * w, 0.02 * w + length / per_px], [h * 1.02] * 2, color="black", linewidth=4, solid_capstyle="butt", clip_on=False)
-    name = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
-    ax.text(0.02 * w, h * 1.035, name, fontsize=13, va="top")
+    ax.text(0.02 * w, h * 1.035, f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm", fontsize=13, va="top")
     if isinstance(key, ScalarMappable):
         bar = figure.colorbar(key, ax=ax, shrink=0.7, pad=0.01)
-        bar.set_label("lowers  ←  per share of the slide  →  raises", fontsize=13)
+        bar.set_label(name, fontsize=13)
         bar.ax.tick_params(labelsize=12)
     else:
         ax.legend(handles=key, fontsize=13, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -230,16 +240,17 @@ def _save_sheet(path: Path, tiles: UInt8[np.ndarray, "n h w 3"], values: Float32
     write_bytes(path, memory.getbuffer())
 
 
-def tiles_geojson(
-    grid: TileGrid, codes: Int64[np.ndarray, "M"], palette: UInt8[np.ndarray, "P 4"], values: Float32[np.ndarray, "M"] | None
-) -> dict[str, object]:
-    """QuPath tile objects in level-0 pixels, classified by codeword, with their measurements."""
+def tiles_geojson(grid: TileGrid, measured: Mapping[str, Num[np.ndarray, "M"]], palette: UInt8[np.ndarray, "P 4"]) -> dict[str, object]:
+    """QuPath tile objects in level-0 pixels, classified by codeword, with what was measured of each."""
     features = []
-    for m, ((x, y), k) in enumerate(zip(grid.xy.tolist(), codes.tolist())):
-        far_x, far_y = x + grid.extent_px, y + grid.extent_px
-        measured = {"codeword": k} | ({"contribution": float(f"{values[m]:.5g}")} if values is not None else {})
+    for (x, y), *values in zip(grid.xy.tolist(), *(kind.tolist() for kind in measured.values())):
+        far_x, far_y, k = x + grid.extent_px, y + grid.extent_px, values[0]
         look = {"name": f"codeword {k}", "color": palette[k, :3].tolist()}
         corners = [[[x, y], [far_x, y], [far_x, far_y], [x, far_y], [x, y]]]
-        properties = {"objectType": "tile", "classification": look, "measurements": measured}
+        properties = {
+            "objectType": "tile",
+            "classification": look,
+            "measurements": {name: float(f"{v:.5g}") for name, v in zip(measured, values)},
+        }
         features.append({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": corners}, "properties": properties})
     return {"type": "FeatureCollection", "features": features}

@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
 from .common import ConfigError, ModelError, write_bytes, write_json
-from .encoder import Encoder
+from .encoder import TINY, Encoder
 
 log = logging.getLogger(__name__)
 WINDOW = 64  # most words of a piece
@@ -222,7 +222,7 @@ def make_text(
     """
     if not isinstance(reports[0], str):
         return Text(reports[0].shape[1])
-    pretrained = encoder is not None and encoder.pretrained
+    pretrained = encoder is not None and encoder.pretrained and encoder.name != TINY  # whose weights are those of its image tower alone
     medical = pretrained and any(name in encoder.name.lower() for name in MEDICAL)
     if setting in ("tower", "tower:tune") or (setting == "auto" and medical):
         if not pretrained:

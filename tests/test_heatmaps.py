@@ -20,7 +20,7 @@ from dreslcl.model import AGGREGATORS, DRESLCL
 @pytest.mark.parametrize("name, changes", [(name, {}) for name in AGGREGATORS] + [("residual", {"mean_path": False})])
 def test_a_contribution_is_the_finite_difference_of_the_score_when_the_tiles_weight_changes(name, changes):
     aggregator, x, direction = make_aggregator(name, **changes).double(), features(30, 1).double(), features(1, 2, 8)[0].double()
-    _, values = contributions(aggregator, x, direction)
+    *_, values = contributions(aggregator, x, direction)
 
     def score(weights):
         return float(aggregator(aggregator.bag(x, weights))[0] @ direction)
@@ -41,20 +41,21 @@ def embedded(work, model, tmp_path_factory):
 def test_maps_show_every_tile_and_are_drawn_once(embedded, model):
     cohort, out, result = embedded
     assert draw_heatmaps(cohort, result, out, text="carcinoma") == {}
-    for name in ("codewords/s1.png", "contributions/s1.png", "top_tiles/s1.jpg"):
+    for name in ("codewords/s1.png", "weights/s1.png", "contributions/s1.png", "top_tiles/s1.jpg"):
         with Image.open(out / name) as image:
             assert min(image.size) > 200
     drawn = json.loads((out / "geojson" / "s1.geojson").read_text())["features"]
     grid, trained = cohort.grid(1), DRESLCL.load(model)
     with grid.open_scan(cohort.members[1].source) as scan:
         rows = torch.from_numpy(trained.embed_tiles(scan.read_tiles(grid.xy, grid.size, grid.mpp)).astype(np.float16)).float()
-    codes, values = contributions(trained.aggregator, rows, torch.from_numpy(trained.embed_text("carcinoma")))
+    codes, weights, values = contributions(trained.aggregator, rows, torch.from_numpy(trained.embed_text("carcinoma")))
     assert len(drawn) == len(grid)
-    for feature, (x, y), code, value in zip(drawn, grid.xy.tolist(), codes, values):
+    for feature, (x, y), code, weight, value in zip(drawn, grid.xy.tolist(), codes, weights, values):
         ring, at = feature["geometry"]["coordinates"][0], feature["properties"]
         assert ring[0] == ring[-1] == [x, y] and ring[2] == [x + grid.extent_px, y + grid.extent_px] and at["objectType"] == "tile"
         assert at["classification"]["name"] == f"codeword {code}" and len(at["classification"]["color"]) == 3
-        assert at["measurements"] == {"codeword": code, "contribution": pytest.approx(len(grid) * value, rel=1e-2, abs=1e-3)}
+        expected = {"codeword": code, "weight": weight, "contribution": len(grid) * value}
+        assert at["measurements"] == pytest.approx(expected, rel=1e-2, abs=1e-3)
 
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if ".lock" not in path.name}
     (out / "codewords" / "s2.png").unlink()

@@ -48,7 +48,7 @@ def enrichment(demo: Path) -> dict[str, float]:
             continue
         kinds = [shown.get((cohort.members[i].slide_id, *xy), "glass") for xy in cohort.grid(i).xy.tolist()]
         mine = np.array([kind.startswith(OWN[row["subtype"]]) for kind in kinds])
-        gained = len(mine) * contributions(model.aggregator, torch.from_numpy(features[i]), slopes[y[i]])[1]
+        gained = len(mine) * contributions(model.aggregator, torch.from_numpy(features[i]), slopes[y[i]])[2]
         best = max(1, round(len(mine) / 10))
         own.append(mine)
         value.append(gained)
