@@ -26,7 +26,8 @@ from dreslcl.tiles import TileGrid, tile_slides
 def tiles_of(work: Path, seed: int, slides: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and kinds of the tiles of one drawn cohort."""
     folder, pixels, kinds = work / str(seed), [], []
-    write_cohort(folder, slides, seed)
+    if not (folder / "cells.csv").exists():
+        write_cohort(folder, slides, seed)
     tile_slides(folder / "slides", folder / "work", TILES)
     kind = {(r["slide_id"], int(r["x"]), int(r["y"])): KINDS.index(r["kind"]) for r in read_table(folder / "cells.csv")}
     for file in sorted((folder / "work" / "tiles").glob("*.h5")):
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
-    for flag, default in {"--cohorts": 6, "--slides": 120, "--epochs": 12, "--batch": 128}.items():
+    for flag, default in {"--cohorts": 4, "--slides": 120, "--epochs": 10, "--batch": 128}.items():
         parser.add_argument(flag, type=int, default=default)
     options = parser.parse_args()
     parts = [tiles_of(options.work, 1000 + n, options.slides) for n in range(options.cohorts)]

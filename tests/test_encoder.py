@@ -355,3 +355,11 @@ def test_a_tower_with_dropout_drops_the_same_in_both_passes():
             assert all(torch.equal(a.detach(), b.detach()) for a, b in zip(seen[:2], seen[3:]))
         gradients.append(layer[0].weight.grad.clone())
     assert gradients[0].norm() > 0
+
+
+def test_the_embedded_model_has_weights_that_know_drawn_tissue_and_a_text_tower_that_knows_nothing(caplog):
+    drawn = Encoder.create(EncoderConfig(pretrained="drawn"))
+    assert drawn.pretrained and drawn.fingerprint() != Encoder.create(EncoderConfig()).fingerprint()
+    assert make_text("tower", drawn, ["a report", "another"]).learns and "random weights" in caplog.text
+    with pytest.raises(ModelError, match="tags: drawn"):
+        Encoder.create(EncoderConfig(pretrained="draw"))
