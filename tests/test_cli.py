@@ -211,12 +211,12 @@ def test_shells_are_given_the_words_that_fit():
     assert done.stdout.split() == ["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 
 
-def test_knobs_come_from_a_file_and_flags_override_them(dreslcl, tmp_path, work):
-    (tmp_path / "knobs.toml").write_text("[tile]\nsize = 64\nmpp = 2.0\nmin_tissue = 0.9\n[eval]\nfolds = 3\n")
-    tile = ("-q", "tile", work.parent / "slides", "--out", tmp_path / "work", "--config", tmp_path / "knobs.toml")
+def test_settings_come_from_a_file_and_flags_override_them(dreslcl, tmp_path, work):
+    (tmp_path / "settings.toml").write_text("[tile]\nsize = 64\nmpp = 2.0\nmin_tissue = 0.9\n[eval]\nfolds = 3\n")
+    tile = ("-q", "tile", work.parent / "slides", "--out", tmp_path / "work", "--config", tmp_path / "settings.toml")
     assert dreslcl(*tile, "--size", "128")[0] == 0
     with h5py.File(tmp_path / "work" / "tiles" / "s0.h5") as file:
         assert (file["coords"].attrs["patch_size"], file["coords"].attrs["mpp"]) == (128, 2.0)
         assert file["tissue_fraction"][:].min() >= 0.9
-    (tmp_path / "knobs.toml").write_text("[tile]\nszie = 64\n")
+    (tmp_path / "settings.toml").write_text("[tile]\nszie = 64\n")
     fails(dreslcl(*tile), 2, "unknown key 'szie'; there are size")
