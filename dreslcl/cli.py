@@ -177,24 +177,15 @@ def tile(
     coords: Annotated[Path | None, given("Folder of coordinates that TRIDENT or CLAM wrote, in place of our grid.")] = None,
     workers: Annotated[int, running("Threads that read; 0: one per CPU, at most 8.", min=0)] = 0,
     shard: Annotated[str | None, running("I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.")] = None,
-    check: Annotated[
-        Literal["sample", "full"] | None, running("Decode a sample of each scan's stored tiles, or all: finds damage.")
-    ] = None,
+    check: Annotated[Literal["sample", "full"] | None, running("Decode a sample of the scan's stored tiles, or all: finds damage.")] = None,
     dry_run: Annotated[bool, running("Print what is there and would be done; write nothing.", "--dry-run")] = False,
 ) -> None:
     """Find the tissue tiles of each scan: grids, overlays and slides.csv."""
     from .tiles import Given, tile_slides
 
-    rows = tile_slides(
-        slides,
-        out,
-        TileConfig(**settings["tile"]),
-        given=Given(overrides, tissue_geojson, coords),
-        workers=workers,
-        shard=_shard(shard),
-        write="nothing" if dry_run else "packs" if pack else "grids",
-        check=check or "",
-    )
+    inputs, config = Given(overrides, tissue_geojson, coords), TileConfig(**settings["tile"])
+    how = {"shard": _shard(shard), "write": "nothing" if dry_run else "packs" if pack else "grids", "check": check or ""}
+    rows = tile_slides(slides, out, config, given=inputs, workers=workers, **how)
     if dry_run:
         shown = "slide_id status width height levels regions mpp mpp_source tiles warning error".split()
         print_table(shown, [[str(row.get(c, "")) for c in shown] for row in rows])
@@ -218,20 +209,12 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 def pretrain(
     work: Work = None,
     *,
-    reports: Annotated[
-        Path | None, existing("Table slide_id and/or patient_id, report (CSV, TSV); TCGA_Reports.csv; or HistGen JSON.")
-    ] = None,
+    reports: Annotated[Path | None, existing("Table slide_id or patient_id, report (CSV, TSV); TCGA_Reports.csv; HistGen JSON.")] = None,
     out: Out,
     settings: Settings,
-    exclude: Annotated[
-        str | None, option("Keep slides out of pretraining: a file of slide or patient ids, or column=value of the reports table.")
-    ] = None,
-    held_out: Annotated[
-        str | None, option("Slides, given like --exclude, for retrieval after each epoch; the best epoch's model is kept.")
-    ] = None,
-    preset: Annotated[
-        Literal["paper", "tiny", "clip-b32"] | None, option("Start from known settings; --config and flags override them.")
-    ] = None,
+    exclude: Annotated[str | None, option("Slides to keep out: a file of slide or patient ids, or column=value of the reports.")] = None,
+    held_out: Annotated[str | None, option("Slides, given likewise, for retrieval after each epoch; the best epoch is kept.")] = None,
+    preset: Annotated[Literal["paper", "tiny", "clip-b32"] | None, option("Known settings; --config and flags override them.")] = None,
     features: Features = None,
     report_embeddings: Annotated[Path | None, given("HDF5 or npz of report vectors by slide or patient id, in place of texts.")] = None,
     patients: Patients = None,
@@ -276,10 +259,8 @@ def embed(
     tile_features: Annotated[bool, option("Also write each slide's tile features, in that layout.", "--tile-features")] = False,
     features: Features = None,
     patients: Patients = None,
-    encoder: Annotated[str, option("Without --model: the tile encoder, as in pretrain.", panel="More inputs")] = EncoderConfig.name,
-    pretrained: Annotated[
-        str | None, option("Without --model: OpenCLIP's tag of that encoder's weights, or a weights file.", panel="More inputs")
-    ] = None,
+    encoder: Annotated[str, given("Without --model: the tile encoder, as in pretrain.", exists=False)] = EncoderConfig.name,
+    pretrained: Annotated[str | None, given("Without --model: a tag of that encoder's weights, or a weights file.", exists=False)] = None,
     force: Annotated[bool, running("Embed slides again that are done.", "--force")] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
@@ -355,17 +336,10 @@ def eval_(
     if table is None:
         needed = "--reports TABLE or --report-embeddings FILE" if task == "retrieval" else "--labels TABLE"
         raise ConfigError(f"--task {task} needs {needed}")
-    first = Embeddings.load(embeddings)
-    result = evaluate(
-        (first, Embeddings.load(compare)) if compare else first,
-        table,
-        task,
-        columns=dict.fromkeys(column or ["subtype" if task == "zeroshot" else task], positive) if positive else column or (),
-        split=split,
-        texts=prompts if task == "zeroshot" else reports,
-        include_seen=include_seen,
-        config=EvalConfig(**settings["eval"]),
-    )
+    loaded = tuple(map(Embeddings.load, [embeddings, compare] if compare else [embeddings]))
+    columns = dict.fromkeys(column or ["subtype" if task == "zeroshot" else task], positive) if positive else column or ()
+    protocol = {"split": split, "include_seen": include_seen, "config": EvalConfig(**settings["eval"])}
+    result = evaluate(loaded, table, task, columns=columns, texts=prompts if task == "zeroshot" else reports, **protocol)
     with hold(out):
         result.save(out)
         pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((_maps(embeddings) / kind).glob("*.png"))}

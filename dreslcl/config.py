@@ -17,11 +17,16 @@ from .common import ConfigError, write_text
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 POSITIVE: Rule = ("be positive", lambda value: value > 0)
 SHARE: Rule = ("be from 0 to 1", lambda value: 0 <= value <= 1)
+PART: Rule = ("be above 0 and at most 1", lambda value: 0 < value <= 1)
+FRACTION: Rule = ("be between 0 and 1", lambda value: 0 < value < 1)
 
 
 def at_least(low: int, unit: str = "") -> Rule:
     """The rule of numbers with a smallest one."""
     return f"be at least {low}{unit}", lambda value: value >= low
+
+
+AMOUNT = at_least(0)
 
 
 def setting(default: Any, text: str, rule: Rule | None = None) -> Any:
@@ -51,17 +56,13 @@ class TileConfig(Settings):
 
     size: int = setting(256, "Tile edge as the encoder sees it, pixels.", at_least(16, " px"))
     mpp: float = setting(0.5, "Tile resolution, µm per pixel.", POSITIVE)
-    overlap: int = setting(0, "Pixels (at the tile's resolution) that neighbouring tiles share.", at_least(0))
+    overlap: int = setting(0, "Pixels (at the tile's resolution) that neighbouring tiles share.", AMOUNT)
     min_tissue: float = setting(0.3, "Smallest fraction of a tile that must be tissue.", SHARE)
-    max_tiles: int = setting(0, "Keep at most this many tiles of a slide, drawn evenly over it; 0 keeps all.", at_least(0))
+    max_tiles: int = setting(0, "Keep at most this many tiles of a slide, drawn evenly over it; 0 keeps all.", AMOUNT)
     default_mpp: float | None = setting(None, "Resolution of level 0 for scans that do not say it, µm per pixel.", POSITIVE)
-    threshold: float | None = setting(
-        None, "Saturation above which a mask pixel is tissue (0-1); none: Otsu's method.", ("be between 0 and 1", lambda s: 0 < s < 1)
-    )
+    threshold: float | None = setting(None, "Saturation (0-1) above which a mask pixel is tissue; none: Otsu's method.", FRACTION)
     drop_pen: bool = setting(False, "Leave out tiles under pen marks.")
-    min_sharpness: float = setting(
-        0.0, "Leave out tiles blurrier than this (variance of the Laplacian, grey levels²); 0 keeps all.", at_least(0)
-    )
+    min_sharpness: float = setting(0.0, "Leave out tiles less sharp than this (variance of the Laplacian, grey²); 0 keeps all.", AMOUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,9 +76,7 @@ class EncoderConfig(Settings):
     name: str = setting(
         "dreslcl-tiny", "An OpenCLIP model name, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny (random weights)."
     )
-    pretrained: str | None = setting(
-        None, "OpenCLIP's tag of pretrained weights, or a weights file; none: random weights, or those of the hub or folder."
-    )
+    pretrained: str | None = setting(None, "OpenCLIP's tag of weights, or a weights file; none: those of the hub or folder, else random.")
     tune: str = setting(
         "all",
         "Which part of the tile encoder learns: all, last:N (its last N blocks and what follows them) or none.",
@@ -119,34 +118,20 @@ class TrainConfig(Settings):
     tiles: int = setting(16, "T, tiles encoded with gradient per slide and step.", at_least(1))
     tile_batch: int = setting(128, "Tiles in one pass of the encoder: bounds memory, changes no result.", at_least(1))
     bank_share: float = setting(
-        0.5,
-        "Share of a slide's other tiles that a step takes from the bank, others each time; 1: all, 0: no bank. From random weights use 1.",
-        SHARE,
+        0.5, "Share of a slide's other tiles that a step takes from the bank, others each time; 0: no bank. From random weights 1.", SHARE
     )
-    view_weight: float = setting(
-        1.0, "Weight of the report-free objective, a slide's drawn tiles and its other tiles as a positive pair; 0: off.", at_least(0)
-    )
-    report_part: float = setting(
-        0.5,
-        "Share of a report's pieces used at a step, drawn anew each time; 1: all.",
-        ("be above 0 and at most 1", lambda share: 0 < share <= 1),
-    )
-    lr: float = setting(3e-4, "Peak learning rate of the aggregator and the heads.", at_least(0))
-    encoder_lr: float = setting(1e-4, "Peak learning rate of the tile encoder; from random weights it needs about 1e-3.", at_least(0))
-    text_lr: float = setting(1e-4, "Peak learning rate of the text tower where it learns.", at_least(0))
-    weight_decay: float = setting(0.05, "AdamW's weight decay.", at_least(0))
+    view_weight: float = setting(1.0, "Weight of the report-free objective, drawn tiles and a slide's others as a pair; 0: off.", AMOUNT)
+    report_part: float = setting(0.5, "Share of a report's pieces used at a step, drawn anew each time; 1: all.", PART)
+    lr: float = setting(3e-4, "Peak learning rate of the aggregator and the heads.", AMOUNT)
+    encoder_lr: float = setting(1e-4, "Peak learning rate of the tile encoder; from random weights it needs about 1e-3.", AMOUNT)
+    text_lr: float = setting(1e-4, "Peak learning rate of the text tower where it learns.", AMOUNT)
+    weight_decay: float = setting(0.05, "AdamW's weight decay.", AMOUNT)
     temperature: float = setting(0.07, "Temperature at the start; it is learnt.", POSITIVE)
-    sampling: Literal["random", "window"] = setting(
-        "random", "How T tiles are drawn: uniformly, or consecutive along a Hilbert curve (every tile within M/T visits)."
-    )
-    stain_jitter: float = setting(
-        0.15,
-        "Each colour's optical density varies by up to this share from tile to tile, which are flipped and turned too; 0: none of it.",
-        at_least(0),
-    )
+    sampling: Literal["random", "window"] = setting("random", "How T tiles are drawn: uniformly, or consecutive along a Hilbert curve.")
+    stain_jitter: float = setting(0.15, "Each colour's optical density varies by up to this share, tiles are turned; 0: neither.", AMOUNT)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "Arithmetic of the towers; auto: bf16 on a GPU that has it.")
-    workers: int = setting(0, "Threads that read tiles ahead; 0: one per CPU.", at_least(0))
-    cache_gb: float = setting(2.0, "Keep decoded tiles in memory while all of the cohort's fit in so much, GB.", at_least(0))
+    workers: int = setting(0, "Threads that read tiles ahead; 0: one per CPU.", AMOUNT)
+    cache_gb: float = setting(2.0, "Keep decoded tiles in memory while all of the cohort's fit in so much, GB.", AMOUNT)
     seed: int = setting(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:

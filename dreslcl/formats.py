@@ -57,6 +57,7 @@ LAYOUTS: dict[Layout, _Files] = {
     "stamp": _Files("stamp_tiles", None, "stamp_slides", "feats", np.float16, np.float32),
     "patho-bench": _Files(None, None, "patho_bench", "features", np.float32, np.int64),
 }
+DATASETS = ("features", "feats")  # the names in them
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of embeddings.h5
@@ -67,6 +68,16 @@ _PLACES = ("", "pt_files", "h5_files")  # a folder of features, and CLAM's two i
 def unit(vectors: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
     """Vectors scaled to length 1; zero stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def encoded(picture: Any, **options: Any) -> bytes:
+    """The bytes of a matplotlib figure as PNG, or of a PIL image as JPEG."""
+    memory = io.BytesIO()
+    if hasattr(picture, "savefig"):
+        picture.savefig(memory, format="png", dpi=140, **options)
+    else:
+        picture.save(memory, "JPEG", quality=88)
+    return memory.getvalue()
 
 
 def read_features(path: Path) -> Features:
@@ -89,12 +100,11 @@ def read_features(path: Path) -> Features:
 def read_corners(path: Path) -> Int64[np.ndarray, "M 2"] | None:
     """Top-left corners of a file's tiles in level-0 pixels, where it has them; not STAMP's, which are µm."""
 
-    def corners(data: Any) -> np.ndarray:
+    def corners(data: Any) -> np.ndarray | None:
         coords = data.file.get("coords") if data.name == "/features" else None
-        return coords[()] if isinstance(coords, h5py.Dataset) else np.empty(0)
+        return coords[()].astype(np.int64) if isinstance(coords, h5py.Dataset) and coords.shape[1:] == (2,) else None
 
-    xy = np.empty(0) if Path(path).suffix == ".pt" else _stored(path, corners)
-    return xy.astype(np.int64) if xy.ndim == 2 and xy.shape[1] == 2 else None
+    return None if Path(path).suffix == ".pt" else _stored(path, corners)
 
 
 def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dict[str, tuple[Path, int]]:
@@ -113,13 +123,12 @@ def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dic
     for name, path in sorted(paths.items()):
         try:
             tiles, width = _bag_shape(_stored(path, lambda data: tuple(data.shape), mmap=True), path)
+            found[check_id(name, str(folder))] = (path, tiles)
+            widths.setdefault(width, path.name)
         except StoreError as error:
             if unreadable is None:
                 raise
             unreadable[name] = reason(error)
-        else:
-            found[check_id(name, str(folder))] = (path, tiles)
-            widths.setdefault(width, path.name)
     if len(widths) > 1:
         raise TableError(f"{folder}: features of several widths: {', '.join(f'{w} ({n})' for w, n in widths.items())}")
     return found
@@ -146,16 +155,15 @@ def _stored(path: Path, read: Callable[[Any], Any], *, mmap: bool = False) -> An
         if not isinstance(value, torch.Tensor):
             raise StoreError(f"{path}: holds a {type(value).__name__}; a plain (tiles, width) tensor is needed")
         return read(value)
-    names = list(dict.fromkeys(files.name for files in LAYOUTS.values()))
     try:
         with h5py.File(path, "r") as file:
-            for name in names:
+            for name in DATASETS:
                 if isinstance(file.get(name), h5py.Dataset):
                     return read(file[name])
             there = ", ".join(file) or "nothing"
     except (OSError, ValueError, TypeError, MemoryError) as error:
         raise StoreError(f"{path}: not a readable file of tile features ({' '.join(str(error).split())})") from error
-    raise StoreError(f"{path}: holds {there}; tile features are a dataset named {' or '.join(names)}")
+    raise StoreError(f"{path}: holds {there}; tile features are a dataset named {' or '.join(DATASETS)}")
 
 
 def tile_files(out: Path, layout: Layout, slide: str) -> list[Path]:
@@ -211,14 +219,13 @@ class Embeddings:
     salt: str = ""  # of those hashes, see common.remember
 
     def __post_init__(self) -> None:
-        lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
-        if len(lengths) > 1:
+        arrays = [self.vectors] if self.mean is None else [self.vectors, self.mean]
+        if len(lengths := {*map(len, (self.ids, self.patients, *arrays))}) > 1:
             raise StoreError(f"embeddings: ids, patients, vectors and mean differ in length ({', '.join(map(str, sorted(lengths)))})")
         if len(set(self.ids)) < len(self.ids):
             raise StoreError(f"embeddings: slide id {Counter(self.ids).most_common(1)[0][0]!r} comes twice")
-        for values in (self.vectors, self.mean):
-            bad = [] if values is None else np.flatnonzero(~np.isfinite(values).all(axis=1))
-            if len(bad):
+        for values in arrays:
+            if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
                 raise StoreError(f"embeddings: {len(bad)} slides have values that are not finite, first {self.ids[bad[0]]!r}")
 
     def __len__(self) -> int:
@@ -306,18 +313,15 @@ def read_patients(path: Path) -> dict[str, str]:
     Raises:
         TableError: no columns slide_id and patient_id, or a slide with two patients.
     """
-    rows = _known(path, read_table(path, ["slide_id", "patient_id"]))
-    return one_value(path, rows, "slide_id", "patient_id")
+    return one_value(path, _known(path, read_table(path, ["slide_id", "patient_id"])), "slide_id", "patient_id")
 
 
 def report_rows(path: Path, *required: str) -> list[Row]:
     """Rows of a table of reports or labels with slide_id and/or patient_id, from any of the layouts of `read_reports`."""
-    path = Path(path)
-    if path.suffix.lower() != ".json":
+    if Path(path).suffix.lower() != ".json":
         rows = read_table(path, required)
-        for row in rows:
-            if "patient_filename" in row:
-                row |= {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")}
+        for row in (row for row in rows if "patient_filename" in row):
+            row |= {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")}
         return rows
     try:
         parts = json.loads(read_text(path))
@@ -391,9 +395,8 @@ CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
 def model_card(about: Mapping[str, Any], encoder: Any, text: str, settings: dict[str, Any]) -> str:
     """RUN/model/README.md: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
     tiles, weights = "tile features made elsewhere", "random weights"
-    if encoder is not None and "size" in about:
-        tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {encoder.name}"
-    if encoder is not None and encoder.pretrained:
-        weights = f"the weights of {encoder.name}"
+    if encoder is not None:
+        tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {encoder.name}" if "size" in about else tiles
+        weights = f"the weights of {encoder.name}" if encoder.pretrained else weights
     saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
     return CARD.format(tiles=tiles, saw=saw, text=text, weights=weights, settings=json.dumps(settings))

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.pipeline import Pipeline
 from test_model import features, make_aggregator
 
+from dreslcl import heatmaps
 from dreslcl.cohort import Cohort
 from dreslcl.common import ConfigError, ModelError, TableError, write_table
 from dreslcl.embedding import embed
@@ -66,12 +67,12 @@ def test_maps_show_every_tile_and_are_drawn_once(embedded, model):
 
 def test_the_map_is_painted_where_the_tile_lies(embedded, monkeypatch):
     cohort, out, result = embedded
-    drawn = {}
-    monkeypatch.setattr("dreslcl.heatmaps._save_map", lambda path, thumbnail, grid, colours, *_: drawn.update({path.parent.name: colours}))
+    drawn, paint = [], heatmaps.draw_overlay
+    monkeypatch.setattr(heatmaps, "draw_overlay", lambda *a: drawn.append(a[-1]) or paint(*a))
     draw_heatmaps(cohort.subset(cohort.members[:1]), result, out, text="red and blue")
     found = json.loads((out / "geojson" / "s0.geojson").read_text())["features"]
     values = [feature["properties"]["measurements"]["contribution"] for feature in found]
-    red, _, blue, _ = drawn["contributions"].astype(int).T
+    red, _, blue, _ = drawn[0].astype(int).T
     assert red[np.argmax(values)] > blue[np.argmax(values)] and red[np.argmin(values)] < blue[np.argmin(values)]
 
 

@@ -1,7 +1,6 @@
 """A page is one escaped file with nothing from outside; the figures draw every kind of result; the journal holds all of a run."""
 
 import csv
-import io
 import re
 from dataclasses import replace
 
@@ -202,7 +201,7 @@ def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_
     bank, reader = Bank(rows, words), Reader()
     members = Cohort(tuple(SlideRecord(slide, slide, 20, tmp_path) for slide in rows))
     pictures = codebook_atlas(bank, words, members, reader, seed=0)
-    assert len(pictures) == 4 and len({Image.open(io.BytesIO(p.data)).size for p in pictures}) == 1
+    assert len(pictures) == 4 and len({p.shown.size for p in pictures}) == 1
     numbers = [int(re.search(r"codeword (\d+)", p.caption)[1]) for p in pictures]
     shares = [float(re.search(r"([\d.]+)%", p.caption)[1]) for p in pictures]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3) and numbers[-1] == 3
