@@ -170,27 +170,21 @@ class RunConfig:
     def load(cls, path: Path) -> "RunConfig":
         """Read what `save` wrote; a table or setting that is absent has its default.
 
-        Raises:
-            ConfigError: as `read_settings`, or a value that makes no sense.
+        Raises ConfigError: as `read_settings`, or a value that makes no sense.
         """
         tables, default = read_settings(path), cls()
         return updated(default, **{part: tables[part] for part in vars(default)})
 
 
 def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
-    """The configuration with some settings changed: part name -> {setting: value}.
-
-    Raises:
-        ConfigError: a value that makes no sense.
-    """
+    """The configuration with some settings changed: part name -> {setting: value}. Raises ConfigError: a value that makes no sense."""
     return replace(config, **{name: replace(getattr(config, name), **values) for name, values in parts.items()})
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
     """The settings in each table of a TOML file, of [tile], [encoder], [model], [train] and [eval]; empty where a table is absent.
 
-    Raises:
-        ConfigError: not TOML, an unknown table or setting, or a value of the wrong type.
+    Raises ConfigError: not TOML, an unknown table or setting, or a value of the wrong type.
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -313,8 +313,7 @@ def write_cohort(out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int,
     shows, and the sheet it was cut from. About 60 % of the slides are `train`, the others `test`; no patient and no sheet is in both.
     A slide is `side` fields wide and high.
 
-    Raises:
-        ConfigError: fewer than 6 slides.
+    Raises ConfigError: fewer than 6 slides.
     """
     if slides < 6:
         raise ConfigError(f"a synthetic cohort needs at least 6 slides (two splits of three classes), got {slides}")
@@ -344,8 +343,7 @@ def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result
 
     Training sees the reports of the training patients only; test patients' slides are drawn from fields never used in training.
 
-    Raises:
-        StoreError: `out` holds a demo already.
+    Raises StoreError: `out` holds a demo already.
     """
     out = Path(out)
     if (out / "run").exists():

@@ -160,11 +160,7 @@ def noting(failed: dict[str, str], slide: str) -> Iterator[None]:
 
 
 def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
-    """Refuse tiles of another kind, size or resolution than the model was trained on.
-
-    Raises:
-        ModelError: it says both.
-    """
+    """Refuse tiles of another kind, size or resolution than the model was trained on. Raises ModelError: it says both."""
     kind = "pixels" if cohort.work else "features"
     if trained.about["tiles"] != kind:
         raise ModelError(f"the model was trained on {trained.about['tiles']}, so it cannot embed {kind}")
@@ -243,7 +239,6 @@ def _mark(path: Path) -> str:
 def load(folder: Path) -> DRESLCL:
     """The model in a folder `RUN/model`, on the GPU where there is one: `.embed_slide(scan)`, `.embed_tiles(array)`, `.embed_text(str)`.
 
-    Raises:
-        ModelError: no model there, or a damaged one.
+    Raises ModelError: no model there, or a damaged one.
     """
     return DRESLCL.load(folder).to(pick_device())

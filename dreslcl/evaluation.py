@@ -316,8 +316,7 @@ def evaluate(
 def probe(slides: Slides, config: EvalConfig) -> Predictions:
     """Linear, nearest-neighbour and few-shot probes of each fold; the few-shot probes have a matrix for each draw.
 
-    Raises:
-        TableError: a training part holds fewer than two classes.
+    Raises TableError: a training part holds fewer than two classes.
     """
     y, patients, fits = slides.y, slides.patients, [np.r_[fold.train, fold.val] for fold in slides.folds]
     if any(len(set(y[fit])) < 2 for fit in fits):
@@ -339,6 +338,9 @@ def probe(slides: Slides, config: EvalConfig) -> Predictions:
     for name, x in slides.features.items():
         folds = [predict(x, *part) for part in zip(fits, slides.folds)]
         result[name] = {kind: [np.concatenate(draws) for draws in zip(*(fold[kind] for fold in folds))] for kind in folds[0]}
+    if "mean-pool" in result:  # both: the log-odds of the two linear probes, added
+        product = result["embedding"]["linear"][0] * result["mean-pool"]["linear"][0] + 1e-12
+        result["both"] = {"linear": [product / product.sum(1, keepdims=True)]}
     majority = np.bincount(y[np.concatenate(fits)]).argmax()
     return result | {"majority class": {"linear": [np.eye(len(slides.classes))[[majority] * len(slides.tested)]]}}
 
@@ -346,8 +348,7 @@ def probe(slides: Slides, config: EvalConfig) -> Predictions:
 def zero_shot(slides: Slides, prompts: Mapping[str, Mapping[str, np.ndarray]]) -> Predictions:
     """Softmax of the cosines to each class's mean prompt; `prompts` holds features -> class -> vectors (P, E). Nothing is fitted.
 
-    Raises:
-        TableError: a class without a prompt.
+    Raises TableError: a class without a prompt.
     """
     result = {}
     for name, of in prompts.items():
@@ -359,11 +360,7 @@ def zero_shot(slides: Slides, prompts: Mapping[str, Mapping[str, np.ndarray]]) -
 
 
 def classification(slides: Slides, predictions: Predictions, config: EvalConfig) -> Outcome:
-    """Metrics, with intervals, of predictions on the tested slides.
-
-    Raises:
-        TableError: fewer than two classes among the slides to test.
-    """
+    """Metrics, with intervals, of predictions on the tested slides. Raises TableError: fewer than two classes among the slides to test."""
     tested, column, classes = slides.subset(slides.tested), slides.column, slides.classes
     absent = [name for c, name in enumerate(classes) if c not in tested.y]
     if len(classes) - len(absent) < 2:
@@ -438,7 +435,8 @@ def protocol(task: Task, split: str | Path | None, include_seen: bool, config: E
         "Linear probe: scikit-learn's LogisticRegression (lbfgs, classes weighted equally) on features standardised on the training part; "
         f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {INNER_FOLDS} folds by patient inside "
         f"the training part. {NEIGHBOURS}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of n training "
-        f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features."
+        f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features. both: the "
+        "log-odds of these two linear probes, added."
     )
     folds = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
     of_folds = any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values())
@@ -471,9 +469,9 @@ def load_model(embeddings: Embeddings) -> "DRESLCL":
     if not embeddings.model_folder:
         raise ModelError("these embeddings were made without a model, so they have no text side; embed with --model RUN/model")
     model = DRESLCL.load(Path(embeddings.model_folder)).to(pick_device())
-    if model.fingerprint() != embeddings.model:
-        told = f"holds model {model.fingerprint()}, the embeddings were made by {embeddings.model}; embed again"
-        raise ModelError(f"{embeddings.model_folder}: {told}")
+    if (there := model.fingerprint()) != embeddings.model:
+        made = f"the embeddings were made by {embeddings.model}; embed again"
+        raise ModelError(f"{embeddings.model_folder}: holds model {there}, {made}")
     return model
 
 

@@ -18,21 +18,10 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from . import __version__
-from .common import (
-    ConfigError,
-    Row,
-    StoreError,
-    TableError,
-    check_id,
-    hdf5_file,
-    is_missing,
-    missing_words,
-    one_value,
-    read_table,
-    read_text,
-    reason,
-    write_bytes,
-    write_table,
+
+from .common import (  # isort: skip
+    ConfigError, Row, StoreError, TableError, check_id, hdf5_file, is_missing, missing_words, one_value, read_table,
+    read_text, reason, write_bytes, write_table,
 )  # fmt: skip
 from .tiles import TileGrid
 
@@ -61,6 +50,7 @@ DATASETS = ("features", "feats")  # the names in them
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of embeddings.h5
+_TEXTS = ("slide_id", "patient_id", "seen", "selected")  # its datasets of words
 _CELLS = ("slide_id", "patient_id", "report")
 _PLACES = ("", "pt_files", "h5_files")  # a folder of features, and CLAM's two in it; of two files for one slide the last one counts
 
@@ -169,8 +159,7 @@ def _stored(path: Path, read: Callable[[Any], Any], *, mmap: bool = False) -> An
 def tile_files(out: Path, layout: Layout, slide: str) -> list[Path]:
     """The files in which `write_tiles` puts a slide's tile features, the h5 file last.
 
-    Raises:
-        ConfigError: the tool has no files of tile features.
+    Raises ConfigError: the tool has no files of tile features.
     """
     files = LAYOUTS[layout]
     if files.tiles is None:
@@ -203,8 +192,7 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
 class Embeddings:
     """One vector per slide (or per patient, where slides were averaged), in the order of `ids`.
 
-    Raises:
-        StoreError: the parts differ in length, an id comes twice, or a number is not finite.
+    Raises StoreError: the parts differ in length, an id comes twice, or a number is not finite.
     """
 
     ids: tuple[str, ...]
@@ -233,11 +221,11 @@ class Embeddings:
 
     def save(self, path: Path) -> None:
         """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen, selected and mean_features, attributes model and salt."""
-        texts = {"slide_id": self.ids, "patient_id": self.patients, "seen": sorted(self.seen), "selected": sorted(self.selected)}
+        texts = (self.ids, self.patients, sorted(self.seen), sorted(self.selected))
         with hdf5_file(path) as file:
             folder = self.model_folder and os.path.relpath(Path(self.model_folder).resolve(), Path(path).resolve().parent)
             file.attrs.update(version=VERSION, model=self.model, model_folder=folder, salt=self.salt)
-            for name, values in texts.items():  # datasets: attributes end at 64 KB
+            for name, values in zip(_TEXTS, texts):  # datasets: attributes end at 64 KB
                 file.create_dataset(name, data=list(values), dtype=h5py.string_dtype())
             file["features"] = self.vectors
             if self.mean is not None:
@@ -247,8 +235,7 @@ class Embeddings:
     def load(cls, path: Path) -> "Embeddings":
         """Read `embeddings.h5`, or the one in a folder.
 
-        Raises:
-            StoreError: no such file, not HDF5, a dataset is absent, or the contents contradict each other.
+        Raises StoreError: no such file, not HDF5, a dataset is absent, or the contents contradict each other.
         """
         path = Path(path)
         path = path / "embeddings.h5" if path.is_dir() else path
@@ -258,10 +245,7 @@ class Embeddings:
             with h5py.File(path, "r") as file:
                 if file.attrs.get("version", 0) > VERSION:
                     raise StoreError(f"{path}: version {file.attrs['version']}, newer than this dreslcl reads ({VERSION})")
-                names = ("slide_id", "patient_id", "seen", "selected")
-                ids, patients, seen, selected = (
-                    tuple(file[name].asstr()[:].tolist()) if name in file or name != "selected" else () for name in names
-                )
+                ids, patients, seen, selected = (tuple(file[name].asstr()[:].tolist()) for name in _TEXTS)
                 vectors = file["features"][:].astype(np.float32)
                 mean = file["mean_features"][:].astype(np.float32) if "mean_features" in file else None
                 model, folder, salt = (str(file.attrs.get(name, "")) for name in ("model", "model_folder", "salt"))
@@ -286,8 +270,7 @@ class Embeddings:
 def write_vectors(out: Path, layout: Layout, embeddings: Embeddings) -> None:
     """Write one file per slide (or per patient, where ids are patients) as STAMP or Patho-Bench read them, and STAMP's slide table.
 
-    Raises:
-        TableError: an id (a patient's, from a table) that cannot name a file.
+    Raises TableError: an id (a patient's, from a table) that cannot name a file.
     """
     files, ids, patients = LAYOUTS[layout], embeddings.ids, embeddings.patients
     if files.vectors is None:
@@ -310,8 +293,7 @@ def patient_of(slide_id: str) -> str:
 def read_patients(path: Path) -> dict[str, str]:
     """Slide (`same_name`) -> patient, without the slides whose patient is missing.
 
-    Raises:
-        TableError: no columns slide_id and patient_id, or a slide with two patients.
+    Raises TableError: no columns slide_id and patient_id, or a slide with two patients.
     """
     return one_value(path, _known(path, read_table(path, ["slide_id", "patient_id"])), "slide_id", "patient_id")
 
@@ -337,8 +319,7 @@ def read_reports(path: Path) -> list[Row]:
     Reads our table (slide_id and/or patient_id, report), TCGA_Reports.csv (patient_filename, text) and HistGen's JSON
     ({split: [{id, report}]}; the split counts as a column).
 
-    Raises:
-        TableError: none of the three, no report in it, or a slide with two patients or two reports.
+    Raises TableError: none of the three, no report in it, or a slide with two patients or two reports.
     """
     rows = report_rows(path)
     columns = set(rows[0]) if rows else set()
@@ -365,8 +346,7 @@ def _known(path: Path, rows: Sequence[Row]) -> list[Row]:
 def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
     """Report vectors (n, E) float32 by slide or patient id, from HDF5 (one dataset per id) or npz.
 
-    Raises:
-        TableError: cannot be read, an array is neither (E,) nor (n, E), widths differ, or a value is not finite.
+    Raises TableError: cannot be read, an array is neither (E,) nor (n, E), widths differ, or a value is not finite.
     """
     path = Path(path)
     try:

@@ -123,8 +123,7 @@ def draw_heatmaps(
 def class_targets(embedded: Embeddings, labels: Path, column: str) -> Mapping[str, Target]:
     """For each slide the direction of its class in a linear probe that is fitted on all that have a label.
 
-    Raises:
-        TableError: no such column, ids that do not match, or fewer than two classes.
+    Raises TableError: no such column, ids that do not match, or fewer than two classes.
     """
     slides = labelled(join_labels({"embedding": embedded}, read_table(labels), [column], labels.name), column)
     probe = fit_probe(slides.features["embedding"], slides.y, slides.patients)

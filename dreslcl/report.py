@@ -131,7 +131,7 @@ def overview(outcome: Outcome) -> Figure:
     metrics = ["auroc"] if outcome.probabilities else [f"recall@{k}" for k in CUTS]
     rows = [(probe, metric) for probe in outcome.scores["embedding"] for metric in metrics]
     names = [probe if outcome.probabilities else f"{probe}, {metric[6:]}" for probe, metric in rows]
-    shown = [name for name in STYLE if name in outcome.scores]
+    shown = [name for name in (*STYLE, "both") if name in outcome.scores]
     ax = _axes(_short(outcome.slides.column, 60), "AUROC" if outcome.probabilities else "recall", "", (6.4, 1.5 + 0.45 * len(rows)))
     for n, (probe, metric) in enumerate(rows):
         for i, name in enumerate(name for name in shown if probe in outcome.scores[name]):
@@ -296,8 +296,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
 class Journal:
     """The log of one run, on the rank that writes. Nothing is written before the first epoch's end.
 
-    Raises:
-        ConfigError: TensorBoard events are asked for where the package is not there.
+    Raises ConfigError: TensorBoard events are asked for where the package is not there.
     """
 
     def __init__(self, out: Path, tensorboard: bool = False):
@@ -327,29 +326,24 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
 
     Looks at up to ATLAS_ROWS rows, as many of each slide in the bank.
     """
-    rng = np.random.default_rng(seed)
-    member_of = {m.slide_id: i for i, m in enumerate(cohort.members)}
+    rng, member_of, found = np.random.default_rng(seed), {m.slide_id: i for i, m in enumerate(cohort.members)}, []
     per_slide = max(1, ATLAS_ROWS // len(bank.slides))
-    found: list[list[tuple[int, float, int, int]]] = [[] for _ in words]  # (place within its slide, distance, member, tile)
-    counts = np.zeros(len(words), np.int64)
     for slide in bank.slides:
         tiles = np.sort(rng.choice(bank.tiles(slide), min(per_slide, bank.tiles(slide)), replace=False))
         rows, codes = bank.read(slide, tiles)
-        distance = ((rows.astype(np.float32) - words[codes]) ** 2).sum(1)
-        counts += np.bincount(codes, minlength=len(words))
-        for k in np.unique(codes):
-            own = np.flatnonzero(codes == k)
-            best = own[np.argsort(distance[own])[:ATLAS_TILES]]
-            found[k] += [(place, float(distance[i]), member_of[slide], int(tiles[i])) for place, i in enumerate(best)]
-    pictures = []
-    for k in np.argsort(-counts, kind="stable"):
-        nearest = sorted(found[k])[:ATLAS_TILES]  # each slide's nearest before any slide's second
-        if nearest:
-            shown = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
-            empty = [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
-            strip = np.concatenate([*shown, *empty], axis=1)
-            picture = Image.fromarray(strip).resize((round(96 * strip.shape[1] / strip.shape[0]), 96))
-            pictures.append(Picture(picture, f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
+        found.append((codes, ((rows.astype(np.float32) - words[codes]) ** 2).sum(1), np.full(len(tiles), member_of[slide]), tiles))
+    code, distance, member, tile = map(np.concatenate, zip(*found))
+    counts, pictures = np.bincount(code, minlength=len(words)), []
+    for k in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
+        own = np.flatnonzero(code == k)
+        own = own[np.argsort(distance[own])]
+        first = np.sort(np.unique(member[own], return_index=True)[1])  # each slide's nearest before any slide's second
+        nearest = np.r_[own[first], np.delete(own, first)][:ATLAS_TILES]
+        shown = [np.pad(reader.read(int(member[i]), tile[[i]])[0], GAP, constant_values=255) for i in nearest]
+        shown += [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
+        strip = np.concatenate(shown, axis=1)
+        picture = Image.fromarray(strip).resize((round(96 * strip.shape[1] / strip.shape[0]), 96))
+        pictures.append(Picture(picture, f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
     return pictures
 
 
