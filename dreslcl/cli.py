@@ -370,7 +370,8 @@ def demo(
         rows += [dict(zip(header, row)) for row in found]
     shown = ["label", "features", "AUROC", "macro-F1", "balanced accuracy"]
     print("These data are synthetic: drawn tissue, made-up reports. The figures say that the path works, nothing about medicine.")
-    print("embedding: trained slide vectors; mean-pool: trained tile features; compared: mean of the untrained encoder's tile features")
+    print("embedding: trained slide vectors; mean-pool: mean of the trained tile features; both: their probes together; ", end="")
+    print("compared: mean of the untrained encoder's tile features")
     print_table(["task", *shown[1:]], [[row[name] for name in shown] for row in rows if row["probe"] == "linear"])
     print(f"report: {out / 'eval' / 'subtype' / 'report.html'}")
 

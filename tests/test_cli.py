@@ -93,14 +93,11 @@ VECTORS = f"-q pretrain {BAGS} --out FOLDER/o --report-embeddings FOLDER/vectors
         ("eval FOLDER --task retrieval --out FOLDER/o", 2, ["--reports TABLE or --report-embeddings FILE"]),
         (f"{TRAIN}/bad.csv", 1, ["TableError", "bad.csv: needs columns report", "there are slide_id, text"]),
         (f"pretrain {BAGS} --out FOLDER/o", 2, ["--reports TABLE"]),
-        (f"{TRAIN}/reports.csv --text tower --encoder ViT-S-61", 1, ["near names: ViT-S-16"]),
         (f"{VECTORS} --aggregator mean", 2, ["no aggregator 'mean'", "residual, attention, mean-mlp"]),
         (f"{TRAIN}/reports.csv --exclude split=test", 1, ["no column 'split'"]),
         ("encoders ViT-S-61", 1, ["near names: ViT-S-16"]),
         ("embed FOLDER --out FOLDER/o", 1, ["slides.csv"]),
-        (f"embed {BAGS} --model FOLDER --out FOLDER/o", 1, ["not a whole dreslcl model folder"]),
         (f"embed {BAGS} --tile-features --out FOLDER/o", 2, ["already in files"]),
-        (f"embed {BAGS} --layout clam --out FOLDER/o", 2, ["add --tile-features"]),
     ],
 )
 def test_a_mistake_ends_in_one_line_that_says_what_to_do(dreslcl, tmp_path, features, words, code, said):

@@ -102,12 +102,11 @@ def test_each_slide_is_mapped_for_its_own_class_or_else_the_predicted_one(embedd
 
 def test_maps_need_pixels_one_score_a_model_and_slides_in_common(embedded, tmp_path):
     cohort, out, result = embedded
-    for error, given, message in (
-        (ConfigError, (replace(cohort, work=None), result), "the folder that `dreslcl tile` wrote"),
-        (ModelError, (cohort, replace(result, model_folder="")), "embed with --model"),
-        (ConfigError, (cohort, replace(result, ids=tuple("abcdefgh"))), "none of the 8 tiled slides is in the embeddings"),
+    for error, members, vectors, options, message in (
+        (ConfigError, replace(cohort, work=None), result, {}, "the folder that `dreslcl tile` wrote"),
+        (ModelError, cohort, replace(result, model_folder=""), {}, "embed with --model"),
+        (ConfigError, cohort, replace(result, ids=tuple("abcdefgh")), {}, "none of the 8 tiled slides is in the embeddings"),
+        (ConfigError, cohort, result, {"text": "x", "labels": tmp_path / "l.csv"}, "a map shows one score"),
     ):
         with pytest.raises(error, match=message):
-            draw_heatmaps(*given, out)
-    with pytest.raises(ConfigError, match="a map shows one score"):
-        draw_heatmaps(cohort, result, out, text="x", labels=tmp_path / "l.csv")
+            draw_heatmaps(members, vectors, out, **options)
