@@ -182,10 +182,7 @@ def updated(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """The settings in each table of a TOML file, of [tile], [encoder], [model], [train] and [eval]; empty where a table is absent.
-
-    Raises ConfigError: not TOML, an unknown table or setting, or a value of the wrong type.
-    """
+    """Table -> its settings in a TOML file, {} if absent. Raises ConfigError: not TOML, an unknown table or setting, a wrong type."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

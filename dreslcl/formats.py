@@ -157,10 +157,7 @@ def _stored(path: Path, read: Callable[[Any], Any], *, mmap: bool = False) -> An
 
 
 def tile_files(out: Path, layout: Layout, slide: str) -> list[Path]:
-    """The files in which `write_tiles` puts a slide's tile features, the h5 file last.
-
-    Raises ConfigError: the tool has no files of tile features.
-    """
+    """The files in which `write_tiles` puts a slide's tile features, the h5 last. Raises ConfigError: the tool reads none."""
     files = LAYOUTS[layout]
     if files.tiles is None:
         raise ConfigError(f"{layout} reads no tile features of its own; use --layout trident with --tile-features")
@@ -190,10 +187,7 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One vector per slide (or per patient, where slides were averaged), in the order of `ids`.
-
-    Raises StoreError: the parts differ in length, an id comes twice, or a number is not finite.
-    """
+    """One vector per slide or patient, ordered as `ids`. Raises StoreError: lengths differ, an id comes twice, a value is not finite."""
 
     ids: tuple[str, ...]
     patients: tuple[str, ...]  # of each slide; "" where unknown
@@ -233,10 +227,7 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: Path) -> "Embeddings":
-        """Read `embeddings.h5`, or the one in a folder.
-
-        Raises StoreError: no such file, not HDF5, a dataset is absent, or the contents contradict each other.
-        """
+        """Read `embeddings.h5`, or the one in a folder. Raises StoreError: none there, not HDF5, a dataset absent, or contradictions."""
         path = Path(path)
         path = path / "embeddings.h5" if path.is_dir() else path
         if not path.is_file():
@@ -291,10 +282,7 @@ def patient_of(slide_id: str) -> str:
 
 
 def read_patients(path: Path) -> dict[str, str]:
-    """Slide (`same_name`) -> patient, without the slides whose patient is missing.
-
-    Raises TableError: no columns slide_id and patient_id, or a slide with two patients.
-    """
+    """Slide (`same_name`) -> patient, where known. Raises TableError: no slide_id and patient_id, or a slide with two patients."""
     return one_value(path, _known(path, read_table(path, ["slide_id", "patient_id"])), "slide_id", "patient_id")
 
 

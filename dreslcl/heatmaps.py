@@ -121,10 +121,7 @@ def draw_heatmaps(
 
 
 def class_targets(embedded: Embeddings, labels: Path, column: str) -> Mapping[str, Target]:
-    """For each slide the direction of its class in a linear probe that is fitted on all that have a label.
-
-    Raises TableError: no such column, ids that do not match, or fewer than two classes.
-    """
+    """Slide -> direction of its class in a probe fitted on all labels. Raises TableError: no such column or ids, or not two classes."""
     slides = labelled(join_labels({"embedding": embedded}, read_table(labels), [column], labels.name), column)
     probe = fit_probe(slides.features["embedding"], slides.y, slides.patients)
     slopes = probe[-1].coef_ / probe[0].scale_

@@ -294,10 +294,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
 
 
 class Journal:
-    """The log of one run, on the rank that writes. Nothing is written before the first epoch's end.
-
-    Raises ConfigError: TensorBoard events are asked for where the package is not there.
-    """
+    """The log of one run, on the rank that writes, from the first epoch's end. Raises ConfigError: TensorBoard is not installed."""
 
     def __init__(self, out: Path, tensorboard: bool = False):
         if tensorboard and not find_spec("tensorboard"):
