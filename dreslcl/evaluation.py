@@ -508,10 +508,9 @@ def prompt_vectors(prompts: Path | None, embeddings: Embeddings) -> dict[str, Fl
     try:
         table = (json.loads if prompts.suffix.lower() == ".json" else tomllib.loads)(read_text(prompts))
         lists = {name: [value] if isinstance(value, str) else value for name, value in table.items()}
-        good = lists and all(isinstance(of, list) and of and all(isinstance(text, str) for text in of) for of in lists.values())
+        if not lists or not all(isinstance(of, list) and of and all(isinstance(text, str) for text in of) for of in lists.values()):
+            raise ValueError("each class needs its prompts")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{prompts}: neither JSON nor TOML that holds class = [prompt, ...] ({error})") from error
-    if not good:
-        raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
     model = load_model(embeddings)
-    return {name: model.embed_text(list(texts)) for name, texts in lists.items()}
+    return {name: model.embed_text(texts) for name, texts in lists.items()}

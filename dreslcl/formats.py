@@ -37,7 +37,7 @@ class _Files(NamedTuple):
     vectors: str | None  # h5 files of a slide's, or a patient's, vector
     name: str
     dtype: type
-    corners: type  # level-0 pixels, or µm where they are fractions
+    corners: type
 
 
 LAYOUTS: dict[Layout, _Files] = {
@@ -173,10 +173,9 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
         memory = io.BytesIO()
         torch.save(torch.from_numpy(features), memory)
         write_bytes(file, memory.getbuffer())
-    micrometres = np.issubdtype(files.corners, np.floating)
     with hdf5_file(path) as file:
         file[files.name] = features.astype(files.dtype)
-        file["coords"] = (grid.xy * (grid.mpp_level0 if micrometres else 1)).astype(files.corners)
+        file["coords"] = (grid.xy * (grid.mpp_level0 if layout == "stamp" else 1)).astype(files.corners)  # µm, or level-0 pixels
         if layout == "stamp":
             file.attrs.update(extractor=encoder, unit="um", tile_size_um=grid.size * grid.mpp, tile_size_px=grid.size)
             file.attrs.update(feat_type="tile", code_hash=f"dreslcl {__version__}")  # no stamp_version: STAMP refuses newer ones

@@ -190,16 +190,16 @@ def test_the_mean_over_folds_is_that_of_each_folds_own_auroc():
 
 def test_permuted_labels_give_an_auroc_of_one_half_within_the_interval():
     embeddings, rows = cohort(patients=120, slides=1)
-    labels = np.random.default_rng(4).permutation([row["subtype"] for row in rows])
-    permuted = [row | {"subtype": str(label)} for row, label in zip(rows, labels)]
+    labels = np.random.default_rng(4).permutation([row["subtype"] for row in rows]).tolist()
+    permuted = [row | {"subtype": label} for row, label in zip(rows, labels)]
     score = run(embeddings, permuted, config=EvalConfig(bootstrap=200)).outcomes[0].scores["embedding"]["linear"]["auroc"]
     assert score.low < 0.5 < score.high
 
 
 def test_comparing_an_embedding_with_itself_gives_no_difference_and_slides_of_one_alone_are_left_out():
     embeddings, rows = cohort(patients=24)
-    outcome = run((embeddings, embeddings), rows).outcomes[0]
-    assert all(tuple(score) == (0, 0, 0) for score in outcome.differences["compared"]["linear"].values())
+    differences = run((embeddings, embeddings), rows).outcomes[0].differences["compared"]["linear"]
+    assert all(tuple(score) == (0, 0, 0) for score in differences.values())
     fewer = Embeddings(embeddings.ids[:-2], embeddings.patients[:-2], embeddings.vectors[:-2])
     result = run((embeddings, fewer), rows)
     assert result.outcomes[0].counts["slides"] == 46
@@ -251,10 +251,8 @@ def test_one_class_is_set_against_the_rest_when_told():
 
 def test_several_genes_in_one_call_each_count_their_positives_and_skip_unlabelled_slides():
     embeddings, rows = cohort(30, ("0", "1"))
-    genes = [
-        {**row, "TP53": row["subtype"], "EGFR": ("", "n/a", "Unknown")[i % 3] if i < 10 else str(i // 2 % 3 // 2)}
-        for i, row in enumerate(rows)
-    ]
+    egfr = [("", "n/a", "Unknown")[i % 3] if i < 10 else str(i // 2 % 3 // 2) for i in range(60)]
+    genes = [{**row, "TP53": row["subtype"], "EGFR": state} for row, state in zip(rows, egfr)]
     result = run(embeddings, genes, "mutation", columns=["TP53", "EGFR"])
     first, second = result.outcomes
     assert (first.slides.column, first.counts["classes"]["1"]["slides"]) == ("TP53", 30)
@@ -509,8 +507,7 @@ def test_rows_of_one_slide_are_joined_where_they_agree_and_both_named_where_they
 
 
 def test_too_many_shots_are_left_out_with_a_warning():
-    embeddings, rows = cohort(20)
-    result = run(embeddings, rows, config=EvalConfig(folds=2, bootstrap=20, shots=(1, 25)))
+    result = run(*cohort(20), config=EvalConfig(folds=2, bootstrap=20, shots=(1, 25)))
     assert "25-shot" not in result.outcomes[0].scores["embedding"]
     assert any("25 shots are left out: a training part has 5 patients of class" in text for text in result.warnings)
 
