@@ -17,19 +17,7 @@ import typer
 
 from . import __version__
 from .common import ConfigError, DreslclError, hold, rank_and_world
-from .config import (
-    PRESETS,
-    TABLES,
-    EncoderConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    TileConfig,
-    TrainConfig,
-    knob_help,
-    read_knobs,
-    updated,
-)
+from .config import PRESETS, TABLES, EncoderConfig, EvalConfig, RunConfig, TileConfig, TrainConfig, read_settings, updated
 
 app = typer.Typer(
     help="Learn slide representations from whole-slide images and their pathology reports (DRE-SLCL, arXiv 2511.05034).",
@@ -41,21 +29,14 @@ app = typer.Typer(
 log = logging.getLogger(__name__)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
-_FLAGS = {("EncoderConfig", "name"): "encoder"}  # a knob whose flag says more than its field
-_PANELS = {
-    "TileConfig": "Tiles",
-    "EncoderConfig": "Encoder",
-    "ModelConfig": "Aggregator",
-    "TrainConfig": "Training",
-    "EvalConfig": "Protocol",
-}
-
-_INPUTS, _RUNNING = "More inputs", "Running"
-_STOPPED = "stopped; what is done is kept: run the same command again to go on"
-_STOPPED_IN = {
+_PANELS = {"tile": "Tiles", "encoder": "Encoder", "model": "Aggregator", "train": "Training", "eval": "Protocol"}
+_FLAGS = {("encoder", "name"): "encoder"}  # a setting whose flag says more than its field
+_STOPPED = {
     "pretrain": "stopped; whole epochs are kept: run the same command again to go on",
     "demo": "stopped; delete the folder of --out, or choose another, and run it again",
 }
+
+Settings = dict[str, dict[str, Any]]  # table of config.py -> what the file and the flags set in it
 
 
 def option(text: str, *names: str, panel: str | None = None, **rest: Any) -> Any:
@@ -63,67 +44,66 @@ def option(text: str, *names: str, panel: str | None = None, **rest: Any) -> Any
     return typer.Option(*names, help=text, rich_help_panel=panel, **rest)
 
 
+existing = functools.partial(option, exists=True)  # a file or folder that must be there
+given = functools.partial(existing, panel="More inputs")
+running = functools.partial(option, panel="Running")
+
 Out = Annotated[Path, option("Folder for the results.", "--out", "-o", file_okay=False)]
-Workers = Annotated[int, option("Threads that read; 0: one per CPU, at most 8.", panel=_RUNNING, min=0)]
-FeatureFolder = Annotated[
+Work = Annotated[Path | None, typer.Argument(help="Folder that `dreslcl tile` wrote; or use --features.")]
+Features = Annotated[
     Path | None,
-    option(
-        "Folder of tile features made elsewhere (TRIDENT, CLAM or STAMP layout), in place of pixels.",
-        "--features",
-        panel=_INPUTS,
-        exists=True,
-        file_okay=False,
-    ),
+    given("Folder of tile features made elsewhere (TRIDENT, CLAM or STAMP layout), in place of pixels.", "--features", file_okay=False),
 ]
-Patients = Annotated[
-    Path | None, option("Table slide_id, patient_id; default: TCGA barcodes, else the slide itself.", panel=_INPUTS, exists=True)
-]
+Patients = Annotated[Path | None, given("Table slide_id, patient_id; default: TCGA barcodes, else the slide itself.")]
 
 
-def command(*configs: type, panel: str, only: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose flags are its own parameters and the settings of `configs`; user errors end in one line.
+def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose flags are its own parameters and the settings of some tables; user errors end in one line.
 
-    The function's parameter `knobs` receives the settings given in a file or on the command line, by configuration class and name.
+    The function's parameter `settings` receives those that a file or the command line sets.
 
     Args:
         only: names of the settings to offer; all without.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(function).parameters.values() if p.name != "knobs"]
         hints = get_type_hints(function, include_extras=True)
+        own = [p for name, p in inspect.signature(function).parameters.items() if name != "settings"]
         parameters = [p.replace(annotation=hints[p.name]) for p in own]
-        owner: dict[str, tuple[type, str]] = {}
-        for config in configs:
-            types: dict[str, Any] = get_type_hints(config)
-            help_of = knob_help(config)
-            for knob in (f for f in fields(config) if not only or f.name in only.split()):
-                flag = _FLAGS.get((config.__name__, knob.name), knob.name)
-                owner[flag] = (config, knob.name)
-                text, kind, default = help_of[knob.name], types[knob.name], knob.default
-                if isinstance(default, tuple):
-                    text, kind, default = f"{text} Give it again for each.", list[int], list(default)
-                parameters.append(_keyword(flag, kind, default, option(text, panel=_PANELS[config.__name__])))
-        if configs and not only:
-            tables = ", ".join(name for name, config in TABLES.items() if config in configs)
-            text = f"TOML file of knobs, tables {tables}; flags override it."
-            parameters.append(_keyword("config", Path | None, None, option(text, panel=_RUNNING, exists=True)))
+        place: dict[str, tuple[str, str]] = {}  # flag -> table and name of its setting
+
+        def add(flag: str, kind: Any, default: Any, how: Any) -> None:
+            parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how]))
+
+        for part in tables:
+            kinds: dict[str, Any] = get_type_hints(TABLES[part])
+            for one in (one for one in fields(TABLES[part]) if not only or one.name in only.split()):
+                flag, text = _FLAGS.get((part, one.name), one.name), one.metadata["help"]
+                place[flag] = (part, one.name)
+                if isinstance(one.default, tuple):
+                    add(flag, list[int], list(one.default), option(f"{text} Give it again for each.", panel=_PANELS[part]))
+                else:
+                    add(flag, kinds[one.name], one.default, option(text, panel=_PANELS[part]))
+        if tables and not only:
+            text = f"TOML file of settings, tables {', '.join(tables)}; flags override it."
+            add("config", Path | None, None, running(text, exists=True))
 
         @functools.wraps(function)
-        def run(ctx: Any, **given: Any) -> None:
-            file = given.pop("config", None)
+        def run(ctx: Any, **values: Any) -> None:
+            file = values.pop("config", None)
             try:
-                knobs = read_knobs(file) if file else {config: {} for config in configs}
-                for flag, (config, name) in owner.items():
-                    value = given.pop(flag)
+                settings = read_settings(file) if file else {part: {} for part in tables}
+                for flag, (part, name) in place.items():
+                    value = values.pop(flag)
                     if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
-                        knobs[config][name] = tuple(value) if isinstance(value, list) else value
-                function(**given, **({"knobs": knobs} if configs else {}))
+                        settings[part][name] = tuple(value) if isinstance(value, list) else value
+                function(**values, **({"settings": {part: settings[part] for part in tables}} if tables else {}))
             except DreslclError as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
                 raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
             except KeyboardInterrupt as error:
-                print(f"\n{_STOPPED_IN.get(function.__name__, _STOPPED)}", file=sys.stderr)
+                kept = "stopped; what is done is kept: run the same command again to go on"
+                print(f"\n{_STOPPED.get(function.__name__, kept)}", file=sys.stderr)
                 raise typer.Exit(130) from error
 
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -135,10 +115,6 @@ def command(*configs: type, panel: str, only: str = "") -> Callable[[Callable[..
     return register
 
 
-def _keyword(name: str, kind: Any, default: Any, how: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
-
-
 class _Stderr(logging.Handler):
     """Prints to sys.stderr as it is at the moment: a progress bar puts itself in its place, so that lines go above it."""
 
@@ -146,13 +122,18 @@ class _Stderr(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
+def _version(on: bool) -> bool:
+    if on:
+        print(f"dreslcl {__version__}")
+        raise typer.Exit
+    return on
+
+
 @app.callback()
 def _common(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda on: _version(on))
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debugging messages too.")] = False,
+    version: Annotated[bool, option("Print the version and exit.", "--version", is_eager=True, callback=_version)] = False,
+    quiet: Annotated[bool, option("Only warnings and errors on stderr.", "--quiet", "-q")] = False,
+    verbose: Annotated[bool, option("Debugging messages too.", "--verbose", "-v")] = False,
 ) -> None:
     logging.basicConfig(handlers=[_Stderr()], format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged scan is told in one line of our own
@@ -160,13 +141,6 @@ def _common(
     logging.getLogger("dreslcl").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logging.captureWarnings(True)  # what libraries warn of is for us to mend, not for the user
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
-
-
-def _version(on: bool) -> bool:
-    if on:
-        print(f"dreslcl {__version__}")
-        raise typer.Exit
-    return on
 
 
 def say(line: str) -> None:
@@ -178,8 +152,7 @@ def say(line: str) -> None:
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """A table on stdout: rich on a terminal, tab-separated text elsewhere."""
     if not sys.stdout.isatty():
-        for row in [header, *rows]:
-            print("\t".join(row))
+        print("\n".join("\t".join(row) for row in [header, *rows]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -190,58 +163,37 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-@command(TileConfig, panel="Steps")
+@command("tile", panel="Steps")
 def tile(
     slides: Annotated[Path, typer.Argument(help="Scan, or folder of scans (searched with its subfolders).", exists=True)],
     *,
     out: Out,
-    knobs: dict[type, dict[str, Any]],
+    settings: Settings,
     pack: Annotated[bool, option("Also write each slide's tiles as one BigTIFF, for slow network disks.", "--pack")] = False,
     overrides: Annotated[
-        Path | None,
-        option(
-            "Table slide_id and any of mpp (of level 0), threshold, min_tissue, max_tiles, drop_pen, min_sharpness.",
-            panel=_INPUTS,
-            exists=True,
-        ),
+        Path | None, given("Table slide_id and any of mpp (of level 0), threshold, min_tissue, max_tiles, drop_pen, min_sharpness.")
     ] = None,
-    tissue_geojson: Annotated[
-        Path | None, option("Folder of QuPath annotations <slide_id>.geojson, in place of our mask.", panel=_INPUTS, exists=True)
-    ] = None,
-    coords: Annotated[
-        Path | None, option("Folder of coordinates that TRIDENT or CLAM wrote, in place of our grid.", panel=_INPUTS, exists=True)
-    ] = None,
-    workers: Workers = 0,
-    shard: Annotated[
-        str | None, option("I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.", panel=_RUNNING)
-    ] = None,
-    check: Annotated[
-        Literal["sample", "full"] | None,
-        option("Decode a sample of each scan's stored tiles, or all: finds damage.", panel=_RUNNING),
-    ] = None,
-    dry_run: Annotated[bool, option("Print what is there and would be done; write nothing.", "--dry-run", panel=_RUNNING)] = False,
+    tissue_geojson: Annotated[Path | None, given("Folder of QuPath annotations <slide_id>.geojson, in place of our mask.")] = None,
+    coords: Annotated[Path | None, given("Folder of coordinates that TRIDENT or CLAM wrote, in place of our grid.")] = None,
+    workers: Annotated[int, running("Threads that read; 0: one per CPU, at most 8.", min=0)] = 0,
+    shard: Annotated[str | None, running("I/N: do every N-th slide from the I-th (I from 0); default: as torchrun says.")] = None,
+    check: Annotated[Literal["sample", "full"] | None, running("Decode a sample of the scan's stored tiles, or all: finds damage.")] = None,
+    dry_run: Annotated[bool, running("Print what is there and would be done; write nothing.", "--dry-run")] = False,
 ) -> None:
     """Find the tissue tiles of each scan: grids, overlays and slides.csv."""
     from .tiles import Given, tile_slides
 
-    rows = tile_slides(
-        slides,
-        out,
-        TileConfig(**knobs[TileConfig]),
-        given=Given(overrides, tissue_geojson, coords),
-        workers=workers,
-        shard=_shard(shard),
-        write="nothing" if dry_run else "packs" if pack else "grids",
-        check=check or "",
-    )
+    inputs, config = Given(overrides, tissue_geojson, coords), TileConfig(**settings["tile"])
+    how = {"shard": _shard(shard), "write": "nothing" if dry_run else "packs" if pack else "grids", "check": check or ""}
+    rows = tile_slides(slides, out, config, given=inputs, workers=workers, **how)
     if dry_run:
         shown = "slide_id status width height levels regions mpp mpp_source tiles warning error".split()
         print_table(shown, [[str(row.get(c, "")) for c in shown] for row in rows])
-    counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "empty", "error")}
+    ok, empty, failed = (sum(row["status"] == status for row in rows) for status in ("ok", "empty", "error"))
     total = sum(int(row["tiles"] or 0) for row in rows)
-    print(f"{len(rows)} slides: {counts['ok']} ok with {total:,} tiles, {counts['empty']} empty, {counts['error']} failed")
-    if counts["error"]:
-        raise DreslclError(f"{counts['error']} of {len(rows)} slides failed; their rows in {out / 'slides.csv'} say why")
+    print(f"{len(rows)} slides: {ok} ok with {total:,} tiles, {empty} empty, {failed} failed")
+    if failed:
+        raise DreslclError(f"{failed} of {len(rows)} slides failed; their rows in {out / 'slides.csv'} say why")
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -253,45 +205,31 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     return int(index), int(count)
 
 
-@command(EncoderConfig, ModelConfig, TrainConfig, panel="Steps")
+@command("encoder", "model", "train", panel="Steps")
 def pretrain(
-    work: Annotated[Path | None, typer.Argument(help="Folder that `dreslcl tile` wrote; or use --features.")] = None,
+    work: Work = None,
     *,
-    reports: Annotated[
-        Path | None,
-        option("Table slide_id and/or patient_id, report (CSV, TSV); TCGA_Reports.csv; or HistGen JSON.", exists=True),
-    ] = None,
+    reports: Annotated[Path | None, existing("Table slide_id or patient_id, report (CSV, TSV); TCGA_Reports.csv; HistGen JSON.")] = None,
     out: Out,
-    knobs: dict[type, dict[str, Any]],
-    exclude: Annotated[
-        str | None, option("Keep slides out of pretraining: a file of slide or patient ids, or column=value of the reports table.")
-    ] = None,
-    held_out: Annotated[
-        str | None,
-        option("Slides, given like --exclude, for retrieval after each epoch; the best epoch's model is kept."),
-    ] = None,
-    preset: Annotated[
-        Literal["paper", "tiny", "clip-b32"] | None, option("Start from known settings; --config and flags override them.")
-    ] = None,
-    features: FeatureFolder = None,
-    report_embeddings: Annotated[
-        Path | None, option("HDF5 or npz of report vectors by slide or patient id, in place of texts.", panel=_INPUTS, exists=True)
-    ] = None,
+    settings: Settings,
+    exclude: Annotated[str | None, option("Slides to keep out: a file of slide or patient ids, or column=value of the reports.")] = None,
+    held_out: Annotated[str | None, option("Slides, given likewise, for retrieval after each epoch; the best epoch is kept.")] = None,
+    preset: Annotated[Literal["paper", "tiny", "clip-b32"] | None, option("Known settings; --config and flags override them.")] = None,
+    features: Features = None,
+    report_embeddings: Annotated[Path | None, given("HDF5 or npz of report vectors by slide or patient id, in place of texts.")] = None,
     patients: Patients = None,
-    tensorboard: Annotated[bool, option("Write TensorBoard events too.", "--tensorboard", panel=_RUNNING)] = False,
-    dry_run: Annotated[bool, option("Print the cohort and what the run takes; train nothing.", "--dry-run", panel=_RUNNING)] = False,
+    tensorboard: Annotated[bool, running("Write TensorBoard events too.", "--tensorboard")] = False,
+    dry_run: Annotated[bool, running("Print the cohort and what the run takes; train nothing.", "--dry-run")] = False,
 ) -> None:
     """Train tile encoder and aggregator against the reports; run again, it goes on after the last whole epoch."""
     from .trainer import pretrain as run
 
-    settings = PRESETS[preset] if preset else RunConfig()
-    settings = updated(settings, encoder=knobs[EncoderConfig], model=knobs[ModelConfig], train=knobs[TrainConfig])
-    cohort = _cohort(work, features, patients).with_reports(reports, report_embeddings)
-    cohort, _ = cohort.split(exclude, reports)
+    config = updated(PRESETS[preset] if preset else RunConfig(), **settings)
+    cohort, _ = _cohort(work, features, patients).with_reports(reports, report_embeddings).split(exclude, reports)
     cohort, validation = cohort.split(held_out, reports)
     for note in cohort.notes:
         log.info(note)
-    folder = run(cohort, out, settings, held_out=validation, dry_run=dry_run, tensorboard=tensorboard)
+    folder = run(cohort, out, config, held_out=validation, dry_run=dry_run, tensorboard=tensorboard)
     if not dry_run:
         say(f"model: {folder}")
 
@@ -309,41 +247,29 @@ def _cohort(work: Path | None, features: Path | None, patients: Path | None, *, 
     return Cohort.of_features(find_features(features, unreadable if skip else None), patients=patients, unreadable=unreadable)
 
 
-@command(TrainConfig, panel="Steps", only="tile_batch precision workers")
+@command("train", panel="Steps", only="tile_batch precision workers")
 def embed(
-    work: Annotated[Path | None, typer.Argument(help="Folder that `dreslcl tile` wrote; or use --features.")] = None,
+    work: Work = None,
     *,
-    model: Annotated[
-        Path | None, option("RUN/model of a pretraining. Without it a slide is the mean of its tile features.", exists=True)
-    ] = None,
+    model: Annotated[Path | None, existing("RUN/model of a pretraining. Without it a slide is the mean of its tile features.")] = None,
     out: Out,
-    knobs: dict[type, dict[str, Any]],
+    settings: Settings,
     by: Annotated[Literal["slide", "patient"], option("One vector per slide, or the mean of a patient's slides.")] = "slide",
     layout: Annotated[Literal["trident", "clam", "stamp", "patho-bench"], option("Also write files as this tool reads them.")] = "trident",
     tile_features: Annotated[bool, option("Also write each slide's tile features, in that layout.", "--tile-features")] = False,
-    features: FeatureFolder = None,
+    features: Features = None,
     patients: Patients = None,
-    encoder: Annotated[str, option("Without --model: the tile encoder, as in pretrain.", panel=_INPUTS)] = EncoderConfig.name,
-    pretrained: Annotated[
-        str | None, option("Without --model: OpenCLIP's tag of that encoder's weights, or a weights file.", panel=_INPUTS)
-    ] = None,
-    force: Annotated[bool, option("Embed slides again that are done.", "--force", panel=_RUNNING)] = False,
+    encoder: Annotated[str, given("Without --model: the tile encoder, as in pretrain.", exists=False)] = EncoderConfig.name,
+    pretrained: Annotated[str | None, given("Without --model: a tag of that encoder's weights, or a weights file.", exists=False)] = None,
+    force: Annotated[bool, running("Embed slides again that are done.", "--force")] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
     from .embedding import embed as run
 
     cohort = _cohort(work, features, patients, skip=True)
-    result = run(
-        cohort,
-        out,
-        model=model,
-        encoder=None if model else EncoderConfig(encoder, pretrained),
-        settings=TrainConfig(**knobs[TrainConfig]),
-        by=by,
-        layout=layout,
-        tile_features=tile_features,
-        force=force,
-    )
+    towers = None if model else EncoderConfig(encoder, pretrained)
+    files = {"by": by, "layout": layout, "tile_features": tile_features}
+    result = run(cohort, out, model=model, encoder=towers, settings=TrainConfig(**settings["train"]), force=force, **files)
     say(f"{len(result)} vectors of width {result.vectors.shape[1]}: {out / 'embeddings.h5'}")
     _raise_failed(result.failed, len(cohort) + len(cohort.unreadable))
 
@@ -353,55 +279,53 @@ def _raise_failed(failed: Any, total: int) -> None:
         raise DreslclError(f"{len(failed)} of {total} slides failed, the others are done; {slide}: {why}")
 
 
-@command(TrainConfig, panel="Steps", only="tile_batch precision workers")
+def _maps(embeddings: Path) -> Path:
+    """Where the heatmaps of embeddings are, unless told otherwise."""
+    return (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
+
+
+@command("train", panel="Steps", only="tile_batch precision workers")
 def heatmap(
     work: Annotated[Path, typer.Argument(help="Folder that `dreslcl tile` wrote.", exists=True, file_okay=False)],
     *,
-    embeddings: Annotated[Path, option("Folder that `dreslcl embed` wrote with a model: EMB.", exists=True)],
+    embeddings: Annotated[Path, existing("Folder that `dreslcl embed` wrote with a model: EMB.")],
     out: Annotated[Path | None, option("Folder; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)] = None,
-    knobs: dict[type, dict[str, Any]],
+    settings: Settings,
     text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.")] = None,
-    labels: Annotated[
-        Path | None, option("Or its contribution to the slide's class: table slide_id or patient_id, and label.", exists=True)
-    ] = None,
+    labels: Annotated[Path | None, existing("Or its contribution to the slide's class: table slide_id or patient_id, and label.")] = None,
     column: Annotated[str, option("Column of that table.")] = "subtype",
-    force: Annotated[bool, option("Draw maps again that are there.", "--force", panel=_RUNNING)] = False,
+    force: Annotated[bool, running("Draw maps again that are there.", "--force")] = False,
 ) -> None:
     """Draw over each slide which codeword its tiles are, and what each adds to a score; PNG and QuPath GeoJSON."""
     from .formats import Embeddings
     from .heatmaps import draw_heatmaps
 
-    embedded, cohort = Embeddings.load(embeddings), _cohort(work, None, None)
-    out = out or (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
-    settings = TrainConfig(**knobs[TrainConfig])
-    failed = draw_heatmaps(cohort, embedded, out, text=text, labels=labels, column=column, settings=settings, force=force)
+    embedded, cohort, out, config = Embeddings.load(embeddings), _cohort(work, None, None), out or _maps(embeddings), settings["train"]
+    score = {"text": text, "labels": labels, "column": column}
+    failed = draw_heatmaps(cohort, embedded, out, settings=TrainConfig(**config), force=force, **score)
     say(f"maps: {out}")
     _raise_failed(failed, len(cohort))
 
 
-@command(EvalConfig, panel="Steps")
+@command("eval", panel="Steps")
 def eval_(
     embeddings: Annotated[Path, typer.Argument(help="Folder (or embeddings.h5) that `dreslcl embed` wrote.", exists=True)],
     *,
-    labels: Annotated[Path | None, option("Table slide_id or patient_id, and label columns.", exists=True)] = None,
+    labels: Annotated[Path | None, existing("Table slide_id or patient_id, and label columns.")] = None,
     task: Annotated[Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"], option("What to measure.")],
     out: Out,
-    knobs: dict[type, dict[str, Any]],
+    settings: Settings,
     column: Annotated[list[str] | None, option("Label column; give it again for several genes. Default: the task's name.")] = None,
     positive: Annotated[str | None, option("Positive class, against all others.")] = None,
     split: Annotated[
         str | None,
         option("Column of the labels with train, val, test; or a Patho-Bench k=all.tsv. Default: folds by patient.", metavar="COLUMN|FILE"),
     ] = None,
-    compare: Annotated[Path | None, option("A second embedding: adds the paired difference.", exists=True)] = None,
+    compare: Annotated[Path | None, existing("A second embedding: adds the paired difference.")] = None,
     include_seen: Annotated[bool, option("Test on slides that pretraining saw too (optimistic).", "--include-seen")] = False,
-    reports: Annotated[
-        Path | None, option("Reports: those of pretraining for the leak scan; or what to retrieve.", panel=_INPUTS, exists=True)
-    ] = None,
-    report_embeddings: Annotated[
-        Path | None, option("Retrieval: report vectors, where pretraining used such.", panel=_INPUTS, exists=True)
-    ] = None,
-    prompts: Annotated[Path | None, option("Zeroshot: JSON or TOML, class -> list of prompts.", panel=_INPUTS, exists=True)] = None,
+    reports: Annotated[Path | None, given("Reports: those of pretraining for the leak scan; or what to retrieve.")] = None,
+    report_embeddings: Annotated[Path | None, given("Retrieval: report vectors, where pretraining used such.")] = None,
+    prompts: Annotated[Path | None, given("Zeroshot: JSON or TOML, class -> list of prompts.")] = None,
 ) -> None:
     """Measure slide embeddings: subtype, recognition, mutation, retrieval, zeroshot."""
     from .evaluation import evaluate
@@ -412,21 +336,13 @@ def eval_(
     if table is None:
         needed = "--reports TABLE or --report-embeddings FILE" if task == "retrieval" else "--labels TABLE"
         raise ConfigError(f"--task {task} needs {needed}")
-    first = Embeddings.load(embeddings)
-    result = evaluate(
-        (first, Embeddings.load(compare)) if compare else first,
-        table,
-        task,
-        columns=dict.fromkeys(column or ["subtype" if task == "zeroshot" else task], positive) if positive else column or (),
-        split=split,
-        texts=prompts if task == "zeroshot" else reports,
-        include_seen=include_seen,
-        config=EvalConfig(**knobs[EvalConfig]),
-    )
+    loaded = tuple(map(Embeddings.load, [embeddings, compare] if compare else [embeddings]))
+    columns = dict.fromkeys(column or ["subtype" if task == "zeroshot" else task], positive) if positive else column or ()
+    protocol = {"split": split, "include_seen": include_seen, "config": EvalConfig(**settings["eval"])}
+    result = evaluate(loaded, table, task, columns=columns, texts=prompts if task == "zeroshot" else reports, **protocol)
     with hold(out):
         result.save(out)
-        maps = (embeddings if embeddings.is_dir() else embeddings.parent) / "heatmaps"
-        pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((maps / kind).glob("*.png"))}
+        pictures = {path.stem: path for kind in ("codewords", "contributions") for path in sorted((_maps(embeddings) / kind).glob("*.png"))}
         evaluation_page(result, out / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]), pictures=pictures)
     for warning in result.warnings:
         log.warning("warning: %s", warning)
@@ -447,15 +363,17 @@ def demo(
     from .demo import run_demo
     from .report import evaluation_page
 
-    results = run_demo(out, slides=slides, seed=seed)
+    results, rows = run_demo(out, slides=slides, seed=seed), []
     for task, result in results.items():
-        evaluation_page(result, out / "eval" / task / "report.html", command=" ".join(["dreslcl", *sys.argv[1:]]))
-    header, rows = results["subtype"].table()
-    shown = [header.index(name) for name in ("AUROC", "macro-F1", "balanced accuracy")]
-    rows = [row for result in results.values() for row in result.table()[1] if row[header.index("probe")] == "linear"]
+        evaluation_page(result, out / "eval" / task / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]))
+        header, found = result.table()
+        rows += [dict(zip(header, row)) for row in found]
+    shown = ["label", "features", "AUROC", "macro-F1", "balanced accuracy"]
     print("These data are synthetic: drawn tissue, made-up reports. The figures say that the path works, nothing about medicine.")
-    print("embedding: trained slide vectors; mean-pool: trained tile features; compared: mean of the untrained encoder's tile features")
-    print_table(["task", "features", *(header[i] for i in shown)], [[*row[:2], *(row[i] for i in shown)] for row in rows])
+    print("The tile encoder starts from weights that tell tumour from other tissue in drawn slides of other seeds, and know no diagnosis.")
+    print("embedding: trained slide vectors; mean-pool: mean of the trained tile features; both: their probes together; ", end="")
+    print("compared: mean of the encoder's tile features before training")
+    print_table(["task", *shown[1:]], [[row[name] for name in shown] for row in rows if row["probe"] == "linear"])
     print(f"report: {out / 'eval' / 'subtype' / 'report.html'}")
 
 
@@ -466,17 +384,13 @@ def encoders(
     """List the encoders that --encoder takes: feature width, input edge (px), context (tokens), parameters."""
     from .encoder import describe_encoder, list_encoders
 
+    units = {"name": "encoder", "width": "width", "image_px": "input px", "tokens": "context tokens"}
+    units |= {"image_millions": "image 10⁶ parameters", "text_millions": "text 10⁶ parameters"} if names else {}
     rows = [describe_encoder(name, build=bool(names)) for name in names or list_encoders()]
-    units = {"width": "width", "image_px": "input px", "tokens": "context tokens"}
-    units |= {"image_millions": "image 10⁶ parameters", "text_millions": "text 10⁶ parameters"}
-    shown = {key: unit for key, unit in units.items() if key in rows[0]}
-    print_table(["encoder", *shown.values()], [[row["name"], *(_number(row[key]) for key in shown)] for row in rows])
+    shown = [[f"{x:,.1f}" if isinstance(x, float) else "?" if x is None else str(x) for x in map(row.get, units)] for row in rows]
+    print_table([*units.values()], shown)
     if not names:
         print("and hf-hub:ORG/NAME or local-dir:FOLDER", file=sys.stderr)
-
-
-def _number(value: int | float | None) -> str:
-    return "?" if value is None else str(value) if isinstance(value, int) else f"{value:,.1f}"
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from .trainer import pretrain
 
 log = logging.getLogger(__name__)
 
-TASKS = ("subtype", "recognition", "mutation")
 TILES = TileConfig(size=64, mpp=2.0)  # the structure of glands and sheets shows at 2 µm/px, and the tiny encoder takes 64 px
 SETTINGS = PRESETS["tiny"]
 FIELD = 256  # px, edge of one field of a slide
@@ -36,31 +35,25 @@ TUMOUR_MEAN = (52.0, 88.0)  # mean haematoxylin and eosin of every tumour sheet,
 
 Points = Float[np.ndarray, "N 2"]
 Map = Float[np.ndarray, "H W"]
+Pixels = UInt8[np.ndarray, "H W 3"]
+Pair = tuple[int, int]
 Real = int | float
 
 
 def write_scan(
-    path: Path,
-    image: UInt8[np.ndarray, "H W 3"],
-    *,
-    mpp: Real | None = 0.5,
-    tile: int | tuple[int, int] = 256,
-    levels: tuple[int, ...] = (4, 16),
-    compression: str | None = "jpeg",
-    quality: int = 85,
-    subsampling: tuple[int, int] = (2, 2),
+    path: Path, image: Pixels, *, mpp: Real | None = 0.5, tile: int | Pair = 256, levels: tuple = (4, 16), subsampling: Pair = (2, 2)
 ) -> None:
-    """Write a pyramidal BigTIFF laid out as an Aperio SVS: baseline, thumbnail in strips, one image per further level.
+    """Write a pyramidal BigTIFF laid out as an Aperio SVS, in JPEG: baseline, thumbnail in strips, one image per further level.
 
-    `tile` is the edge, or (width, height), of the stored tiles; `levels` are downsampling factors. `compression` is any
-    that tifffile knows (`quality` and `subsampling` are JPEG's). With `mpp` none, the description holds no resolution.
+    `tile` is the edge, or (width, height), of the stored tiles; `levels` are downsampling factors. With `mpp` none, the description
+    holds no resolution.
     """
     width, height = (tile, tile) if isinstance(tile, int) else tile
     h, w = image.shape[:2]
     facts = "" if mpp is None else f"|AppMag = {10 / mpp:g}|MPP = {mpp:g}"
-    description = f"Aperio Image Library v12.0.15 dreslcl synthetic\n{w}x{h} [0,0 {w}x{h}] ({width}x{height}) Q={quality}{facts}"
-    jpeg = {"compressionargs": {"level": quality}, "subsampling": subsampling} if compression == "jpeg" else {}
-    common: dict[str, Any] = {"photometric": "rgb", "compression": compression, "metadata": None, "description": description, **jpeg}
+    text = f"Aperio Image Library v12.0.15 dreslcl synthetic\n{w}x{h} [0,0 {w}x{h}] ({width}x{height}) Q=85{facts}"
+    common: dict[str, Any] = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 85}, "subsampling": subsampling}
+    common |= {"metadata": None, "description": text}
 
     def shrunk(factor: int) -> np.ndarray:
         size = max(1, w // factor), max(1, h // factor)
@@ -77,7 +70,8 @@ def write_scan(
 class _Canvas:
     """A sheet of tissue as two grey images that shapes are painted on: haematoxylin and eosin."""
 
-    def __init__(self, haematoxylin: Any, eosin: Map):
+    def __init__(self, rng: Generator, haematoxylin: Any, eosin: Map):
+        self.rng = rng
         self.images = [Image.fromarray(np.clip(m, 0, 255).astype(np.uint8)) for m in np.broadcast_arrays(haematoxylin, eosin)]
         self.draw = [ImageDraw.Draw(image) for image in self.images]
 
@@ -87,14 +81,15 @@ class _Canvas:
         self.draw[0].polygon(points, fill=int(haematoxylin))
         self.draw[1].polygon(points, fill=int(eosin), outline=None if edge is None else int(edge))
 
-    def nuclei(self, rng: Generator, outlines: Float[np.ndarray, "N V 2"], dark: Real = 150, pale: Real = 0) -> None:
-        """Paint nuclei; `pale` is how much lighter the inside is than the membrane (open chromatin, with a nucleolus)."""
-        for outline, shade in zip(outlines, rng.normal(dark, 0.12 * dark, len(outlines)).clip(40, 250)):
+    def nuclei(self, centres: Points, *axes: Any, dark: Real = 150, pale: Real = 0, **shape: Any) -> None:
+        """Paint nuclei (`_ovals`); `pale` is how much lighter the inside is than the membrane (open chromatin, with a nucleolus)."""
+        outlines = _ovals(self.rng, centres, *axes, **shape)
+        for outline, shade in zip(outlines, self.rng.normal(dark, 0.12 * dark, len(outlines)).clip(40, 250)):
             self.fill(outline, shade, 45)
             if pale:
                 centre = outline.mean(0)
                 self.fill(centre + 0.74 * (outline - centre), shade * (1 - pale), 45)
-                self.fill(centre + rng.normal(0, 1.5, 2) + 0.2 * (outline - centre), shade, 45)
+                self.fill(centre + self.rng.normal(0, 1.5, 2) + 0.2 * (outline - centre), shade, 45)
 
 
 def _noise(rng: Generator, size: int, scale: Real) -> Map:
@@ -133,19 +128,17 @@ def _stroma(rng: Generator, density: Real = 36) -> _Canvas:
     across = np.cos(angle) * y - np.sin(angle) * x + 34 * _noise(rng, SHEET, 150) + 7 * _noise(rng, SHEET, 45)
     table = _noise(rng, 512, 7) + 0.6 * _noise(rng, 512, 2.5)
     bundles = table[across.astype(int) % 512, (along / 14).astype(int) % 512]
-    canvas = _Canvas(8, np.where(bundles < -1.5, 18, 98 + 22 * bundles))
-    centres = _scatter(rng, density, 0.3)
+    canvas, centres = _Canvas(rng, 8, np.where(bundles < -1.5, 18, 98 + 22 * bundles)), _scatter(rng, density, 0.3)
     down, right = (_at(slope, centres) for slope in np.gradient(across))
-    canvas.nuclei(rng, _ovals(rng, centres, 26, 7, np.arctan2(-right, down) + rng.normal(0, 0.15, len(centres))))
+    canvas.nuclei(centres, 26, 7, np.arctan2(-right, down) + rng.normal(0, 0.15, len(centres)))
     return canvas
 
 
 def _lymphocytes(rng: Generator) -> _Canvas:
     """Small round dark nuclei, densely packed."""
-    canvas = _Canvas(14, 62 + 14 * _noise(rng, SHEET, 12))
-    centres = _scatter(rng, 19, 0.2)
+    canvas, centres = _Canvas(rng, 14, 62 + 14 * _noise(rng, SHEET, 12)), _scatter(rng, 19, 0.2)
     centres = centres[rng.random(len(centres)) < 0.9 + 0.1 * _at(_noise(rng, SHEET, 90), centres)]
-    canvas.nuclei(rng, _ovals(rng, centres, 13.5, 12.5, wobble=0.05, spread=0.09), 190)
+    canvas.nuclei(centres, 13.5, 12.5, wobble=0.05, spread=0.09, dark=190)
     return canvas
 
 
@@ -156,11 +149,11 @@ def _alveoli(rng: Generator) -> _Canvas:
     near = np.partition(np.hypot(x[..., None] - seeds[:, 0], y[..., None] - seeds[:, 1]), 1, axis=-1)
     gap = np.asarray(Image.fromarray((near[..., 1] - near[..., 0]).astype(np.float32)).resize((SHEET, SHEET), Image.Resampling.BICUBIC))
     gap = gap + 2.5 * _noise(rng, SHEET, 25) - 4 * _noise(rng, SHEET, 120)
-    canvas = _Canvas(np.where(gap < 19, 10, 0), np.where(gap < 19, 92 + 14 * _noise(rng, SHEET, 8), 7))
+    canvas = _Canvas(rng, np.where(gap < 19, 10, 0), np.where(gap < 19, 92 + 14 * _noise(rng, SHEET, 8), 7))
     centres = _scatter(rng, 13.5, 0.35)
     centres = centres[_at(gap, centres) < 14]
     down, right = (_at(slope, centres) for slope in np.gradient(gap))
-    canvas.nuclei(rng, _ovals(rng, centres, 14.5, 8, np.arctan2(right, -down) + rng.normal(0, 0.3, len(centres)), spread=0.17))
+    canvas.nuclei(centres, 14.5, 8, np.arctan2(right, -down) + rng.normal(0, 0.3, len(centres)), spread=0.17)
     return canvas
 
 
@@ -178,7 +171,7 @@ def _glands(rng: Generator, scale: Real) -> _Canvas:
         pick = ((np.arange(count) + rng.normal(0, 0.15, count)) / count * len(ray)).astype(int) % len(ray)
         spots = centre + ray[pick] * (reach[pick] - 13 * (1 + scale) / 2 - rng.normal(0, 3.5, (count, 1)))
         tilt = np.arctan2(ray[pick, 1], ray[pick, 0]) + rng.normal(0, 0.12, count)
-        canvas.nuclei(rng, _ovals(rng, spots, 20 * scale, 10.5 * scale, tilt, spread=0.09), pale=0.25)
+        canvas.nuclei(spots, 20 * scale, 10.5 * scale, tilt, spread=0.09, pale=0.25)
     return canvas
 
 
@@ -193,7 +186,7 @@ def _squamous(rng: Generator, scale: Real) -> _Canvas:
         canvas.fill(outline, 18, rng.normal(108, 9), edge=62)
     for outline in _ovals(rng, centres[: len(centres) // 36], 2.4 * spacing, 1.3 * spacing):  # dead cells leave holes
         canvas.fill(outline, 0, 8)
-    canvas.nuclei(rng, _ovals(rng, centres, 15.5 * scale, 13.5 * scale), pale=0.25)
+    canvas.nuclei(centres, 15.5 * scale, 13.5 * scale, pale=0.25)
     radii = rng.uniform(30, 62, len(pearls))
     for centre, radius, outline in zip(pearls, radii, _ovals(rng, pearls, 2 * radii, 1.75 * radii, wobble=0.03, spread=0)):
         for k, depth in enumerate(np.arange(0, radius - 3, 4.5)):
@@ -202,10 +195,11 @@ def _squamous(rng: Generator, scale: Real) -> _Canvas:
 
 
 def _draw(kind: str, rng: Generator) -> UInt8[np.ndarray, "2 H W"]:
-    """One sheet of a kind of tissue, (2, SHEET, SHEET): haematoxylin and eosin with grain, slightly blurred as by the optics."""
-    draw = {"stroma": _stroma, "lymphocytes": _lymphocytes, "alveoli": _alveoli, "gland": _glands, "squamous": _squamous}
+    """One sheet of a kind of tissue: haematoxylin and eosin with grain, slightly blurred as by the optics."""
     tissue, _, mutated = kind.partition("_")
-    canvas = draw[tissue](rng, *([] if kind in BACKGROUND else [1.45 if mutated else 1.0]))
+    background = {"stroma": _stroma, "lymphocytes": _lymphocytes, "alveoli": _alveoli}
+    tumour = {"gland": _glands, "squamous": _squamous}
+    canvas = background[kind](rng) if kind in background else tumour[tissue](rng, 1.45 if mutated else 1.0)
     sheet = np.stack([np.asarray(image.filter(ImageFilter.GaussianBlur(0.8)), np.float32) for image in canvas.images])
     sheet *= 1 + 0.10 * _noise(rng, SHEET, 3) + 0.06 * _noise(rng, SHEET, 40)
     if kind not in BACKGROUND:
@@ -275,7 +269,7 @@ def _kinds(rng: Generator, case: _Case, inside: np.ndarray) -> np.ndarray:
     return kinds
 
 
-def _compose(case: _Case, rng: Generator, sheets: dict[tuple, list], side: tuple[int, int]) -> tuple[np.ndarray, list]:
+def _compose(case: _Case, rng: Generator, sheets: dict[tuple, np.ndarray], side: tuple[int, int]) -> tuple[np.ndarray, list]:
     """Draw one slide; returns its pixels and the rows of cells.csv (fields that are at least half tissue)."""
     columns, rows = rng.integers(side[0], side[1] + 1, 2).tolist()
     outline, size = _outline(rng, columns, rows), FIELD + 2 * SPILL
@@ -285,9 +279,9 @@ def _compose(case: _Case, rng: Generator, sheets: dict[tuple, list], side: tuple
     patches, cells = [_patch(rng) for _ in range(8)], []
     for row, column in rng.permutation(np.argwhere(covered > 0)).tolist():
         kind = KINDS[kinds[row, column]]
-        number = int(rng.integers(len(sheets[case.split, kind])))
+        number = int(rng.integers(sum(place[:2] == (case.split, kind) for place in sheets)))
         x, y = rng.integers(0, SHEET - size + 1, 2)
-        field = _turned(sheets[case.split, kind][number][:, y : y + size, x : x + size], rng)
+        field = _turned(sheets[case.split, kind, number][:, y : y + size, x : x + size], rng)
         field = np.clip(field * rng.uniform(0.85, 1.15, (2, 1, 1)), 0, 255).astype(np.uint8)
         here = np.s_[:, row * FIELD : row * FIELD + size, column * FIELD : column * FIELD + size]
         np.copyto(maps[here], field, where=_turned(patches[rng.integers(len(patches))], rng))
@@ -303,7 +297,7 @@ def _compose(case: _Case, rng: Generator, sheets: dict[tuple, list], side: tuple
 
 def _report(case: _Case, rng: Generator) -> str:
     """The report of one slide: the diagnosis always, other facts mostly, each in one of several wordings, in random order."""
-    words = json.loads((Path(__file__).parent / "demo_reports.json").read_text(encoding="utf-8"))
+    words = json.loads(Path(__file__).with_name("demo_reports.json").read_text(encoding="utf-8"))
     facts = words["facts"] + [words["nuclei"][case.mutation], *words["tumour_facts"]] * case.recognition
     facts = [words["diagnosis"][case.subtype], *(fact for fact in facts if rng.random() < 0.75)]
     facts = [facts[i] for i in rng.permutation(len(facts))] + [words["gross"]] * (rng.random() < 0.25)
@@ -319,8 +313,7 @@ def write_cohort(out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int,
     shows, and the sheet it was cut from. About 60 % of the slides are `train`, the others `test`; no patient and no sheet is in both.
     A slide is `side` fields wide and high.
 
-    Raises:
-        ConfigError: fewer than 6 slides.
+    Raises ConfigError: fewer than 6 slides.
     """
     if slides < 6:
         raise ConfigError(f"a synthetic cohort needs at least 6 slides (two splits of three classes), got {slides}")
@@ -329,18 +322,15 @@ def write_cohort(out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int,
     counts = {"train": min(5, 1 + slides // 16), "test": min(4, 1 + slides // 20)}
     jobs = [(split, kind, n) for split, count in counts.items() for kind in KINDS for n in range(count)]
 
-    def drawn(split: str, kind: str, n: int) -> np.ndarray:
-        return _draw(kind, np.random.default_rng([seed, 1, split == "test", KINDS.index(kind), n]))
+    def drawn(job: tuple[str, str, int]) -> np.ndarray:
+        return _draw(job[1], np.random.default_rng([seed, 1, job[0] == "test", KINDS.index(job[1]), job[2]]))
 
     def made(number: int) -> list:
         image, cells = _compose(cases[number], np.random.default_rng([seed, 2, number]), sheets, side)
         write_scan(out / "slides" / f"{cases[number].slide_id}.svs", image)
         return cells
 
-    sheets: dict[tuple[str, str], list[np.ndarray]] = {}
-    stream = prefetch(lambda job: drawn(*job), jobs, threads, threads)
-    for (split, kind, _), sheet in zip(jobs, track(stream, "drawing tissue", "sheets", len(jobs))):
-        sheets.setdefault((split, kind), []).append(sheet)
+    sheets = dict(zip(jobs, track(prefetch(drawn, jobs, threads, threads), "drawing tissue", "sheets", len(jobs))))
     cells = [row for rows in track(prefetch(made, range(slides), threads, threads), "drawing slides", "slides", slides) for row in rows]
     rng = np.random.default_rng([seed, 3])
     write_table(out / "reports.csv", (*_Case._fields[:3], "report"), [(*case[:3], _report(case, rng)) for case in cases])
@@ -353,8 +343,7 @@ def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result
 
     Training sees the reports of the training patients only; test patients' slides are drawn from fields never used in training.
 
-    Raises:
-        StoreError: `out` holds a demo already.
+    Raises StoreError: `out` holds a demo already.
     """
     out = Path(out)
     if (out / "run").exists():
@@ -373,8 +362,8 @@ def run_demo(out: Path, *, slides: int = 120, seed: int = 0) -> dict[str, Result
     untrained = embed(cohort, out / "untrained", encoder=settings.encoder)
     log.info("5/5 dreslcl eval: a linear probe on the training patients, measured on the test patients")
     results, reports = {}, [row for row in read_table(out / "reports.csv") if row["split"] == "train"]
-    for task in TASKS:
-        both, config = (trained, untrained), EvalConfig(seed=seed)
-        results[task] = evaluate(both, out / "labels.csv", task, split="split", texts=reports, config=config)
+    how = {"split": "split", "texts": reports, "config": EvalConfig(seed=seed)}
+    for task in ("subtype", "recognition", "mutation"):
+        results[task] = evaluate((trained, untrained), out / "labels.csv", task, **how)
         results[task].save(out / "eval" / task)
     return results

@@ -41,14 +41,7 @@ CUTS = (1, 5, 10)
 C_GRID = tuple(10.0**power for power in range(-5, 3))
 INNER_FOLDS, NEIGHBOURS, DRAWS = 3, 5, 5
 TEMPERATURE = 0.07  # of the softmax that turns cosines into probabilities; CLIP's at the start of training
-NAMES = {
-    "auroc": "AUROC",
-    "auroc_of_folds": "AUROC, mean of folds",
-    "macro_f1": "macro-F1",
-    "balanced_accuracy": "balanced accuracy",
-    "auprc": "AUPRC",
-    "median_rank": "median rank",
-}
+NAMES = {"auroc": "AUROC", "auroc_of_folds": "AUROC, mean of folds", "macro_f1": "macro-F1", "auprc": "AUPRC"}
 Interval = namedtuple("Interval", "value low high")  # a metric and its 95 % bootstrap interval
 
 
@@ -152,26 +145,17 @@ Predictions = dict[str, dict[str, list[Matrix]]]  # features -> probe -> held-ou
 class Outcome:
     """One label column, or one retrieval."""
 
-    slides: Slides
-    """The tested ones, one for each held-out prediction: given splits may test a slide more than once."""
+    slides: Slides  # the tested ones, one for each held-out prediction: given splits may test a slide more than once
     counts: dict[str, Any]
     scores: Scores
-    differences: Scores
-    """The embedding minus these features, paired."""
-    probabilities: dict[str, Matrix] = field(default_factory=dict)
-    """features -> held-out probabilities of the first probe."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """Of predictions.csv."""
-
-    @property
-    def column(self) -> str:
-        """Of labels, or of reports."""
-        return self.slides.column
+    differences: Scores  # the embedding minus these features, paired
+    probabilities: dict[str, Matrix] = field(default_factory=dict)  # features -> held-out probabilities of the first probe
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of predictions.csv
 
     @property
     def label(self) -> str:
         """The column, and which class counts as positive where there are two."""
-        return self.column + (f" (positive: {self.slides.classes[1]})" if len(self.slides.classes) == 2 else "")
+        return self.slides.column + (f" (positive: {self.slides.classes[1]})" if len(self.slides.classes) == 2 else "")
 
     @property
     def confusion(self) -> Int[np.ndarray, "C C"]:
@@ -184,8 +168,7 @@ class Result:
     """What `evaluate` found: `save` writes it, `report.evaluation_page` draws it."""
 
     task: str
-    protocol: list[str]
-    """Sentences."""
+    protocol: list[str]  # sentences
     outcomes: list[Outcome]
     warnings: list[str]
 
@@ -194,31 +177,29 @@ class Result:
         names = list(dict.fromkeys(m for o in self.outcomes for probes in o.scores.values() for s in probes.values() for m in s))
         rows = []
         for o in self.outcomes:
-            for features, probes in o.scores.items():
+            apart = {f"embedding − {features}": dict([next(iter(probes.items()))]) for features, probes in o.differences.items()}
+            for features, probes in (o.scores | apart).items():
                 rows += [[o.label, features, probe, *(show(score.get(name)) for name in names)] for probe, score in probes.items()]
-            for features, probes in o.differences.items():
-                probe = next(iter(probes))
-                rows.append([o.label, f"embedding − {features}", probe, *(show(probes[probe].get(name)) for name in names)])
-        return ["label", "features", "probe", *(NAMES.get(name, name) for name in names)], rows
+        return ["label", "features", "probe", *(NAMES.get(name, name.replace("_", " ")) for name in names)], rows
 
     def save(self, out: Path) -> None:
         """Write `metrics.json` and `predictions.csv` into a folder."""
-        results = {}
+        results = {o.slides.column: {"counts": o.counts, "scores": o.scores, "differences": o.differences} for o in self.outcomes}
         for o in self.outcomes:
-            results[o.column] = {"counts": o.counts, "scores": _plain(o.scores), "differences": _plain(o.differences)}
-            results[o.column] |= {"classes": list(o.slides.classes), "confusion": o.confusion.tolist()} if o.probabilities else {}
+            if o.probabilities:
+                results[o.slides.column] |= {"classes": o.slides.classes, "confusion": o.confusion.tolist()}
         rows = [row for o in self.outcomes for row in o.rows]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         write_table(Path(out) / "predictions.csv", columns, [[row.get(name, "") for name in columns] for row in rows])
-        everything = {"task": self.task, "protocol": self.protocol, "results": results, "warnings": self.warnings}
-        write_json(Path(out) / "metrics.json", {"version": 1, **everything})
+        everything = {"version": 1, "task": self.task, "protocol": self.protocol, "results": results, "warnings": self.warnings}
+        write_json(Path(out) / "metrics.json", _plain(everything))
 
 
 def _plain(value: Any) -> Any:
     """JSON-able copy: intervals become dictionaries, NaN becomes null."""
-    if isinstance(value, float):
-        return None if np.isnan(value) else round(value, 6)
-    return {key: _plain(item) for key, item in (value._asdict() if isinstance(value, Interval) else value).items()}
+    if isinstance(value, Interval | dict):
+        return {key: _plain(item) for key, item in (value if isinstance(value, dict) else value._asdict()).items()}
+    return (None if np.isnan(value) else round(value, 6)) if isinstance(value, float) else value
 
 
 def fit_probe(x: np.ndarray, y: np.ndarray, patients: np.ndarray, fold: Fold | None = None, seed: int = 0) -> Pipeline:
@@ -229,16 +210,16 @@ def fit_probe(x: np.ndarray, y: np.ndarray, patients: np.ndarray, fold: Fold | N
     """
     x = x.astype(np.float64)  # in float32 the line search of lbfgs can fail
     probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
-    count = min(INNER_FOLDS, *(len(set(patients[y == c])) for c in set(y)))
+    count, inner = min(INNER_FOLDS, *(len(set(patients[y == c])) for c in set(y))), []
     if fold and len(fold.val):
         inner = [(np.arange(len(fold.train)), np.arange(len(fold.train), len(x)))]
-    else:
-        inner = [(f.train, f.test) for f in patient_folds(y, patients, count, seed)] if count > 1 else []
+    elif count > 1:
+        inner = [(f.train, f.test) for f in patient_folds(y, patients, count, seed)]
     inner = [(train, held) for train, held in inner if len(set(y[train])) > 1]
-    if inner:
-        probe = GridSearchCV(probe, {"logisticregression__C": C_GRID}, scoring=_fitness, cv=inner, error_score="raise")
-    fitted = probe.fit(x, y)
-    return fitted.best_estimator_ if inner else fitted
+    if not inner:
+        return probe.fit(x, y)
+    grid = {"logisticregression__C": C_GRID}
+    return GridSearchCV(probe, grid, scoring=_fitness, cv=inner, error_score="raise").fit(x, y).best_estimator_
 
 
 def _fitness(model: Pipeline, x: np.ndarray, y: np.ndarray) -> float:
@@ -276,7 +257,7 @@ def cosine_softmax(x: np.ndarray, prototypes: np.ndarray) -> Matrix:
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # lbfgs steps are tiny: a second thread made them five times slower
 def evaluate(
-    embeddings: Embeddings | tuple[Embeddings, Embeddings],
+    embeddings: Embeddings | tuple[Embeddings, ...],
     labels: Path | Rows,
     task: Task,
     *,
@@ -335,8 +316,7 @@ def evaluate(
 def probe(slides: Slides, config: EvalConfig) -> Predictions:
     """Linear, nearest-neighbour and few-shot probes of each fold; the few-shot probes have a matrix for each draw.
 
-    Raises:
-        TableError: a training part holds fewer than two classes.
+    Raises TableError: a training part holds fewer than two classes.
     """
     y, patients, fits = slides.y, slides.patients, [np.r_[fold.train, fold.val] for fold in slides.folds]
     if any(len(set(y[fit])) < 2 for fit in fits):
@@ -358,15 +338,17 @@ def probe(slides: Slides, config: EvalConfig) -> Predictions:
     for name, x in slides.features.items():
         folds = [predict(x, *part) for part in zip(fits, slides.folds)]
         result[name] = {kind: [np.concatenate(draws) for draws in zip(*(fold[kind] for fold in folds))] for kind in folds[0]}
-    majority = np.eye(len(slides.classes))[np.bincount(y[np.concatenate(fits)]).argmax()]
-    return result | {"majority class": {"linear": [np.tile(majority, (len(slides.tested), 1))]}}
+    if "mean-pool" in result:  # both: the log-odds of the two linear probes, added
+        product = result["embedding"]["linear"][0] * result["mean-pool"]["linear"][0] + 1e-12
+        result["both"] = {"linear": [product / product.sum(1, keepdims=True)]}
+    majority = np.bincount(y[np.concatenate(fits)]).argmax()
+    return result | {"majority class": {"linear": [np.eye(len(slides.classes))[[majority] * len(slides.tested)]]}}
 
 
 def zero_shot(slides: Slides, prompts: Mapping[str, Mapping[str, np.ndarray]]) -> Predictions:
     """Softmax of the cosines to each class's mean prompt; `prompts` holds features -> class -> vectors (P, E). Nothing is fitted.
 
-    Raises:
-        TableError: a class without a prompt.
+    Raises TableError: a class without a prompt.
     """
     result = {}
     for name, of in prompts.items():
@@ -378,11 +360,7 @@ def zero_shot(slides: Slides, prompts: Mapping[str, Mapping[str, np.ndarray]]) -
 
 
 def classification(slides: Slides, predictions: Predictions, config: EvalConfig) -> Outcome:
-    """Metrics, with intervals, of predictions on the tested slides.
-
-    Raises:
-        TableError: fewer than two classes among the slides to test.
-    """
+    """Metrics, with intervals, of predictions on the tested slides. Raises TableError: fewer than two classes among the slides to test."""
     tested, column, classes = slides.subset(slides.tested), slides.column, slides.classes
     absent = [name for c, name in enumerate(classes) if c not in tested.y]
     if len(classes) - len(absent) < 2:
@@ -399,16 +377,15 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
                 of_folds = [classification_metrics(tested.y[i], p[i], weights[:, i])["auroc"] for i in parts if i.any()]
                 values["auroc_of_folds"] = np.ma.masked_invalid(of_folds).mean(0).filled(np.nan)
             drawn[name][kind] = {metric: np.mean([values[metric] for values in each], axis=0) for metric in each[0]}
-    counts = {"slides": len(slides.y), "patients": len(set(slides.patients)), "classes": {}}
-    for c, name in enumerate(classes):
-        own = {"slides": slides.ids[slides.y == c], "patients": slides.patients[slides.y == c], "tested": tested.ids[tested.y == c]}
-        counts["classes"][name] = {what: len(set(values)) for what, values in own.items()}
+    own = {"slides": (slides.ids, slides.y), "patients": (slides.patients, slides.y), "tested": (tested.ids, tested.y)}
+    counts = {"slides": len(slides.y), "patients": len(set(slides.patients))}
+    counts["classes"] = {name: {what: len(set(ids[y == c])) for what, (ids, y) in own.items()} for c, name in enumerate(classes)}
     first = {name: next(iter(kinds.values()))[0] for name, kinds in predictions.items()}
-    result = []
+    keys, rows = ("slide_id", "patient_id", "fold", "label", "prediction", *(f"p_{name}" for name in classes)), []
     for slide, patient, number, label, p in zip(tested.ids, tested.patients, fold, tested.y, first["embedding"]):
-        row = {"column": column, "slide_id": slide, "patient_id": patient, "fold": number, "label": classes[label]}
-        result.append(row | {"prediction": classes[p.argmax()]} | {f"p_{name}": f"{value:.6f}" for name, value in zip(classes, p)})
-    return Outcome(tested, counts, *intervals(drawn), first, result)
+        cells = (slide, patient, number, classes[label], classes[p.argmax()], *(f"{value:.6f}" for value in p))
+        rows.append({"column": column} | dict(zip(keys, cells)))
+    return Outcome(tested, counts, *intervals(drawn), first, rows)
 
 
 def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[str, np.ndarray], config: EvalConfig) -> Outcome:
@@ -443,8 +420,8 @@ def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tu
     """Scores of all features, and the paired differences of the embedding to the others where they have the same probe."""
     ours = drawn["embedding"]
     scores = {f: {p: {m: interval(v) for m, v in s.items()} for p, s in kinds.items()} for f, kinds in drawn.items()}
-    paired = {f: {p: {m: interval(ours[p][m] - v) for m, v in s.items()} for p, s in kinds.items()} for f, kinds in drawn.items()}
-    return scores, {name: kinds for name, kinds in paired.items() if name != "embedding"}
+    others = {f: kinds for f, kinds in drawn.items() if f != "embedding"}
+    return scores, {f: {p: {m: interval(ours[p][m] - v) for m, v in s.items()} for p, s in kinds.items()} for f, kinds in others.items()}
 
 
 def protocol(task: Task, split: str | Path | None, include_seen: bool, config: EvalConfig, outcomes: Sequence[Outcome]) -> list[str]:
@@ -458,27 +435,27 @@ def protocol(task: Task, split: str | Path | None, include_seen: bool, config: E
         "Linear probe: scikit-learn's LogisticRegression (lbfgs, classes weighted equally) on features standardised on the training part; "
         f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {INNER_FOLDS} folds by patient inside "
         f"the training part. {NEIGHBOURS}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of n training "
-        f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features."
+        f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features. both: the "
+        "log-odds of these two linear probes, added."
     )
     folds = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
+    of_folds = any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values())
     result = [
         f"The split is given by {split}; no patient is in two parts." if split else "All slides are tested." if task in how else folds,
         f"Slides of patients seen in pretraining are {'tested too' if include_seen else 'left out of test'}.",
         how.get(task, probes),
         f"Metrics run over all held-out predictions at once; intervals are the 2.5 and 97.5 percentiles of {config.bootstrap} resamples of "
         "the tested patients; differences are paired (same folds, same resamples).",
+        "An interval tells what other test patients would change, not other training patients: folds and probes stay as they are."
+        * (task not in how),
+        "Probes of different folds are not on one scale: without any signal the AUROC over all predictions lies a little below one half, "
+        "the mean of the folds' own AUROCs does not." * of_folds,
     ]
-    if task not in how:
-        result.append(
-            "An interval tells what other test patients would change, not other training patients: folds and probes stay as they are."
-        )
-    if any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values()):
-        what = "without any signal the AUROC over all predictions lies a little below one half, the mean of the folds' own AUROCs does not"
-        result.append(f"Probes of different folds are not on one scale: {what}.")
     for o in (o for o in outcomes if len(o.slides.classes) == 2):
         name = o.slides.classes[1]
-        result.append(f"{o.column}: positive is {name!r}, {o.counts['classes'][name]['slides']} of {o.counts['slides']} slides.")
-    return result
+        counts = o.counts["classes"][name]["slides"], o.counts["slides"]
+        result.append(f"{o.slides.column}: positive is {name!r}, {counts[0]} of {counts[1]} slides.")
+    return [sentence for sentence in result if sentence]
 
 
 # texts
@@ -492,9 +469,9 @@ def load_model(embeddings: Embeddings) -> "DRESLCL":
     if not embeddings.model_folder:
         raise ModelError("these embeddings were made without a model, so they have no text side; embed with --model RUN/model")
     model = DRESLCL.load(Path(embeddings.model_folder)).to(pick_device())
-    if model.fingerprint() != embeddings.model:
-        told = f"holds model {model.fingerprint()}, the embeddings were made by {embeddings.model}; embed again"
-        raise ModelError(f"{embeddings.model_folder}: {told}")
+    if (there := model.fingerprint()) != embeddings.model:
+        made = f"the embeddings were made by {embeddings.model}; embed again"
+        raise ModelError(f"{embeddings.model_folder}: holds model {there}, {made}")
     return model
 
 
@@ -531,10 +508,9 @@ def prompt_vectors(prompts: Path | None, embeddings: Embeddings) -> dict[str, Fl
     try:
         table = (json.loads if prompts.suffix.lower() == ".json" else tomllib.loads)(read_text(prompts))
         lists = {name: [value] if isinstance(value, str) else value for name, value in table.items()}
-        good = lists and all(isinstance(of, list) and of and all(isinstance(text, str) for text in of) for of in lists.values())
+        if not lists or not all(isinstance(of, list) and of and all(isinstance(text, str) for text in of) for of in lists.values()):
+            raise ValueError("each class needs its prompts")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{prompts}: neither JSON nor TOML that holds class = [prompt, ...] ({error})") from error
-    if not good:
-        raise ConfigError(f"{prompts}: should hold class = [prompt, ...] for each class")
     model = load_model(embeddings)
-    return {name: model.embed_text(list(texts)) for name, texts in lists.items()}
+    return {name: model.embed_text(texts) for name, texts in lists.items()}

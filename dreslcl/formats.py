@@ -18,21 +18,10 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from . import __version__
-from .common import (
-    ConfigError,
-    Row,
-    StoreError,
-    TableError,
-    check_id,
-    hdf5_file,
-    is_missing,
-    missing_words,
-    one_value,
-    read_table,
-    read_text,
-    reason,
-    write_bytes,
-    write_table,
+
+from .common import (  # isort: skip
+    ConfigError, Row, StoreError, TableError, check_id, hdf5_file, is_missing, missing_words, one_value, read_table,
+    read_text, reason, write_bytes, write_table,
 )  # fmt: skip
 from .tiles import TileGrid
 
@@ -48,7 +37,7 @@ class _Files(NamedTuple):
     vectors: str | None  # h5 files of a slide's, or a patient's, vector
     name: str
     dtype: type
-    corners: type  # level-0 pixels, or µm where they are fractions
+    corners: type
 
 
 LAYOUTS: dict[Layout, _Files] = {
@@ -57,9 +46,11 @@ LAYOUTS: dict[Layout, _Files] = {
     "stamp": _Files("stamp_tiles", None, "stamp_slides", "feats", np.float16, np.float32),
     "patho-bench": _Files(None, None, "patho_bench", "features", np.float32, np.int64),
 }
+DATASETS = ("features", "feats")  # the names in them
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of embeddings.h5
+_TEXTS = ("slide_id", "patient_id", "seen", "selected")  # its datasets of words
 _CELLS = ("slide_id", "patient_id", "report")
 _PLACES = ("", "pt_files", "h5_files")  # a folder of features, and CLAM's two in it; of two files for one slide the last one counts
 
@@ -67,6 +58,16 @@ _PLACES = ("", "pt_files", "h5_files")  # a folder of features, and CLAM's two i
 def unit(vectors: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
     """Vectors scaled to length 1; zero stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def encoded(picture: Any, **options: Any) -> bytes:
+    """The bytes of a matplotlib figure as PNG, or of a PIL image as JPEG."""
+    memory = io.BytesIO()
+    if hasattr(picture, "savefig"):
+        picture.savefig(memory, format="png", dpi=140, **options)
+    else:
+        picture.save(memory, "JPEG", quality=88)
+    return memory.getvalue()
 
 
 def read_features(path: Path) -> Features:
@@ -89,12 +90,11 @@ def read_features(path: Path) -> Features:
 def read_corners(path: Path) -> Int64[np.ndarray, "M 2"] | None:
     """Top-left corners of a file's tiles in level-0 pixels, where it has them; not STAMP's, which are µm."""
 
-    def corners(data: Any) -> np.ndarray:
+    def corners(data: Any) -> np.ndarray | None:
         coords = data.file.get("coords") if data.name == "/features" else None
-        return coords[()] if isinstance(coords, h5py.Dataset) else np.empty(0)
+        return coords[()].astype(np.int64) if isinstance(coords, h5py.Dataset) and coords.shape[1:] == (2,) else None
 
-    xy = np.empty(0) if Path(path).suffix == ".pt" else _stored(path, corners)
-    return xy.astype(np.int64) if xy.ndim == 2 and xy.shape[1] == 2 else None
+    return None if Path(path).suffix == ".pt" else _stored(path, corners)
 
 
 def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dict[str, tuple[Path, int]]:
@@ -113,13 +113,12 @@ def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dic
     for name, path in sorted(paths.items()):
         try:
             tiles, width = _bag_shape(_stored(path, lambda data: tuple(data.shape), mmap=True), path)
+            found[check_id(name, str(folder))] = (path, tiles)
+            widths.setdefault(width, path.name)
         except StoreError as error:
             if unreadable is None:
                 raise
             unreadable[name] = reason(error)
-        else:
-            found[check_id(name, str(folder))] = (path, tiles)
-            widths.setdefault(width, path.name)
     if len(widths) > 1:
         raise TableError(f"{folder}: features of several widths: {', '.join(f'{w} ({n})' for w, n in widths.items())}")
     return found
@@ -146,24 +145,19 @@ def _stored(path: Path, read: Callable[[Any], Any], *, mmap: bool = False) -> An
         if not isinstance(value, torch.Tensor):
             raise StoreError(f"{path}: holds a {type(value).__name__}; a plain (tiles, width) tensor is needed")
         return read(value)
-    names = list(dict.fromkeys(files.name for files in LAYOUTS.values()))
     try:
         with h5py.File(path, "r") as file:
-            for name in names:
+            for name in DATASETS:
                 if isinstance(file.get(name), h5py.Dataset):
                     return read(file[name])
             there = ", ".join(file) or "nothing"
     except (OSError, ValueError, TypeError, MemoryError) as error:
         raise StoreError(f"{path}: not a readable file of tile features ({' '.join(str(error).split())})") from error
-    raise StoreError(f"{path}: holds {there}; tile features are a dataset named {' or '.join(names)}")
+    raise StoreError(f"{path}: holds {there}; tile features are a dataset named {' or '.join(DATASETS)}")
 
 
 def tile_files(out: Path, layout: Layout, slide: str) -> list[Path]:
-    """The files in which `write_tiles` puts a slide's tile features, the h5 file last.
-
-    Raises:
-        ConfigError: the tool has no files of tile features.
-    """
+    """The files in which `write_tiles` puts a slide's tile features, the h5 last. Raises ConfigError: the tool reads none."""
     files = LAYOUTS[layout]
     if files.tiles is None:
         raise ConfigError(f"{layout} reads no tile features of its own; use --layout trident with --tile-features")
@@ -179,10 +173,9 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
         memory = io.BytesIO()
         torch.save(torch.from_numpy(features), memory)
         write_bytes(file, memory.getbuffer())
-    micrometres = np.issubdtype(files.corners, np.floating)
     with hdf5_file(path) as file:
         file[files.name] = features.astype(files.dtype)
-        file["coords"] = (grid.xy * (grid.mpp_level0 if micrometres else 1)).astype(files.corners)
+        file["coords"] = (grid.xy * (grid.mpp_level0 if layout == "stamp" else 1)).astype(files.corners)  # µm, or level-0 pixels
         if layout == "stamp":
             file.attrs.update(extractor=encoder, unit="um", tile_size_um=grid.size * grid.mpp, tile_size_px=grid.size)
             file.attrs.update(feat_type="tile", code_hash=f"dreslcl {__version__}")  # no stamp_version: STAMP refuses newer ones
@@ -193,11 +186,7 @@ def write_tiles(out: Path, layout: Layout, features: Features, grid: TileGrid, e
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One vector per slide (or per patient, where slides were averaged), in the order of `ids`.
-
-    Raises:
-        StoreError: the parts differ in length, an id comes twice, or a number is not finite.
-    """
+    """One vector per slide or patient, ordered as `ids`. Raises StoreError: lengths differ, an id comes twice, a value is not finite."""
 
     ids: tuple[str, ...]
     patients: tuple[str, ...]  # of each slide; "" where unknown
@@ -211,14 +200,13 @@ class Embeddings:
     salt: str = ""  # of those hashes, see common.remember
 
     def __post_init__(self) -> None:
-        lengths = {len(self.ids), len(self.patients), len(self.vectors), len(self.ids if self.mean is None else self.mean)}
-        if len(lengths) > 1:
+        arrays = [self.vectors] if self.mean is None else [self.vectors, self.mean]
+        if len(lengths := {*map(len, (self.ids, self.patients, *arrays))}) > 1:
             raise StoreError(f"embeddings: ids, patients, vectors and mean differ in length ({', '.join(map(str, sorted(lengths)))})")
         if len(set(self.ids)) < len(self.ids):
             raise StoreError(f"embeddings: slide id {Counter(self.ids).most_common(1)[0][0]!r} comes twice")
-        for values in (self.vectors, self.mean):
-            bad = [] if values is None else np.flatnonzero(~np.isfinite(values).all(axis=1))
-            if len(bad):
+        for values in arrays:
+            if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=1))):
                 raise StoreError(f"embeddings: {len(bad)} slides have values that are not finite, first {self.ids[bad[0]]!r}")
 
     def __len__(self) -> int:
@@ -226,11 +214,11 @@ class Embeddings:
 
     def save(self, path: Path) -> None:
         """Write `embeddings.h5`: datasets features, slide_id, patient_id, seen, selected and mean_features, attributes model and salt."""
-        texts = {"slide_id": self.ids, "patient_id": self.patients, "seen": sorted(self.seen), "selected": sorted(self.selected)}
+        texts = (self.ids, self.patients, sorted(self.seen), sorted(self.selected))
         with hdf5_file(path) as file:
             folder = self.model_folder and os.path.relpath(Path(self.model_folder).resolve(), Path(path).resolve().parent)
             file.attrs.update(version=VERSION, model=self.model, model_folder=folder, salt=self.salt)
-            for name, values in texts.items():  # datasets: attributes end at 64 KB
+            for name, values in zip(_TEXTS, texts):  # datasets: attributes end at 64 KB
                 file.create_dataset(name, data=list(values), dtype=h5py.string_dtype())
             file["features"] = self.vectors
             if self.mean is not None:
@@ -238,11 +226,7 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: Path) -> "Embeddings":
-        """Read `embeddings.h5`, or the one in a folder.
-
-        Raises:
-            StoreError: no such file, not HDF5, a dataset is absent, or the contents contradict each other.
-        """
+        """Read `embeddings.h5`, or the one in a folder. Raises StoreError: none there, not HDF5, a dataset absent, or contradictions."""
         path = Path(path)
         path = path / "embeddings.h5" if path.is_dir() else path
         if not path.is_file():
@@ -251,10 +235,7 @@ class Embeddings:
             with h5py.File(path, "r") as file:
                 if file.attrs.get("version", 0) > VERSION:
                     raise StoreError(f"{path}: version {file.attrs['version']}, newer than this dreslcl reads ({VERSION})")
-                names = ("slide_id", "patient_id", "seen", "selected")
-                ids, patients, seen, selected = (
-                    tuple(file[name].asstr()[:].tolist()) if name in file or name != "selected" else () for name in names
-                )
+                ids, patients, seen, selected = (tuple(file[name].asstr()[:].tolist()) for name in _TEXTS)
                 vectors = file["features"][:].astype(np.float32)
                 mean = file["mean_features"][:].astype(np.float32) if "mean_features" in file else None
                 model, folder, salt = (str(file.attrs.get(name, "")) for name in ("model", "model_folder", "salt"))
@@ -279,8 +260,7 @@ class Embeddings:
 def write_vectors(out: Path, layout: Layout, embeddings: Embeddings) -> None:
     """Write one file per slide (or per patient, where ids are patients) as STAMP or Patho-Bench read them, and STAMP's slide table.
 
-    Raises:
-        TableError: an id (a patient's, from a table) that cannot name a file.
+    Raises TableError: an id (a patient's, from a table) that cannot name a file.
     """
     files, ids, patients = LAYOUTS[layout], embeddings.ids, embeddings.patients
     if files.vectors is None:
@@ -301,23 +281,16 @@ def patient_of(slide_id: str) -> str:
 
 
 def read_patients(path: Path) -> dict[str, str]:
-    """Slide (`same_name`) -> patient, without the slides whose patient is missing.
-
-    Raises:
-        TableError: no columns slide_id and patient_id, or a slide with two patients.
-    """
-    rows = _known(path, read_table(path, ["slide_id", "patient_id"]))
-    return one_value(path, rows, "slide_id", "patient_id")
+    """Slide (`same_name`) -> patient, where known. Raises TableError: no slide_id and patient_id, or a slide with two patients."""
+    return one_value(path, _known(path, read_table(path, ["slide_id", "patient_id"])), "slide_id", "patient_id")
 
 
 def report_rows(path: Path, *required: str) -> list[Row]:
     """Rows of a table of reports or labels with slide_id and/or patient_id, from any of the layouts of `read_reports`."""
-    path = Path(path)
-    if path.suffix.lower() != ".json":
+    if Path(path).suffix.lower() != ".json":
         rows = read_table(path, required)
-        for row in rows:
-            if "patient_filename" in row:
-                row |= {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")}
+        for row in (row for row in rows if "patient_filename" in row):
+            row |= {"patient_id": row["patient_filename"].split(".")[0], "report": row.get("text", "")}
         return rows
     try:
         parts = json.loads(read_text(path))
@@ -333,8 +306,7 @@ def read_reports(path: Path) -> list[Row]:
     Reads our table (slide_id and/or patient_id, report), TCGA_Reports.csv (patient_filename, text) and HistGen's JSON
     ({split: [{id, report}]}; the split counts as a column).
 
-    Raises:
-        TableError: none of the three, no report in it, or a slide with two patients or two reports.
+    Raises TableError: none of the three, no report in it, or a slide with two patients or two reports.
     """
     rows = report_rows(path)
     columns = set(rows[0]) if rows else set()
@@ -361,8 +333,7 @@ def _known(path: Path, rows: Sequence[Row]) -> list[Row]:
 def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
     """Report vectors (n, E) float32 by slide or patient id, from HDF5 (one dataset per id) or npz.
 
-    Raises:
-        TableError: cannot be read, an array is neither (E,) nor (n, E), widths differ, or a value is not finite.
+    Raises TableError: cannot be read, an array is neither (E,) nor (n, E), widths differ, or a value is not finite.
     """
     path = Path(path)
     try:
@@ -391,9 +362,8 @@ CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
 def model_card(about: Mapping[str, Any], encoder: Any, text: str, settings: dict[str, Any]) -> str:
     """RUN/model/README.md: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
     tiles, weights = "tile features made elsewhere", "random weights"
-    if encoder is not None and "size" in about:
-        tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {encoder.name}"
-    if encoder is not None and encoder.pretrained:
-        weights = f"the weights of {encoder.name}"
+    if encoder is not None:
+        tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {encoder.name}" if "size" in about else tiles
+        weights = f"the weights of {encoder.name}" if encoder.pretrained else weights
     saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
     return CARD.format(tiles=tiles, saw=saw, text=text, weights=weights, settings=json.dumps(settings))

@@ -1,12 +1,10 @@
 """Where on a slide its vector comes from: maps of codewords, weights and contributions to a score, for eyes and for QuPath."""
 
-import io
 import json
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,26 +18,29 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .cohort import Cohort
-from .common import ConfigError, SlideError, StoreError, fingerprint, hold, read_table, reason, write_bytes, write_text
+from .common import ConfigError, fingerprint, hold, read_table, write_bytes, write_text
 from .config import TrainConfig
-from .embedding import check_tiles, encode_slides
+from .embedding import check_tiles, encode_slides, noting
 from .evaluation import fit_probe, load_model
-from .formats import Embeddings
+from .formats import Embeddings, encoded
 from .labels import join_labels, labelled
 from .model import Aggregator, nearest_codeword
 from .slide import Slide
 from .tiles import TileGrid
 from .tissue import draw_overlay
 
-log = logging.getLogger(__name__)
-
 TOP = 12  # tiles on a contact sheet
 OPACITY = 140  # of a map over its thumbnail, 0-255
+EDGE = 1400  # px, longest edge of a map
+
+Codes = Int64[np.ndarray, "M"]
+Values = Float32[np.ndarray, "M"]
+Colours = UInt8[np.ndarray, "n 4"]
 
 
 def contributions(
     aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
-) -> tuple[Int64[np.ndarray, "M"], Float[np.ndarray, "M"], Float[np.ndarray, "M"]]:
+) -> tuple[Codes, Float[np.ndarray, "M"], Float[np.ndarray, "M"]]:
     """Of each tile of a slide the codeword, the weight a(x), and the first-order contribution to the score s = direction · z of the slide.
 
     Tile i counts f_i times in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂f_i at f = 1: weight, tokens, shares and
@@ -55,8 +56,7 @@ def contributions(
     return codes, weights, values
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The score that contributions are of."""
 
     title: str
@@ -112,27 +112,19 @@ def draw_heatmaps(
         marks = {i: fingerprint(embedded.model, cohort.mark(i), scores.get(cohort.members[i].slide_id)) for i in chosen}
         todo = [i for i in chosen if force or _drawn(out, cohort.members[i].slide_id) != marks[i]]
         for i, parts in encode_slides(trained.encoder, cohort, todo, settings, "heatmaps"):
-            slide = cohort.members[i].slide_id
-            try:
+            target = targets.get(cohort.members[i].slide_id)
+            with noting(failed, cohort.members[i].slide_id):
                 rows = np.concatenate(list(parts)).astype(np.float16)  # as embed rounds them
-                target = targets.get(slide)
                 direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(trained.device)
                 codes, weights, values = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
                 grid = cohort.grid(i)
                 with grid.open_scan(cohort.members[i].source) as scan:
                     _draw(out, scan, grid, codes, weights, len(grid) * values, trained.config.codewords, target, marks[i])
-            except (SlideError, StoreError, OSError, MemoryError) as error:
-                failed[slide] = reason(error)
-                log.warning("%s: no heatmap: %s", slide, failed[slide])
     return failed
 
 
 def class_targets(embedded: Embeddings, labels: Path, column: str) -> Mapping[str, Target]:
-    """For each slide the direction of its class in a linear probe that is fitted on all that have a label.
-
-    Raises:
-        TableError: no such column, ids that do not match, or fewer than two classes.
-    """
+    """Slide -> direction of its class in a probe fitted on all labels. Raises TableError: no such column or ids, or not two classes."""
     slides = labelled(join_labels({"embedding": embedded}, read_table(labels), [column], labels.name), column)
     probe = fit_probe(slides.features["embedding"], slides.y, slides.patients)
     slopes = probe[-1].coef_ / probe[0].scale_
@@ -154,60 +146,56 @@ def _draw(
     folder: Path,
     scan: Slide,
     grid: TileGrid,
-    codes: Int64[np.ndarray, "M"],
-    weights: Float32[np.ndarray, "M"],
-    values: Float32[np.ndarray, "M"],
+    codes: Codes,
+    weights: Values,
+    values: Values,
     codewords: int,
     target: Target | None,
     mark: str,
 ) -> None:
-    thumbnail = scan.thumbnail(max(scan.size) * grid.mpp_level0 / 1400)
+    thumbnail = scan.thumbnail(max(scan.size) * grid.mpp_level0 / EDGE)
     thumbnail = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)  # grey: the map has all the colour
     colormap = colormaps["tab20" if codewords <= 18 else "turbo"]
     order = [*range(0, 14, 2), 16, 18, *range(1, 15, 2), 17, 19]  # the strong ones first, without grey
     palette = colormap(order[:codewords] if codewords <= 18 else np.linspace(0, 1, codewords), alpha=OPACITY / 255, bytes=True)
+
+    def save(kind: str, colours: Colours, title: str, key: ScalarMappable | list[Patch], name: str = "") -> None:
+        image = draw_overlay(thumbnail, [], grid.xy, grid.extent_px, grid.level0_size, EDGE, colours)
+        figure = _map(image, grid.mpp_level0 * grid.level0_size[0] / image.width, title, key, name)
+        write_bytes(folder / kind / f"{grid.slide_id}.png", encoded(figure, metadata={"fingerprint": mark}))
+
     if target:
-        norm = CenteredNorm(halfrange=max(float(np.percentile(np.abs(values), 99)), 1e-12))
-        scale, key = ScalarMappable(norm, colormaps["RdBu_r"]), "lowers  ←  per share of the slide  →  raises"
-        colours = scale.to_rgba(values, alpha=OPACITY / 255, bytes=True)
-        _save_map(folder / "contributions" / f"{grid.slide_id}.png", thumbnail, grid, colours, target.title, mark, scale, key)
+        scale = ScalarMappable(CenteredNorm(halfrange=max(float(np.percentile(np.abs(values), 99)), 1e-12)), colormaps["RdBu_r"])
+        key = "lowers  ←  per share of the slide  →  raises"
+        save("contributions", scale.to_rgba(values, alpha=OPACITY / 255, bytes=True), target.title, scale, key)
         top = np.argsort(-values)[:TOP]
-        _save_sheet(folder / "top_tiles" / f"{grid.slide_id}.jpg", scan.read_tiles(grid.xy[top], grid.size, grid.mpp), values[top])
+        sheet = _sheet(scan.read_tiles(grid.xy[top], grid.size, grid.mpp), values[top])
+        write_bytes(folder / "top_tiles" / f"{grid.slide_id}.jpg", encoded(sheet))
     if np.ptp(weights):
         relative = weights / weights.mean()
         scale = ScalarMappable(LogNorm(*np.percentile(relative, [1, 99])), colormaps["viridis"])
-        colours, key = scale.to_rgba(relative, alpha=OPACITY / 255, bytes=True), "times the mean of the slide"
-        _save_map(folder / "weights" / f"{grid.slide_id}.png", thumbnail, grid, colours, "Weight of each tile", mark, scale, key)
+        colours = scale.to_rgba(relative, alpha=OPACITY / 255, bytes=True)
+        save("weights", colours, "Weight of each tile", scale, "times the mean of the slide")
     measured = {"codeword": codes, "weight": weights} | ({"contribution": values} if target else {})
     write_text(folder / "geojson" / f"{grid.slide_id}.geojson", json.dumps(tiles_geojson(grid, measured, palette)))
     share = np.bincount(codes, minlength=codewords) / len(codes)
     often = np.argsort(-share, kind="stable")[:16]
     legend = [Patch(color=palette[k] / 255, label=f"{k}: {share[k]:.0%}") for k in often if share[k]]
-    title = "Codeword of each tile, and its share of the slide"
-    _save_map(folder / "codewords" / f"{grid.slide_id}.png", thumbnail, grid, palette[codes], title, mark, legend)
+    save("codewords", palette[codes], "Codeword of each tile, and its share of the slide", legend)
 
 
-def _save_map(
-    path: Path,
-    thumbnail: UInt8[np.ndarray, "h w 3"],
-    grid: TileGrid,
-    colours: UInt8[np.ndarray, "M 4"],
-    title: str,
-    mark: str,
-    key: ScalarMappable | list[Patch],
-    name: str = "",
-) -> None:
-    """A map over the thumbnail with a scale bar and a key: a colour bar with its name, or named colours."""
-    image = draw_overlay(thumbnail, [], grid.xy, grid.extent_px, grid.level0_size, 1400, colours)
+def _map(image: Image.Image, um_per_px: float, title: str, key: ScalarMappable | list[Patch], name: str) -> Figure:
+    """A map with a scale bar, whose length is a 1, 2 or 5 of its unit, and a key: a colour bar, or named colours."""
     w, h = image.size
     figure = Figure(figsize=(6.4, 6.4 * min(max(h / w, 0.4), 1.6)), layout="constrained")
     ax = figure.subplots()
     ax.imshow(image)
     ax.set_title("\n".join(wrap(title, 56, max_lines=3, placeholder=" …")), fontsize=13, loc="left", parse_math=False)
     ax.set_axis_off()
-    per_px = grid.mpp_level0 * grid.level0_size[0] / w
-    length = _round_length(w * per_px / 4)
-    ax.plot([0.02 * w, 0.02 * w + length / per_px], [h * 1.02] * 2, color="black", linewidth=4, solid_capstyle="butt", clip_on=False)
+    quarter = w * um_per_px / 4
+    power = 10.0 ** np.floor(np.log10(quarter))
+    length = float(power * max(step for step in (1, 2, 5) if step * power <= quarter))
+    ax.plot([0.02 * w, 0.02 * w + length / um_per_px], [h * 1.02] * 2, color="black", linewidth=4, solid_capstyle="butt", clip_on=False)
     ax.text(0.02 * w, h * 1.035, f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm", fontsize=13, va="top")
     if isinstance(key, ScalarMappable):
         bar = figure.colorbar(key, ax=ax, shrink=0.7, pad=0.01)
@@ -215,18 +203,10 @@ def _save_map(
         bar.ax.tick_params(labelsize=12)
     else:
         ax.legend(handles=key, fontsize=13, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=150, metadata={"fingerprint": mark})
-    write_bytes(path, memory.getbuffer())
+    return figure
 
 
-def _round_length(um: float) -> float:
-    """The largest 1, 2 or 5 times a power of ten that is not above."""
-    power = 10.0 ** np.floor(np.log10(um))
-    return float(power * max(step for step in (1, 2, 5) if step * power <= um))
-
-
-def _save_sheet(path: Path, tiles: UInt8[np.ndarray, "n h w 3"], values: Float32[np.ndarray, "n"]) -> None:
+def _sheet(tiles: UInt8[np.ndarray, "n h w 3"], values: Float32[np.ndarray, "n"]) -> Image.Image:
     """Tiles side by side, each under its contribution."""
     cell, columns, font = 192, 4, ImageFont.load_default(15)
     sheet = Image.new("RGB", (columns * (cell + 8) + 8, -(-len(tiles) // columns) * (cell + 28) + 8), "white")
@@ -235,22 +215,17 @@ def _save_sheet(path: Path, tiles: UInt8[np.ndarray, "n h w 3"], values: Float32
         x, y = n % columns * (cell + 8) + 8, n // columns * (cell + 28) + 8
         draw.text((x, y), f"{value:+.3g}", fill="black", font=font)
         sheet.paste(Image.fromarray(tile).resize((cell, cell), Image.Resampling.BICUBIC), (x, y + 20))
-    memory = io.BytesIO()
-    sheet.save(memory, "JPEG", quality=90)
-    write_bytes(path, memory.getbuffer())
+    return sheet
 
 
-def tiles_geojson(grid: TileGrid, measured: Mapping[str, Num[np.ndarray, "M"]], palette: UInt8[np.ndarray, "P 4"]) -> dict[str, object]:
-    """QuPath tile objects in level-0 pixels, classified by codeword, with what was measured of each."""
+def tiles_geojson(grid: TileGrid, measured: Mapping[str, Num[np.ndarray, "M"]], palette: Colours) -> dict[str, object]:
+    """QuPath tile objects in level-0 pixels, classified by codeword (the first thing measured), with all that was measured of each."""
     features = []
     for (x, y), *values in zip(grid.xy.tolist(), *(kind.tolist() for kind in measured.values())):
         far_x, far_y, k = x + grid.extent_px, y + grid.extent_px, values[0]
+        shape = {"type": "Polygon", "coordinates": [[[x, y], [far_x, y], [far_x, far_y], [x, far_y], [x, y]]]}
         look = {"name": f"codeword {k}", "color": palette[k, :3].tolist()}
-        corners = [[[x, y], [far_x, y], [far_x, far_y], [x, far_y], [x, y]]]
-        properties = {
-            "objectType": "tile",
-            "classification": look,
-            "measurements": {name: float(f"{v:.5g}") for name, v in zip(measured, values)},
-        }
-        features.append({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": corners}, "properties": properties})
+        found = {name: float(f"{value:.5g}") for name, value in zip(measured, values)}
+        properties = {"objectType": "tile", "classification": look, "measurements": found}
+        features.append({"type": "Feature", "geometry": shape, "properties": properties})
     return {"type": "FeatureCollection", "features": features}

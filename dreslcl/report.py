@@ -1,7 +1,6 @@
 """Pages and figures: report.html of an evaluation and of a pretraining run, and the run's log (metrics.csv, curves.png, TensorBoard)."""
 
 import base64
-import io
 import platform
 import re
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 import numpy as np
@@ -29,6 +28,7 @@ from .bank import MemoryBank
 from .cohort import Cohort, TileReader
 from .common import ConfigError, write_bytes, write_table, write_text
 from .evaluation import CUTS, Interval, Outcome, Result, Task, first_hits, operating_points, resamples
+from .formats import encoded
 from .labels import preview
 
 PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
@@ -46,55 +46,41 @@ def _axes(title: str, x: str = "", y: str = "", size: tuple[float, float] = (4.6
     return ax
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    return buffer.getvalue()
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=86)
-    return buffer.getvalue()
-
-
 def _short(name: str, length: int = 22) -> str:
     """A name as matplotlib text: cut, with its special meanings of $ and of a leading _ undone."""
     name = name if len(name) <= length else name[: length - 1] + "…"
     return (" " * name.startswith("_") + name).replace("$", r"\$")
 
 
-def _lines(outcome: Outcome) -> list[tuple[str, int, str]]:
-    """The curves to draw: features, class, label. Two classes: every feature set, positive class; more: the embedding, each class."""
-    if len(outcome.slides.classes) == 2:
-        return [(name, 1, name) for name in outcome.probabilities if name in STYLE]
-    return [("embedding", c, _short(name)) for c, name in enumerate(outcome.slides.classes[: len(COLOURS)])]
+def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> Figure:
+    """ROC or PR curves of the held-out predictions with a 95 % band from resampled patients.
 
-
-def curve(outcome: Outcome, kind: Literal["roc", "pr"]) -> bytes:
-    """ROC or PR curves of the held-out predictions with a 95 % band from resampled patients."""
-    roc = ("ROC", "false positive rate", "true positive rate")
-    ax = _axes(*(roc if kind == "roc" else ("Precision and recall", "recall", "precision")))
-    weights = resamples(outcome.slides.patients, BAND_DRAWS, 0)
-    for i, (features, c, label) in enumerate(_lines(outcome)):
-        positive = outcome.slides.y == c
+    Two classes: of every feature set, for the positive one; more: of the embedding, for each class.
+    """
+    roc, classes, y = kind == "roc", outcome.slides.classes, outcome.slides.y
+    ax = _axes(*(("ROC", "false positive rate", "true positive rate") if roc else ("Precision and recall", "recall", "precision")))
+    weights, dotted = resamples(outcome.slides.patients, BAND_DRAWS, 0), {"linewidth": 0.8, "linestyle": (0, (1, 3))}
+    lines = [(name, 1, name) for name in outcome.probabilities if name in STYLE]
+    if len(classes) > 2:
+        lines = [("embedding", c, _short(name)) for c, name in enumerate(classes[: len(COLOURS)])]
+    for colour, (features, c, label) in zip(COLOURS, lines):
+        positive = y == c
         if not positive.any() or positive.all():
             continue
         true, false = operating_points(positive, outcome.probabilities[features][:, c], weights)
         keep = (true[:, -1] > 0) & (false[:, -1] > 0)
         rows = [_sampled(t, f, kind) for t, f in zip(true[keep], false[keep])]
-        low, high = np.percentile(rows[1:], [2.5, 97.5], axis=0) if len(rows) > 1 else (rows[0], rows[0])
-        colour = COLOURS[i]
         ax.plot(GRID, rows[0], STYLE[features], color=colour, linewidth=1.6, label=label)
         if features == "embedding":
+            low, high = np.percentile(rows[1:] or rows, [2.5, 97.5], axis=0)
             ax.fill_between(GRID, low, high, color=colour, alpha=0.15, linewidth=0)
-        if kind == "pr":
-            ax.axhline(positive.mean(), color=colour if len(outcome.slides.classes) > 2 else "0.6", linewidth=0.8, linestyle=(0, (1, 3)))
-    if kind == "roc":
-        ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))
+        if not roc:
+            ax.axhline(positive.mean(), color=colour if len(classes) > 2 else "0.6", **dotted)
+    if roc:
+        ax.plot([0, 1], [0, 1], color="0.6", **dotted)
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
-    ax.legend(frameon=False, fontsize=8, loc="lower right" if kind == "roc" else "lower left")
-    return _png(ax.figure)
+    ax.legend(frameon=False, fontsize=8, loc="lower right" if roc else "lower left")
+    return ax.figure
 
 
 def _sampled(true: np.ndarray, false: np.ndarray, kind: str) -> np.ndarray:
@@ -106,7 +92,7 @@ def _sampled(true: np.ndarray, false: np.ndarray, kind: str) -> np.ndarray:
     return (true / np.maximum(true + false, 1e-12))[at]
 
 
-def confusion_matrix(outcome: Outcome) -> bytes:
+def confusion_matrix(outcome: Outcome) -> Figure:
     """Counts, coloured by the share of each label's row."""
     counts = outcome.confusion
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -114,15 +100,15 @@ def confusion_matrix(outcome: Outcome) -> bytes:
     ax = _axes("Confusion (held-out predictions)", "predicted", "label", (side + 0.4, side))
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     ax.spines[:].set_visible(False)
-    ticks = [_short(name) for name in outcome.slides.classes]
-    ax.set_xticks(range(len(ticks)), ticks, rotation=45 if len(ticks) > 2 else 0, ha="right" if len(ticks) > 2 else "center", fontsize=8)
+    ticks, turned = [_short(name) for name in outcome.slides.classes], {"rotation": 45, "ha": "right"} if len(counts) > 2 else {}
+    ax.set_xticks(range(len(ticks)), ticks, fontsize=8, **turned)
     ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
     for i, j in np.ndindex(*counts.shape):
         ax.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.55 else "black")
-    return _png(ax.figure)
+    return ax.figure
 
 
-def scatter(outcome: Outcome) -> bytes:
+def scatter(outcome: Outcome) -> Figure:
     """The embedding in two dimensions, coloured by label: t-SNE, or PCA for few or very many slides."""
     first = np.unique(outcome.slides.ids, return_index=True)[1]
     vectors, y = outcome.slides.features["embedding"][first], outcome.slides.y[first]
@@ -137,16 +123,16 @@ def scatter(outcome: Outcome) -> bytes:
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
-    return _png(ax.figure)
+    return ax.figure
 
 
-def overview(outcome: Outcome) -> bytes:
+def overview(outcome: Outcome) -> Figure:
     """AUROC of every probe, or recall at 1, 5, 10 in both directions: all features side by side, with intervals and the chance line."""
     metrics = ["auroc"] if outcome.probabilities else [f"recall@{k}" for k in CUTS]
     rows = [(probe, metric) for probe in outcome.scores["embedding"] for metric in metrics]
     names = [probe if outcome.probabilities else f"{probe}, {metric[6:]}" for probe, metric in rows]
-    shown = [name for name in STYLE if name in outcome.scores]
-    ax = _axes(_short(outcome.column, 60), "AUROC" if outcome.probabilities else "recall", "", (6.4, 1.5 + 0.45 * len(rows)))
+    shown = [name for name in (*STYLE, "both") if name in outcome.scores]
+    ax = _axes(_short(outcome.slides.column, 60), "AUROC" if outcome.probabilities else "recall", "", (6.4, 1.5 + 0.45 * len(rows)))
     for n, (probe, metric) in enumerate(rows):
         for i, name in enumerate(name for name in shown if probe in outcome.scores[name]):
             score, at = outcome.scores[name][probe][metric], n + 0.22 * (i - (len(shown) - 1) / 2)
@@ -157,7 +143,7 @@ def overview(outcome: Outcome) -> bytes:
     ax.set_yticks(range(len(rows)), names)
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlim=(None if outcome.probabilities else -0.02, 1.02))
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _png(ax.figure)
+    return ax.figure
 
 
 @dataclass(frozen=True)
@@ -167,22 +153,21 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
-    lead: bool = False
-    """The first row is the one that counts."""
+    lead: bool = False  # whether the first row is the one that counts
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG or JPEG, its bytes or its file."""
+    """What to show, and what is seen on it."""
 
-    data: bytes | Path
+    shown: Figure | Image.Image | Path
     caption: str = ""
 
     @property
     def source(self) -> str:
-        """The picture as a data URI."""
-        data = self.data if isinstance(self.data, bytes) else Path(self.data).read_bytes()
-        kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+        """The picture as a data URI: a figure as PNG, an image as JPEG, a file (PNG) as it is."""
+        data = self.shown.read_bytes() if isinstance(self.shown, Path) else encoded(self.shown)
+        kind = "jpeg" if isinstance(self.shown, Image.Image) else "png"
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -219,8 +204,8 @@ def in_words(outcome: Outcome, task: Task) -> str:
     else:
         probe, metric, chance, number = next(iter(scores["embedding"])), "auroc", "", len(set(slides.ids))
         how = "The slide embedding" if task != "zeroshot" else "The cosine to prompts, without any label,"
-        two = f"separates {slides.classes[-1]} from {slides.classes[0]} ({outcome.column})"
-        many = f"tells {preview(slides.classes, 4)} apart ({outcome.column}; mean of each class against the rest)"
+        two = f"separates {slides.classes[-1]} from {slides.classes[0]} ({outcome.slides.column})"
+        many = f"tells {preview(slides.classes, 4)} apart ({outcome.slides.column}; mean of each class against the rest)"
         said = f"{how} {two if len(slides.classes) == 2 else many} with AUROC"
 
     def value(score: Interval, sign: str = "") -> str:
@@ -251,13 +236,10 @@ def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mappi
         if outcome.probabilities:
             counted = outcome.counts["classes"].items()
             blocks.append(Table(["class", "slides", "patients", "tested"], [[name, *map(str, n.values())] for name, n in counted]))
-            curves = (
-                Picture(curve(outcome, "roc"), "Band: 95 %, patients resampled."),
-                Picture(curve(outcome, "pr"), "Dotted: share of the class."),
-            )
-            others = Picture(confusion_matrix(outcome), "Colour: share of the label's row."), Picture(scatter(outcome), "Tested slides.")
-            blocks += [[*curves, *others], *_examples(outcome, pictures or {})]
-        sections[f"{result.task}: {outcome.column}" if outcome.column != result.task else result.task] = blocks
+            gallery = [(curve(outcome, "roc"), "Band: 95 %, patients resampled."), (curve(outcome, "pr"), "Dotted: share of the class.")]
+            gallery += [(confusion_matrix(outcome), "Colour: share of the label's row."), (scatter(outcome), "Tested slides.")]
+            blocks += [[Picture(*pair) for pair in gallery], *_examples(outcome, pictures or {})]
+        sections[f"{result.task}: {outcome.slides.column}" if outcome.slides.column != result.task else result.task] = blocks
     page(path, f"dreslcl evaluation: {result.task}", sections | {"Protocol": list(result.protocol)}, command)
 
 
@@ -266,14 +248,12 @@ def _examples(outcome: Outcome, pictures: Mapping[str, Path]) -> list[Block]:
     chosen, p, s = [], outcome.probabilities["embedding"], outcome.slides
     for c, name in enumerate(s.classes):
         mine = [i for i in np.argsort(-p[:, c]) if s.y[i] == c and s.ids[i] in pictures]
-        right = [i for i in mine if p[i].argmax() == c][:2]
-        wrong = [i for i in mine[::-1] if p[i].argmax() != c][:1]
-        for i in right + wrong:
+        for i in [i for i in mine if p[i].argmax() == c][:2] + [i for i in mine[::-1] if p[i].argmax() != c][:1]:
             with Image.open(pictures[s.ids[i]]) as image:
                 small = image.convert("RGB")
             small.thumbnail((620, 1240))
             caption = f"{s.ids[i]}: {name}, predicted {s.classes[p[i].argmax()]} (probability of {name} {p[i, c]:.2f})"
-            chosen.append(Picture(_jpeg(small), caption))
+            chosen.append(Picture(small, caption))
     return ["Of each class, the two surest right predictions and the surest wrong one:", chosen] if chosen else []
 
 
@@ -299,34 +279,27 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     across = min(4, len(groups))
     down = -(-len(groups) // across)
     figure = Figure(figsize=(3.4 * across, 2.5 * down), layout="tight")
-    panels = figure.subplots(down, across, squeeze=False).ravel()
-    for ax, (group, names) in zip(panels, groups.items()):
+    for place, (group, names) in enumerate(groups.items(), 1):
+        ax = figure.add_subplot(down, across, place)
         for name in names:
             points = [(row["epoch"], row[name]) for row in rows if np.isfinite(row.get(name, np.nan))]
             ax.plot(*np.reshape(points, (-1, 2)).T, marker="o" if len(points) < 30 else "", markersize=3, linewidth=1.3, label=name)
         ax.set_title(group, fontsize=10, loc="left")
+        ax.set_xlabel("epoch" * (place == 1), fontsize=8)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
         if len(names) > 1:
             ax.legend(fontsize=7, frameon=False)
-    for ax in panels[len(groups) :]:
-        ax.set_axis_off()
-    panels[0].set_xlabel("epoch", fontsize=8)
-    write_bytes(path, _png(figure))
+    write_bytes(path, encoded(figure))
 
 
 class Journal:
-    """The log of one run, on the rank that writes. Nothing is written before the first epoch's end.
-
-    Raises:
-        ConfigError: TensorBoard events are asked for where the package is not there.
-    """
+    """The log of one run, on the rank that writes, from the first epoch's end. Raises ConfigError: TensorBoard is not installed."""
 
     def __init__(self, out: Path, tensorboard: bool = False):
         if tensorboard and not find_spec("tensorboard"):
             raise ConfigError("--tensorboard needs the package tensorboard: pip install 'dreslcl[tensorboard]'")
-        self.out, self.tensorboard, self.drawn = out, tensorboard, time.monotonic()
-        self.events: Any = None
+        self.out, self.tensorboard, self.drawn, self.events = out, tensorboard, time.monotonic(), None
 
     def write(self, rows: Sequence[Row], *, picture: bool) -> None:
         """All rows to metrics.csv, the last one to TensorBoard; curves.png costs a second: every half minute, and with `picture`."""
@@ -337,7 +310,7 @@ class Journal:
 
             if self.events is None:  # what a killed run logged after the checkpoint that this one went on from is void
                 self.events = SummaryWriter(str(self.out), purge_step=int(rows[-2]["step"]) + 1 if len(rows) > 1 else 0)
-            for name in (name for name in rows[-1] if name != "step"):
+            for name in rows[-1].keys() - {"step"}:
                 self.events.add_scalar(name, rows[-1][name], int(rows[-1]["step"]))
             self.events.flush()
         if picture or time.monotonic() - self.drawn > 30:
@@ -350,29 +323,24 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
 
     Looks at up to ATLAS_ROWS rows, as many of each slide in the bank.
     """
-    rng = np.random.default_rng(seed)
-    member_of = {m.slide_id: i for i, m in enumerate(cohort.members)}
+    rng, member_of, found = np.random.default_rng(seed), {m.slide_id: i for i, m in enumerate(cohort.members)}, []
     per_slide = max(1, ATLAS_ROWS // len(bank.slides))
-    found: list[list[tuple[int, float, int, int]]] = [[] for _ in words]  # (place within its slide, distance, member, tile)
-    counts = np.zeros(len(words), np.int64)
     for slide in bank.slides:
         tiles = np.sort(rng.choice(bank.tiles(slide), min(per_slide, bank.tiles(slide)), replace=False))
         rows, codes = bank.read(slide, tiles)
-        distance = ((rows.astype(np.float32) - words[codes]) ** 2).sum(1)
-        counts += np.bincount(codes, minlength=len(words))
-        for k in np.unique(codes):
-            own = np.flatnonzero(codes == k)
-            best = own[np.argsort(distance[own])[:ATLAS_TILES]]
-            found[k] += [(place, float(distance[i]), member_of[slide], int(tiles[i])) for place, i in enumerate(best)]
-    pictures = []
-    for k in np.argsort(-counts, kind="stable"):
-        nearest = sorted(found[k])[:ATLAS_TILES]  # each slide's nearest before any slide's second
-        if nearest:
-            shown = [np.pad(reader.read(m, np.array([tile]))[0], GAP, constant_values=255) for *_, m, tile in nearest]
-            empty = [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
-            strip = np.concatenate([*shown, *empty], axis=1)
-            picture = Image.fromarray(strip).resize((round(96 * strip.shape[1] / strip.shape[0]), 96))
-            pictures.append(Picture(_jpeg(picture), f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
+        found.append((codes, ((rows.astype(np.float32) - words[codes]) ** 2).sum(1), np.full(len(tiles), member_of[slide]), tiles))
+    code, distance, member, tile = map(np.concatenate, zip(*found))
+    counts, pictures = np.bincount(code, minlength=len(words)), []
+    for k in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:
+        own = np.flatnonzero(code == k)
+        own = own[np.argsort(distance[own])]
+        first = np.sort(np.unique(member[own], return_index=True)[1])  # each slide's nearest before any slide's second
+        nearest = np.r_[own[first], np.delete(own, first)][:ATLAS_TILES]
+        shown = [np.pad(reader.read(int(member[i]), tile[[i]])[0], GAP, constant_values=255) for i in nearest]
+        shown += [np.full_like(shown[0], 255)] * (ATLAS_TILES - len(shown))  # strips of one length: pages scale them alike
+        strip = np.concatenate(shown, axis=1)
+        picture = Image.fromarray(strip).resize((round(96 * strip.shape[1] / strip.shape[0]), 96))
+        pictures.append(Picture(picture, f"codeword {k}: {counts[k] / counts.sum():.1%} of the tiles"))
     return pictures
 
 

@@ -132,10 +132,10 @@ def untrained(study: Study, config: RunConfig) -> tuple[Embeddings, Embeddings]:
 # one run
 
 
-def settings(base: RunConfig, knobs: dict[str, Any]) -> RunConfig:
+def settings(base: RunConfig, changes: dict[str, Any]) -> RunConfig:
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
-    for knob, value in knobs.items():
-        parts[PARTS[knob]][knob] = value
+    for setting, value in changes.items():
+        parts[PARTS[setting]][setting] = value
     return updated(base, **parts)
 
 
@@ -191,11 +191,11 @@ def scores(result: Any, task: str, alias: str = "embedding") -> dict[str, float]
 # all runs
 
 
-def knob(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     """KEY=VALUE as on the command line, the value as JSON or else as text."""
     key, _, value = text.partition("=")
     if key not in PARTS:
-        raise SystemExit(f"{key!r} is no knob of config.py; there are {', '.join(PARTS)}")
+        raise SystemExit(f"{key!r} is no setting of config.py; there are {', '.join(PARTS)}")
     try:
         return key, json.loads(value)
     except ValueError:
@@ -207,7 +207,7 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for part in text.split(","):
         if "=" in part:
-            found |= [knob(part)]
+            found |= [setting(part)]
         elif part in VARIANTS:
             found |= VARIANTS[part]
         else:
@@ -256,9 +256,9 @@ def main() -> None:
     for fold in options.fold:
         study = load_study(options.data, options.folder, options.out, options.report_embeddings, tiles, fold, options.salt)
         for seed in options.seeds:
-            for name, knobs in map(variant, options.variants):
-                knobs = dict(map(knob, options.set)) | knobs
-                config = settings(data["settings"], knobs | {"seed": seed})
+            for name, changes in map(variant, options.variants):
+                changes = dict(map(setting, options.set)) | changes
+                config = settings(data["settings"], changes | {"seed": seed})
                 key = fingerprint(options.data, asdict(config), str(tiles), fold, options.salt, str(options.report_embeddings))
                 if key in done:
                     continue

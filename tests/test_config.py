@@ -3,40 +3,27 @@ from dataclasses import fields
 import pytest
 
 from dreslcl.common import ConfigError
-from dreslcl.config import (
-    PRESETS,
-    TABLES,
-    EncoderConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    TileConfig,
-    TrainConfig,
-    knob_help,
-    read_knobs,
-    updated,
-)
+from dreslcl.config import PRESETS, TABLES, RunConfig, TrainConfig, read_settings, updated
 
 
 @pytest.mark.parametrize("config", TABLES.values())
-def test_every_knob_has_help(config):
-    assert set(knob_help(config)) == {f.name for f in fields(config)}
-    assert all(text.endswith(".") for text in knob_help(config).values())
+def test_every_setting_has_help(config):
+    assert all(one.metadata["help"].endswith(".") for one in fields(config))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_and_changed_knobs_survive_writing_and_reading(preset, tmp_path):
+def test_presets_and_changed_settings_survive_writing_and_reading(preset, tmp_path):
     config = updated(PRESETS[preset], train={"lr": 1e-9, "seed": 7}, encoder={"name": 'local-dir:/a "b"\\ü'})
     config.save(tmp_path / "config.toml")
     assert RunConfig.load(tmp_path / "config.toml") == config
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_absent_knobs_have_their_defaults_and_a_file_can_hold_every_table(tmp_path, encoding):
+def test_absent_settings_have_their_defaults_and_a_file_can_hold_every_table(tmp_path, encoding):
     (tmp_path / "c.toml").write_bytes("# é\r\n[train]\r\nlr = 1\n[tile]\nmpp = 2\n[eval]\nshots = [1, 4]\n".encode(encoding))
     assert RunConfig.load(tmp_path / "c.toml") == RunConfig(train=TrainConfig(lr=1.0))
-    knobs = read_knobs(tmp_path / "c.toml")
-    assert (knobs[TileConfig], knobs[EvalConfig], knobs[ModelConfig]) == ({"mpp": 2.0}, {"shots": (1, 4)}, {})
+    settings = read_settings(tmp_path / "c.toml")
+    assert settings == {"tile": {"mpp": 2.0}, "encoder": {}, "model": {}, "train": {"lr": 1.0}, "eval": {"shots": (1, 4)}}
 
 
 @pytest.mark.parametrize(
@@ -62,16 +49,18 @@ def test_wrong_file_is_refused_in_one_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("config", "knobs"),
+    ("table", "name", "value", "rule"),
     [
-        (TileConfig, {"mpp": 0.0}), (TileConfig, {"size": 3}), (TileConfig, {"overlap": 256}), (TileConfig, {"min_tissue": 1.5}),
-        (EncoderConfig, {"tune": "last:x"}), (EncoderConfig, {"tune": "some"}), (ModelConfig, {"codewords": 1}),
-        (ModelConfig, {"width": 10}), (TrainConfig, {"batch": 1}), (TrainConfig, {"tiles": 0}), (TrainConfig, {"epochs": 0}),
-        (TrainConfig, {"bank_share": 1.1}), (TrainConfig, {"report_part": 0.0}), (EvalConfig, {"folds": 1}),
-        (TrainConfig, {"tile_batch": 0}), (TrainConfig, {"temperature": 0.0}), (TrainConfig, {"lr": -1.0}),
+        ("tile", "mpp", 0.0, "positive"), ("tile", "size", 3, "at least 16 px"), ("tile", "overlap", 256, "less than size"),
+        ("tile", "min_tissue", 1.5, "from 0 to 1"), ("tile", "threshold", 1.0, "between 0 and 1"),
+        ("encoder", "tune", "last:x", "all, none or last:N"), ("encoder", "tune", "some", "all, none or last:N"),
+        ("model", "codewords", 1, "from 2 to 65,535"), ("model", "width", 10, "a multiple of 4"),
+        ("train", "batch", 1, "at least 2 slides"), ("train", "tiles", 0, "at least 1"), ("train", "epochs", 0, "at least 1"),
+        ("train", "bank_share", 1.1, "from 0 to 1"), ("train", "report_part", 0.0, "above 0 and at most 1"),
+        ("train", "tile_batch", 0, "at least 1"), ("train", "temperature", 0.0, "positive"),
+        ("train", "lr", -1.0, "at least 0"), ("eval", "folds", 1, "at least 2"), ("eval", "shots", (3, 0), "at least 1"),
     ],
 )  # fmt: skip
-def test_senseless_value_is_refused_with_the_knob_named(config, knobs):
-    (name,) = knobs
-    with pytest.raises(ConfigError, match=name):
-        config(**knobs)
+def test_senseless_value_is_refused_with_the_setting_and_its_rule(table, name, value, rule):
+    with pytest.raises(ConfigError, match=f"^{name} must be {rule}.*got "):
+        TABLES[table](**{name: value})

@@ -26,31 +26,19 @@ def image() -> np.ndarray:
 
 
 @pytest.mark.parametrize("mpp", [0.25, None])
-def test_scan_opens_in_openslide_with_its_resolution_and_levels(tmp_path, image, mpp):
-    write_scan(tmp_path / "a.svs", image, mpp=mpp, tile=(240, 128), quality=95, subsampling=(1, 1))
+def test_scan_opens_in_openslide_with_its_resolution_and_levels_that_are_means_of_whole_blocks(tmp_path, image, mpp):
+    write_scan(tmp_path / "a.svs", image, mpp=mpp, tile=(240, 128), subsampling=(1, 1))
     with openslide.OpenSlide(tmp_path / "a.svs") as scan:
-        facts = scan.properties
-        assert (facts["openslide.vendor"], facts.get("openslide.mpp-x"), facts.get("aperio.AppMag")) == (
-            "aperio",
-            mpp and "0.25",
-            mpp and "40",
-        )
+        facts = [scan.properties.get(name) for name in ("openslide.vendor", "openslide.mpp-x", "aperio.AppMag")]
+        assert facts == ["aperio", mpp and "0.25", mpp and "40"]
         assert scan.level_dimensions == ((1003, 701), (250, 175), (62, 43)) and "thumbnail" in scan.associated_images
         pixels = np.asarray(scan.read_region((0, 0), 0, scan.dimensions))[..., :3]
     assert np.abs(pixels.astype(int) - image).mean() < 3
     with tifffile.TiffFile(tmp_path / "a.svs") as scan:
         assert scan.is_bigtiff and scan.is_svs and [page.is_tiled for page in scan.pages] == [True, False, True, True]
         assert (scan.pages[0].tilewidth, scan.pages[0].tilelength) == (240, 128)
-
-
-@pytest.mark.parametrize("compression", [None, "deflate", "jpeg2000"])
-def test_pixels_are_held_exactly_or_nearly_and_a_level_is_the_mean_of_whole_blocks(tmp_path, image, compression):
-    write_scan(tmp_path / "a.svs", image, levels=(4,), compression=compression)
-    with tifffile.TiffFile(tmp_path / "a.svs") as scan:
-        pixels, level = scan.pages[0].asarray().astype(int), scan.pages[2].asarray().astype(float)
-    assert np.abs(pixels - image).max() <= (2 if compression == "jpeg2000" else 0)
-    blocks = image[:700, :1000].reshape(175, 4, 250, 4, 3).mean((1, 3))
-    assert np.abs(level - blocks).max() <= (3 if compression == "jpeg2000" else 1)
+        blocks = image[:700, :1000].reshape(175, 4, 250, 4, 3).mean((1, 3))
+        assert np.abs(scan.pages[2].asarray() - blocks).mean() < 3
 
 
 def test_every_table_names_the_slides_that_are_there_and_splits_share_no_patient_and_no_sheet(cohort):

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.pipeline import Pipeline
 from test_model import features, make_aggregator
 
+from dreslcl import heatmaps
 from dreslcl.cohort import Cohort
 from dreslcl.common import ConfigError, ModelError, TableError, write_table
 from dreslcl.embedding import embed
@@ -67,12 +68,12 @@ def test_maps_show_every_tile_and_are_drawn_once(embedded, model):
 
 def test_the_map_is_painted_where_the_tile_lies(embedded, monkeypatch):
     cohort, out, result = embedded
-    drawn = {}
-    monkeypatch.setattr("dreslcl.heatmaps._save_map", lambda path, thumbnail, grid, colours, *_: drawn.update({path.parent.name: colours}))
+    drawn, paint = [], heatmaps.draw_overlay
+    monkeypatch.setattr(heatmaps, "draw_overlay", lambda *a: drawn.append(a[-1]) or paint(*a))
     draw_heatmaps(cohort.subset(cohort.members[:1]), result, out, text="red and blue")
     found = json.loads((out / "geojson" / "s0.geojson").read_text())["features"]
     values = [feature["properties"]["measurements"]["contribution"] for feature in found]
-    red, _, blue, _ = drawn["contributions"].astype(int).T
+    red, _, blue, _ = drawn[0].astype(int).T
     assert red[np.argmax(values)] > blue[np.argmax(values)] and red[np.argmin(values)] < blue[np.argmin(values)]
 
 
@@ -102,12 +103,11 @@ def test_each_slide_is_mapped_for_its_own_class_or_else_the_predicted_one(embedd
 
 def test_maps_need_pixels_one_score_a_model_and_slides_in_common(embedded, tmp_path):
     cohort, out, result = embedded
-    for error, given, message in (
-        (ConfigError, (replace(cohort, work=None), result), "the folder that `dreslcl tile` wrote"),
-        (ModelError, (cohort, replace(result, model_folder="")), "embed with --model"),
-        (ConfigError, (cohort, replace(result, ids=tuple("abcdefgh"))), "none of the 8 tiled slides is in the embeddings"),
+    for error, members, vectors, options, message in (
+        (ConfigError, replace(cohort, work=None), result, {}, "the folder that `dreslcl tile` wrote"),
+        (ModelError, cohort, replace(result, model_folder=""), {}, "embed with --model"),
+        (ConfigError, cohort, replace(result, ids=tuple("abcdefgh")), {}, "none of the 8 tiled slides is in the embeddings"),
+        (ConfigError, cohort, result, {"text": "x", "labels": tmp_path / "l.csv"}, "a map shows one score"),
     ):
         with pytest.raises(error, match=message):
-            draw_heatmaps(*given, out)
-    with pytest.raises(ConfigError, match="a map shows one score"):
-        draw_heatmaps(cohort, result, out, text="x", labels=tmp_path / "l.csv")
+            draw_heatmaps(members, vectors, out, **options)

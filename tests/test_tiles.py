@@ -184,7 +184,7 @@ def test_what_is_not_there_is_said(tmp_path):
 # -- choices ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_table_sets_resolution_and_knobs_per_slide(scans, tmp_path):
+def test_a_table_sets_resolution_and_settings_per_slide(scans, tmp_path):
     (tmp_path / "in").mkdir()
     write_scan(tmp_path / "in" / "x.svs", picture(), mpp=None)
     shutil.copy(scans / "a" / "0.svs", tmp_path / "in" / "y.svs")
