@@ -220,6 +220,6 @@ PRESETS = {
 }
 """Known settings.
 
-`paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults). `tiny`: the embedded encoder on a small cohort, as in `dreslcl demo`;
-its weights know drawn tissue (examples/tiny_weights.py). `clip-b32`: OpenAI's CLIP.
+`paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults). `tiny`: the embedded encoder, whose weights know drawn tissue
+(examples/tiny_weights.py), on a small cohort, as in `dreslcl demo`. `clip-b32`: OpenAI's CLIP.
 """
