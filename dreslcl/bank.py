@@ -6,8 +6,8 @@ of their number, and the sums are kept for each block: a step that uses a share 
 which no row is read either.
 
 One file a slide, `bank/<slide_id>.bank`, opened as a memory map for the time of one visit: fingerprints of the tiles and of the
-codebook, the sums (8, K, D) and weights (8, K) for it, the mean feature (D,), and per tile weight, step (when the row was written),
-codeword and feature (float16, unit norm). `bank/bank.json` says D, K and the encoder. Ranks own slides: one process writes a file.
+codebook, the sums (8, K, D) and counts (8, K) for it, the mean feature (D,), and per tile the weight that it has in these sums, step (when
+the row was written), codeword and feature (float16, unit norm). `bank/bank.json` says D, K and the encoder. Ranks own slides: one process writes a file.
 
 Crashes. `fill` writes NAME.part and renames it: a file means a filled slide. `write` empties the codebook's fingerprint first and sets
 it last; stores into a shared mapping reach the page cache in program order and outlive the process, so after SIGKILL at any moment the
@@ -15,7 +15,7 @@ rows are there (one may be half old, half new), and a slide without the present 
 it is next used. So it is with a new codebook. Power loss keeps no order: call `rebuild` then.
 
 Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 8 = 776 bytes a row = 233 GB, sums 32·K·(D + 1) = 394 kB a slide
-= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk: B·T = 512 rows are 2 MB.
+= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk, and up to 256 beside them in runs of 8, to be weighed anew.
 """
 
 import json

@@ -3,7 +3,8 @@
 One step (`train_step`). Draw B slides of distinct patients and T tiles of each; encode the B·T tiles with gradient; a slide is its
 drawn tiles and the rest from the bank; aggregate, contrast with the reports, and the drawn part of each slide with its rest; back-
 propagate; write the fresh features back. Where the encoder does not learn, and for a slide whose pixels cannot be read, the bank's rows
-of the drawn tiles stand in for fresh features: the path is the same.
+of the drawn tiles stand in for fresh features: the path is the same. Beside the few encoded tiles some bank rows are weighed anew at each
+step, so that the gate learns from more than T tiles; all others keep in the sums the weight that they had last.
 """
 
 import copy
