@@ -6,8 +6,9 @@ of their number, and the sums are kept for each block: a step that uses a share 
 which no row is read either.
 
 One file a slide, `bank/<slide_id>.bank`, opened as a memory map for the time of one visit: fingerprints of the tiles and of the
-codebook, the sums (8, K, D) and counts (8, K) for it, the mean feature (D,), and per tile the weight that it has in these sums, step (when
-the row was written), codeword and feature (float16, unit norm). `bank/bank.json` says D, K and the encoder. Ranks own slides: one process writes a file.
+codebook, the sums (8, K, D) and counts (8, K) for it, the mean feature (D,), and per tile the weight that it has in these sums, the step
+at which the row was written, codeword and feature (float16, unit norm). `bank/bank.json` says D, K and the encoder. Ranks own slides: one
+process writes a file.
 
 Crashes. `fill` writes NAME.part and renames it: a file means a filled slide. `write` empties the codebook's fingerprint first and sets
 it last; stores into a shared mapping reach the page cache in program order and outlive the process, so after SIGKILL at any moment the
