@@ -198,7 +198,9 @@ def _map(image: Image.Image, um_per_px: float, title: str, key: ScalarMappable |
     ax.plot([0.02 * w, 0.02 * w + length / um_per_px], [h * 1.02] * 2, color="black", linewidth=4, solid_capstyle="butt", clip_on=False)
     ax.text(0.02 * w, h * 1.035, f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm", fontsize=13, va="top")
     if isinstance(key, ScalarMappable):
-        bar = figure.colorbar(key, ax=ax, shrink=0.7, pad=0.01)
+        ticks = np.geomspace(*key.get_clim(), 5) if isinstance(key.norm, LogNorm) else None
+        bar = figure.colorbar(key, ax=ax, shrink=0.7, pad=0.01, ticks=ticks, format="%.3g")
+        bar.minorticks_off()
         bar.set_label(name, fontsize=13)
         bar.ax.tick_params(labelsize=12)
     else:
