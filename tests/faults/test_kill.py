@@ -47,7 +47,7 @@ STEPS = {"fill": "fill_bank", "step": "train_step", "checkpoint": "save_checkpoi
 COMMANDS = {
     "tile": (tile, {}),
     "pretrain": (pretrain, {phase: (trainer, name) for phase, name in STEPS.items()}),
-    "embed": (embed, {"write": (embedding, "_write_slide")}),
+    "embed": (embed, {"write": (embedding, "write_tiles")}),
 }
 
 
@@ -66,16 +66,17 @@ def assert_whole_run(out: Path, epochs: int) -> None:
     words = state["model"]["aggregator.codewords"].numpy()
     (K, D), (empty, one) = words.shape, (slide_layout(tiles, *words.shape[::-1]).itemsize for tiles in (0, 1))
     bank = MemoryBank(out / "bank", dim=D, codewords=K, encoder=json.loads((out / "bank" / "bank.json").read_text())["encoder"])
-    bank.set_codebook(words)
     files = list((out / "bank").glob("*.bank"))
     assert len(files) == 8
     for path in files:
         tiles = (path.stat().st_size - empty) // (one - empty)
         assert bank.has(path.stem, tiles, SlideFile(path, tiles, D, K).mark[0].decode())
+        weights = SlideFile(path, tiles, D, K).weight.astype(np.float32)
+        bank.set_codebook(words, lambda rows, weights=weights: torch.from_numpy(weights))  # as they stand beside the rows
         sums, counts = bank.sums(path.stem)
         bank.rebuild(path.stem)
         again, again_counts = bank.sums(path.stem)
-        assert (counts == again_counts).all() and np.abs(sums - again).max() <= 1e-4 * np.abs(again).max()
+        assert np.allclose(counts, again_counts, rtol=1e-4) and np.abs(sums - again).max() <= 1e-4 * np.abs(again).max()
     assert state["epoch"] == epochs
     model = DRESLCL.load(out / "model").state_dict()
     assert all(torch.equal(model[key], value) for key, value in state["model"].items())
