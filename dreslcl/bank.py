@@ -16,7 +16,7 @@ rows are there (one may be half old, half new), and a slide without the present 
 it is next used. So it is with a new codebook. Power loss keeps no order: call `rebuild` then.
 
 Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 8 = 776 bytes a row = 233 GB, sums 32·K·(D + 1) = 394 kB a slide
-= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk, and up to 256 beside them in runs of 8, to be weighed anew.
+= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk, and up to 128 beside them in runs of 16, to be weighed anew.
 """
 
 import json
@@ -40,9 +40,9 @@ from .model import nearest_codeword, residual_sums
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 BLOCKS = 8
-RUN = 8  # consecutive rows that are read together beside the drawn ones
+RUN = 16  # consecutive rows that are read together beside the drawn ones
 CHUNK = 8192  # rows in memory at a time when a slide is streamed
 SETTLED = 20_000  # rows up to which K-means looks at all of them in each round
 
@@ -55,8 +55,8 @@ def block_of(tiles: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
 def slide_layout(tiles: int, dim: int, codewords: int) -> np.dtype:
     """The file of one slide as a record, wide fields first so that all are aligned."""
     fields = [("mark", "S16"), ("codebook", "S16"), ("sums", "f4", (BLOCKS, codewords, dim)), ("counts", "f4", (BLOCKS, codewords))]
-    fields += [("mean", "f4", (dim,)), ("step", "i4", (tiles,)), ("weight", "f2", (tiles,)), ("code", "u2", (tiles,))]
-    return np.dtype([*fields, ("rows", "f2", (tiles, dim))])
+    tile = np.dtype([("step", "i4"), ("code", "u2"), ("weight", "f2")])  # side by side: a tile's three lie on one page
+    return np.dtype([*fields, ("mean", "f4", (dim,)), ("tile", tile, (tiles,)), ("rows", "f2", (tiles, dim))])
 
 
 def bank_bytes(tiles: Iterable[int], dim: int, codewords: int) -> int:
@@ -82,7 +82,8 @@ class SlideFile:
         record = np.frombuffer(mapped, self.layout, 1)
         self.mark, self.codebook = record["mark"], record["codebook"]  # (1,): to be assigned to
         self.sums, self.counts, self.mean = record["sums"][0], record["counts"][0], record["mean"][0]
-        self.step, self.weight, self.code, self.rows = (record[name][0] for name in ("step", "weight", "code", "rows"))
+        self.step, self.code, self.weight = (record["tile"][0][name] for name in ("step", "code", "weight"))
+        self.rows = record["rows"][0]
 
     def gather(self, index: Integer[np.ndarray, "n"]) -> Float16[np.ndarray, "n D"]:
         """Rows in the order asked. All are announced first, so that a cold disk serves them together (~125 times plain mmap, measured)."""

@@ -185,7 +185,7 @@ def test_a_bank_of_another_encoder_or_width_is_refused_with_both_named(make_bank
             MemoryBank(tmp_path / "bank", **good | {key: asked})
     header = json.loads((tmp_path / "bank" / "bank.json").read_text())
     (tmp_path / "bank" / "bank.json").write_text(json.dumps(header | {"version": 9}))
-    with pytest.raises(StoreError, match="version 9, asked for 2"):
+    with pytest.raises(StoreError, match="version 9, asked for 3"):
         MemoryBank(tmp_path / "bank", **good)
     (tmp_path / "bank" / "bank.json").write_text("{")
     with pytest.raises(StoreError, match="cannot be read"):
