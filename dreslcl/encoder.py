@@ -297,12 +297,15 @@ def _explain(config: EncoderConfig, error: Exception) -> str:
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
     """OpenCLIP logs each step of loading on the root logger; dreslcl says what matters itself."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
+
+    def grave(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logging.root.addFilter(grave)  # for what is logged on the root logger itself; two threads may load at once
     try:
         yield
     finally:
-        logging.root.setLevel(level)
+        logging.root.removeFilter(grave)
 
 
 # how towers compute

@@ -83,6 +83,7 @@ def model(tmp_path_factory) -> Path:
 def loggers():
     """As a program that imports the package finds them: the command line, run in a test's process, sets their level."""
     logging.getLogger("dreslcl").setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
 
 
 @pytest.fixture
