@@ -76,16 +76,17 @@ class Encoder(nn.Module):
     Attributes:
         dim: D, width of a tile feature.
         text_dim: width of a text vector (the same joint space in OpenCLIP, so equal to D).
-        pretrained: whether weights were loaded (else they are random).
+        pretrained, reads: whether weights of the image tower, and of the text tower, were loaded (else they are random).
     """
 
     clip: Any  # OpenCLIP's towers share no base class that names their parts
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: nn.Module, tokenizer: Any, model_cfg: dict[str, Any], name: str, pretrained: bool):
+    def __init__(self, clip: nn.Module, tokenizer: Any, model_cfg: dict[str, Any], name: str, *, pretrained: bool, reads: bool):
         super().__init__()
-        self.clip, self.tokenizer, self.model_cfg, self.name, self.pretrained = clip, tokenizer, model_cfg, name, pretrained
+        self.clip, self.tokenizer, self.model_cfg, self.name = clip, tokenizer, model_cfg, name
+        self.pretrained, self.reads = pretrained, reads
         visual = self.clip.visual
         size = visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
         if drawn:
             clip.visual.load_state_dict(load_file(Path(__file__).with_name(f"{TINY}.safetensors")))
         clip.visual.to(memory_format=torch.channels_last)  # convolutions on a CPU: 1.2 to 2 times as fast; no effect on others
-        return cls(clip, tokenizer, model_cfg, name, pretrained)
+        return cls(clip, tokenizer, model_cfg, name, pretrained=pretrained, reads=pretrained and not drawn)
 
     # tiles
 

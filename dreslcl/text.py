@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
 from .common import ConfigError, ModelError, write_bytes, write_json
-from .encoder import TINY, Encoder
+from .encoder import Encoder
 
 log = logging.getLogger(__name__)
 WINDOW = 64  # most words of a piece
@@ -48,7 +48,7 @@ def clean_report(text: str) -> str:
 def mask_words(text: str, words: str) -> str:
     """A text without some words, given with commas between them, in any case; `adeno*` stands for all that begins so."""
     patterns = (re.escape(word.strip()).replace(r"\*", r"\w*") for word in words.split(",") if word.strip())
-    return re.sub(rf"(?<!\w)({'|'.join(patterns)})(?!\w)", " ", text, flags=re.IGNORECASE)
+    return re.sub(rf"(?<!\w)({'|'.join(patterns) or '(?!)'})(?!\w)", " ", text, flags=re.IGNORECASE)  # (?!): no word, no match
 
 
 class Text(nn.Module):
@@ -222,7 +222,7 @@ def make_text(
     """
     if not isinstance(reports[0], str):
         return Text(reports[0].shape[1])
-    pretrained = encoder is not None and encoder.pretrained and encoder.name != TINY  # whose weights are those of its image tower alone
+    pretrained = encoder is not None and encoder.reads
     medical = pretrained and any(name in encoder.name.lower() for name in MEDICAL)
     if setting in ("tower", "tower:tune") or (setting == "auto" and medical):
         if not pretrained:

@@ -52,7 +52,7 @@ def build(vision, **rest):
     torch.manual_seed(0)
     clip = open_clip.CLIP(**cfg)
     open_clip.model.set_model_preprocess_cfg(clip, {**open_clip.transform.PreprocessCfg(size=clip.visual.image_size).__dict__, **rest})
-    return Encoder(clip, open_clip.SimpleTokenizer(), cfg, "ours", False).eval()
+    return Encoder(clip, open_clip.SimpleTokenizer(), cfg, "ours", pretrained=False, reads=False).eval()
 
 
 VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16}
