@@ -36,7 +36,7 @@ _STOPPED = {
     "demo": "stopped; delete the folder of --out, or choose another, and run it again",
 }
 
-Settings = dict[str, dict[str, Any]]  # table of config.py -> what the file and the flags set in it
+Chosen = dict[str, dict[str, Any]]  # table of config.py -> what the file and the flags set in it
 
 
 def option(text: str, *names: str, panel: str | None = None, **rest: Any) -> Any:
@@ -45,7 +45,8 @@ def option(text: str, *names: str, panel: str | None = None, **rest: Any) -> Any
 
 
 existing = functools.partial(option, exists=True)  # a file or folder that must be there
-given = functools.partial(existing, panel="More inputs")
+more = functools.partial(option, panel="More inputs")
+given = functools.partial(more, exists=True)
 running = functools.partial(option, panel="Running")
 
 Out = Annotated[Path, option("Folder for the results.", "--out", "-o", file_okay=False)]
@@ -168,7 +169,7 @@ def tile(
     slides: Annotated[Path, typer.Argument(help="Scan, or folder of scans (searched with its subfolders).", exists=True)],
     *,
     out: Out,
-    settings: Settings,
+    settings: Chosen,
     pack: Annotated[bool, option("Also write each slide's tiles as one BigTIFF, for slow network disks.", "--pack")] = False,
     overrides: Annotated[
         Path | None, given("Table slide_id and any of mpp (of level 0), threshold, min_tissue, max_tiles, drop_pen, min_sharpness.")
@@ -211,7 +212,7 @@ def pretrain(
     *,
     reports: Annotated[Path | None, existing("Table slide_id or patient_id, report (CSV, TSV); TCGA_Reports.csv; HistGen JSON.")] = None,
     out: Out,
-    settings: Settings,
+    settings: Chosen,
     exclude: Annotated[str | None, option("Slides to keep out: a file of slide or patient ids, or column=value of the reports.")] = None,
     held_out: Annotated[str | None, option("Slides, given likewise, for retrieval after each epoch; the best epoch is kept.")] = None,
     preset: Annotated[Literal["paper", "tiny", "clip-b32"] | None, option("Known settings; --config and flags override them.")] = None,
@@ -253,14 +254,14 @@ def embed(
     *,
     model: Annotated[Path | None, existing("RUN/model of a pretraining. Without it a slide is the mean of its tile features.")] = None,
     out: Out,
-    settings: Settings,
+    settings: Chosen,
     by: Annotated[Literal["slide", "patient"], option("One vector per slide, or the mean of a patient's slides.")] = "slide",
     layout: Annotated[Literal["trident", "clam", "stamp", "patho-bench"], option("Also write files as this tool reads them.")] = "trident",
     tile_features: Annotated[bool, option("Also write each slide's tile features, in that layout.", "--tile-features")] = False,
     features: Features = None,
     patients: Patients = None,
-    encoder: Annotated[str, given("Without --model: the tile encoder, as in pretrain.", exists=False)] = EncoderConfig.name,
-    pretrained: Annotated[str | None, given("Without --model: a tag of that encoder's weights, or a weights file.", exists=False)] = None,
+    encoder: Annotated[str, more("Without --model: the tile encoder, as in pretrain.")] = EncoderConfig.name,
+    pretrained: Annotated[str | None, more("Without --model: a tag of that encoder's weights, or a weights file.")] = None,
     force: Annotated[bool, running("Embed slides again that are done.", "--force")] = False,
 ) -> None:
     """Encode every tile of every slide and write one vector per slide."""
@@ -290,7 +291,7 @@ def heatmap(
     *,
     embeddings: Annotated[Path, existing("Folder that `dreslcl embed` wrote with a model: EMB.")],
     out: Annotated[Path | None, option("Folder; default: EMB/heatmaps, which `eval` shows.", "--out", "-o", file_okay=False)] = None,
-    settings: Settings,
+    settings: Chosen,
     text: Annotated[str | None, option("Also map each tile's contribution to the similarity with this text.")] = None,
     labels: Annotated[Path | None, existing("Or its contribution to the slide's class: table slide_id or patient_id, and label.")] = None,
     column: Annotated[str, option("Column of that table.")] = "subtype",
@@ -314,7 +315,7 @@ def eval_(
     labels: Annotated[Path | None, existing("Table slide_id or patient_id, and label columns.")] = None,
     task: Annotated[Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"], option("What to measure.")],
     out: Out,
-    settings: Settings,
+    settings: Chosen,
     column: Annotated[list[str] | None, option("Label column; give it again for several genes. Default: the task's name.")] = None,
     positive: Annotated[str | None, option("Positive class, against all others.")] = None,
     split: Annotated[

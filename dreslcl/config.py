@@ -43,7 +43,7 @@ class Settings:
     """A configuration whose values are held against their rules; one that breaks its rule is a ConfigError that names both."""
 
     def __post_init__(self) -> None:
-        for one in fields(self):  # type: ignore[arg-type]
+        for one in fields(self):
             value = getattr(self, one.name)
             if one.metadata["rule"] and value is not None:
                 words, holds = one.metadata["rule"]

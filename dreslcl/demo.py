@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ def _kinds(rng: Generator, case: _Case, inside: np.ndarray) -> np.ndarray:
     return kinds
 
 
-def _compose(case: _Case, rng: Generator, sheets: dict[tuple, np.ndarray], side: tuple[int, int]) -> tuple[np.ndarray, list]:
+def _compose(case: _Case, rng: Generator, sheets: dict[tuple, list], side: tuple[int, int]) -> tuple[np.ndarray, list]:
     """Draw one slide; returns its pixels and the rows of cells.csv (fields that are at least half tissue)."""
     columns, rows = rng.integers(side[0], side[1] + 1, 2).tolist()
     outline, size = _outline(rng, columns, rows), FIELD + 2 * SPILL
@@ -279,9 +279,9 @@ def _compose(case: _Case, rng: Generator, sheets: dict[tuple, np.ndarray], side:
     patches, cells = [_patch(rng) for _ in range(8)], []
     for row, column in rng.permutation(np.argwhere(covered > 0)).tolist():
         kind = KINDS[kinds[row, column]]
-        number = int(rng.integers(sum(place[:2] == (case.split, kind) for place in sheets)))
+        number = int(rng.integers(len(sheets[case.split, kind])))
         x, y = rng.integers(0, SHEET - size + 1, 2)
-        field = _turned(sheets[case.split, kind, number][:, y : y + size, x : x + size], rng)
+        field = _turned(sheets[case.split, kind][number][:, y : y + size, x : x + size], rng)
         field = np.clip(field * rng.uniform(0.85, 1.15, (2, 1, 1)), 0, 255).astype(np.uint8)
         here = np.s_[:, row * FIELD : row * FIELD + size, column * FIELD : column * FIELD + size]
         np.copyto(maps[here], field, where=_turned(patches[rng.integers(len(patches))], rng))
@@ -330,7 +330,9 @@ def write_cohort(out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int,
         write_scan(out / "slides" / f"{cases[number].slide_id}.svs", image)
         return cells
 
-    sheets = dict(zip(jobs, track(prefetch(drawn, jobs, threads, threads), "drawing tissue", "sheets", len(jobs))))
+    sheets: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for (split, kind, _), sheet in zip(jobs, track(prefetch(drawn, jobs, threads, threads), "drawing tissue", "sheets", len(jobs))):
+        sheets[split, kind].append(sheet)
     cells = [row for rows in track(prefetch(made, range(slides), threads, threads), "drawing slides", "slides", slides) for row in rows]
     rng = np.random.default_rng([seed, 3])
     write_table(out / "reports.csv", (*_Case._fields[:3], "report"), [(*case[:3], _report(case, rng)) for case in cases])
