@@ -248,7 +248,7 @@ class MemoryBank:
             if first != tiles:
                 raise StoreError(f"{self.folder}: slide {slide}: {first} features for {tiles} tiles; tile it again")
             new = SlideFile(part, tiles, self.dim, self.codewords_count)
-            new.mark[0], new.mean[:], new.step[:], new.weight[:] = mark, total / tiles, step, 1
+            new.mark[0], new.mean[:], new.step[:] = mark, total / tiles, step
             part.replace(path)
         except OSError as error:
             why = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"

@@ -164,7 +164,7 @@ def check_tiles(trained: DRESLCL, cohort: Cohort) -> None:
     kind = "pixels" if cohort.work else "features"
     if trained.about["tiles"] != kind:
         raise ModelError(f"the model was trained on {trained.about['tiles']}, so it cannot embed {kind}")
-    size, mpp = trained.about.get("size"), trained.about.get("mpp")
+    size, mpp = (trained.about.get("tile", {}).get(name) for name in ("size", "mpp"))
     for member in range(len(cohort) if kind == "pixels" else 0):
         with suppress(StoreError):  # named in its turn
             grid = cohort.grid(member)

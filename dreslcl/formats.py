@@ -363,7 +363,7 @@ def model_card(about: Mapping[str, Any], encoder: Any, text: str, settings: dict
     """RUN/model/README.md: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
     tiles, weights = "tile features made elsewhere", "random weights"
     if encoder is not None:
-        tiles = f"tiles of {about['size']} px at {about['mpp']:g} µm/px, encoded by {encoder.name}" if "size" in about else tiles
+        tiles = "tiles of {size} px at {mpp:g} µm/px, encoded by ".format(**about["tile"]) + encoder.name if "tile" in about else tiles
         weights = f"the weights of {encoder.name}" if encoder.pretrained else weights
     saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
     return CARD.format(tiles=tiles, saw=saw, text=text, weights=weights, settings=json.dumps(settings))

@@ -265,7 +265,7 @@ class DRESLCL(nn.Module):
         aggregator: bag of B slides -> z (B, E), unit norm.
         text_head: report vectors -> joint space; None where the text tower learns, its vectors being u themselves.
         logit_scale, view_scale: logs of the inverse temperatures of the two contrasts (slide and report, two views), learnt.
-        about: what else the model's folder tells: tile size and resolution, slides seen in pretraining.
+        about: what else the model's folder tells: settings of its tiles, slides seen in pretraining.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ class DRESLCL(nn.Module):
         """
         self._tile_encoder()
         with Slide.open(Path(scan)) as slide:
-            grid = find_tiles(slide, TileConfig(**self.about.get("tile", {}) | {"size": self.about["size"], "mpp": self.about["mpp"]}))
+            grid = find_tiles(slide, TileConfig(**self.about["tile"]))
             if not len(grid):
                 raise SlideError(f"{scan}: no tissue found, so there is nothing to embed")
             corners = (grid.xy[i : i + batch] for i in range(0, len(grid), batch))

@@ -32,7 +32,7 @@ from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, p
 from .common import ConfigError, DreslclError, SlideError, StoreError, hold, reason, remember, track, write_bytes
 from .config import RunConfig
 from .distributed import Ranks, ranks
-from .embedding import encode_slides
+from .embedding import encode_slides, noting
 from .encoder import Augmentation, Encoder, autocast, cached_features, inference, pick_device
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
@@ -168,7 +168,7 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     about |= counts | {"tiles_seen": sum(m.tiles for m in cohort.members)}
     if reader:
         grid = reader.grid(0)
-        about |= {"mpp": grid.mpp, "size": grid.size, "tile": json.loads(grid.settings)}
+        about["tile"] = json.loads(grid.settings) | {"size": grid.size, "mpp": grid.mpp}  # coordinates of another tool have their own
     dim = encoder.dim if pixels and encoder else read_features(cohort.members[0].source).shape[1]
     torch.manual_seed(train.seed)
     model = DRESLCL(encoder, text, config.model, dim=dim, temperature=train.temperature, about=about).to(device)
@@ -487,14 +487,13 @@ def write_back(run: Run, samples: Sequence[SlideSample], fresh: Fresh, values: d
     """Put what is fresh into the bank: features of encoded tiles, codewords and weights of all; notes drift and age of rows replaced."""
     if not (run.encoder_learns or run.model.aggregator.weighs):
         return
-    ends = np.cumsum([len(s.rest.tiles) for s in samples])[:-1]
-    kinds = fresh.features.detach().half(), fresh.codes, fresh.weights.detach().half()
-    features, codes, weights = (np.split(kind.cpu().numpy(), ends) for kind in kinds)
+    sizes, encoded = [len(s.rest.tiles) for s in samples], [len(s.tiles) * (s.pixels is not None) for s in samples]
+    codes, weights = (np.split(kind.cpu().numpy(), np.cumsum(sizes)[:-1]) for kind in (fresh.codes, fresh.weights.detach().half()))
+    new = torch.cat([rows[:T] for rows, T in zip(fresh.features.detach().split(sizes), encoded)]).half().cpu().numpy()
     cosine, ages = [np.ones(0)], [np.ones(0)]
-    for i, s in enumerate(samples):
-        encoded = len(s.tiles) if s.pixels is not None else 0
-        cosine.append(run.bank.write(s.rest, features[i][:encoded], codes[i].astype(np.uint16), weights[i], run.step))
-        ages.append(run.step - s.rest.age[:encoded])
+    for s, T, features, code, weight in zip(samples, encoded, np.split(new, np.cumsum(encoded)[:-1]), codes, weights):
+        cosine.append(run.bank.write(s.rest, features, code.astype(np.uint16), weight, run.step))
+        ages.append(run.step - s.rest.age[:T])
     for name, found in (("row_cosine", cosine), ("row_age", ages)) if run.encoder_learns else ():
         together = np.concatenate(found)
         values[name] = run.group.mean(float(together.mean()) if len(together) else 1.0, len(together), run.device)
@@ -562,11 +561,8 @@ def slide_and_report_vectors(
     own: dict[int, np.ndarray] = {}
     mine = range(run.group.rank, len(cohort), run.group.world)
     for member, parts in encode_slides(run.model.encoder, cohort, mine, run.config.train, "retrieval", None, tiles=tiles):
-        try:
+        with noting(run.failed, cohort.members[member].slide_id):
             own[member] = run.model.embed_features(parts)
-        except (SlideError, StoreError, OSError) as error:
-            run.failed[cohort.members[member].slide_id] = reason(error)
-            log.warning("%s: left out of retrieval: %s", cohort.members[member].slide_id, reason(error))
     z = {m: vector for part in run.group.collect(own) for m, vector in part.items()}
     kept, vectors = sorted(z), {}
     with inference(run.model):

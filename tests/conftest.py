@@ -69,7 +69,7 @@ def model(tmp_path_factory) -> Path:
     encoder = Encoder.create(config)
     torch.manual_seed(0)
     text = make_text(config.text, encoder, ["a report", "another one"])
-    about = {"tiles": "pixels", "seen": ["s0"], "size": 64, "mpp": 2.0}
+    about = {"tiles": "pixels", "seen": ["s0"], "tile": {"size": 64, "mpp": 2.0}}
     made = DRESLCL(encoder, text, ModelConfig(codewords=4, width=16), dim=encoder.dim, about=about)
     words = torch.from_numpy(np.random.default_rng(0).normal(size=(4, encoder.dim)).astype(np.float32))
     made.aggregator.codewords.copy_(words)

@@ -79,9 +79,9 @@ def test_loaded_model_embeds_scans_tiles_and_texts(cohort, model, embedded, tmp_
     assert np.allclose(loaded.embed_slide(cohort.members[2].source), result.vectors[2], atol=1e-4)
     assert loaded.embed_tiles(np.zeros((2, 64, 64, 3), np.uint8)).shape == (2, loaded.dim)
     assert loaded.embed_text("No tumour.").shape == (loaded.joint_dim,) and loaded.embed_text(["a", "b"]).shape == (2, loaded.joint_dim)
-    loaded.about["tile"] = {"max_tiles": 4}  # as the run's tiles were made, so is a new scan's
+    loaded.about["tile"]["max_tiles"] = 4  # as the run's tiles were made, so is a new scan's
     with Slide.open(cohort.members[2].source) as slide:
-        grid = find_tiles(slide, TileConfig(size=loaded.about["size"], mpp=loaded.about["mpp"], max_tiles=4))
+        grid = find_tiles(slide, TileConfig(size=64, mpp=2.0, max_tiles=4))
         four = loaded.embed_features([loaded.embed_tiles(slide.read_tiles(grid.xy, grid.size, grid.mpp))])
     assert len(grid) == 4 and np.allclose(loaded.embed_slide(cohort.members[2].source), four, atol=1e-4)
     write_scan(tmp_path / "glass.svs", np.full((640, 640, 3), 244, np.uint8), mpp=1.0)
