@@ -382,16 +382,18 @@ def demo(
 def encoders(
     names: Annotated[list[str] | None, typer.Argument(help="Names to describe; none: all are listed, without their parameters.")] = None,
 ) -> None:
-    """List the encoders that --encoder takes: feature width, input edge (px), context (tokens), parameters."""
+    """List the encoders that --encoder takes: feature width, input edge (px), parameters of the image tower, licence of the weights."""
     from .encoder import describe_encoder, list_encoders
+    from .towers import FAMILIES
 
-    units = {"name": "encoder", "width": "width", "image_px": "input px", "tokens": "context tokens"}
-    units |= {"image_millions": "image 10⁶ parameters", "text_millions": "text 10⁶ parameters"} if names else {}
-    rows = [describe_encoder(name, build=bool(names)) for name in names or list_encoders()]
-    shown = [[f"{x:,.1f}" if isinstance(x, float) else "?" if x is None else str(x) for x in map(row.get, units)] for row in rows]
-    print_table([*units.values()], shown)
+    rows = [] if names else [(*found, licence) for *found, licence in FAMILIES]
+    for name in names or list_encoders():
+        row = describe_encoder(name, build=bool(names))
+        rows.append((name, row["width"], row["image_px"], row["millions"], "" if names else "of the weights chosen"))
+    shown = [[name, str(width), str(edge), f"{size:,.1f}" if size else "?", licence] for name, width, edge, size, licence in rows]
+    print_table(["encoder", "width", "input px", "10⁶ parameters", "licence"], shown)
     if not names:
-        print("and hf-hub:ORG/NAME or local-dir:FOLDER", file=sys.stderr)
+        print("and any timm:NAME.TAG, hf-hub:ORG/NAME or local-dir:FOLDER; `dreslcl encoders NAME` counts parameters", file=sys.stderr)
 
 
 def main() -> None:

@@ -73,8 +73,12 @@ class TileConfig(Settings):
 class EncoderConfig(Settings):
     """The OpenCLIP model that encodes tiles and reports."""
 
-    name: str = setting("dreslcl-tiny", "An OpenCLIP model name, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny.")
-    pretrained: str | None = setting(None, "OpenCLIP's tag of weights, or a weights file; none: those of the hub or folder, else random.")
+    name: str = setting(
+        "dreslcl-tiny", "An OpenCLIP model name, timm:NAME.TAG, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny."
+    )
+    pretrained: str | None = setting(
+        None, "OpenCLIP's tag of weights, or a weights file; none: those of the hub, folder or timm's TAG, else random."
+    )
     tune: str = setting(
         "all",
         "Which part of the tile encoder learns: all, last:N (its last N blocks and what follows them) or none.",
@@ -89,7 +93,8 @@ class EncoderConfig(Settings):
     @property
     def has_weights(self) -> bool:
         """Whether weights are loaded; else they are random."""
-        return bool(self.pretrained) or self.name.startswith(("hf-hub:", "local-dir:"))
+        timm_tag = self.name.startswith("timm:") and "." in self.name
+        return bool(self.pretrained) or timm_tag or self.name.startswith(("hf-hub:", "local-dir:"))
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class TrainConfig(Settings):
     leak_words: str = setting("", "Mask these words (commas between, * for any ending) out of the reports: how much of a score is theirs.")
     lr: float = setting(3e-4, "Peak learning rate of the aggregator and the heads.", AMOUNT)
     encoder_lr: float = setting(1e-4, "Peak learning rate of the tile encoder; from random weights it needs about 1e-3.", AMOUNT)
+    layer_decay: float = setting(1.0, "Factor on encoder_lr for each block nearer to the image; 0.75 is usual for a large ViT.", PART)
     text_lr: float = setting(1e-4, "Peak learning rate of the text tower where it learns.", AMOUNT)
     weight_decay: float = setting(0.05, "AdamW's weight decay.", AMOUNT)
     temperature: float = setting(0.07, "Temperature at the start; it is learnt.", POSITIVE)
@@ -210,7 +216,11 @@ def _typed(config: type, table: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 PRESETS = {
-    "paper": RunConfig(EncoderConfig("ViT-S-16"), ModelConfig(codewords=32, width=256), TrainConfig(tiles=64, batch=32, encoder_lr=1e-5)),
+    "paper": RunConfig(
+        EncoderConfig("timm:vit_small_patch16_224.dino"),
+        ModelConfig(codewords=32, width=256),
+        TrainConfig(tiles=64, batch=32, encoder_lr=1e-5),
+    ),
     "tiny": RunConfig(
         EncoderConfig(pretrained="drawn"),
         ModelConfig(codewords=8, width=64, depth=1),
@@ -220,6 +230,6 @@ PRESETS = {
 }
 """Known settings.
 
-`paper`: ViT-S/16 on 256 px tiles at 0.5 µm/px (TileConfig's defaults). `tiny`: the embedded encoder, whose weights know drawn tissue
-(examples/tiny_weights.py), on a small cohort, as in `dreslcl demo`. `clip-b32`: OpenAI's CLIP.
+`paper`: ViT-S/16 from DINO's weights (arXiv 2104.14294) on 256 px tiles at 0.5 µm/px (TileConfig's defaults). `tiny`: the embedded
+encoder, whose weights know drawn tissue (examples/tiny_weights.py), on a small cohort, as in `dreslcl demo`. `clip-b32`: OpenAI's CLIP.
 """

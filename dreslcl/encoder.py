@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import open_clip
+import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from .common import ModelError, write_bytes, write_json
 from .config import EncoderConfig
+from .towers import find_timm, from_timm, load_held
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ TINY, DRAWN = "dreslcl-tiny", "drawn"  # the embedded model, and the tag of its 
 CPU_PIXELS = 1 << 18  # in one pass; with more, a CPU waits for memory: EfficientNet-Lite0 at 128 px fell to a quarter of its speed
 _SCHEMAS = ("hf-hub:", "local-dir:")
 _BLOCKS = re.compile(r"(transformer\.resblocks|trunk\.(blocks|stages|layers))$")
+_STAGES = re.compile(r"(trunk\.)?layer\d$")  # a ResNet's
 _AFTER_BLOCKS = re.compile(r"(trunk\.)?(proj|ln_post|norm|fc_norm|head|attn_?pool|final_conv|conv_head)\b")
 
 
@@ -77,15 +80,26 @@ class Encoder(nn.Module):
         dim: D, width of a tile feature.
         text_dim: width of a text vector (the same joint space in OpenCLIP, so equal to D).
         pretrained, reads: whether weights of the image tower, and of the text tower, were loaded (else they are random).
+        timm_args: arguments of timm's tower that OpenCLIP's configuration has no place for.
     """
 
     clip: Any  # OpenCLIP's towers share no base class that names their parts
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: nn.Module, tokenizer: Any, model_cfg: dict[str, Any], name: str, *, pretrained: bool, reads: bool):
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Any,
+        model_cfg: dict[str, Any],
+        name: str,
+        *,
+        pretrained: bool,
+        reads: bool,
+        timm_args: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self.clip, self.tokenizer, self.model_cfg, self.name = clip, tokenizer, model_cfg, name
+        self.clip, self.tokenizer, self.model_cfg, self.name, self.timm_args = clip, tokenizer, model_cfg, name, timm_args or {}
         self.pretrained, self.reads = pretrained, reads
         visual = self.clip.visual
         size = visual.image_size
@@ -110,25 +124,21 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]), _quiet_open_clip():
             torch.manual_seed(seed)
             try:
-                model_cfg = open_clip.get_model_config(name)
-                drawn = (name, config.pretrained) == (TINY, DRAWN)
-                tag = open_clip.get_pretrained_cfg(name, config.pretrained) if config.pretrained else {}
-                if tag.get("quick_gelu"):  # OpenCLIP only warns where a name and a tag differ in their activation
-                    model_cfg["quick_gelu"] = True
-                clip = open_clip.create_model(
-                    name,
-                    None if drawn else config.pretrained,
-                    force_quick_gelu=model_cfg.get("quick_gelu", False),
-                    require_pretrained=pretrained and not drawn,
-                    pretrained_text=False,
-                )
-                tokenizer = open_clip.get_tokenizer(name)
-            except Exception as error:  # OpenCLIP raises many types for the same few user mistakes
+                tower, args = find_timm(name), {}
+                if tower:
+                    clip, model_cfg, args = from_timm(*tower, pretrained=pretrained, file=config.pretrained)
+                elif name.startswith("local-dir:") and (held := load_held(Path(name.removeprefix("local-dir:")))):
+                    clip, model_cfg, args = held
+                else:
+                    clip, model_cfg = _from_openclip(config)
+                tokenizer = open_clip.SimpleTokenizer() if tower or args else open_clip.get_tokenizer(name)
+            except ModelError:
+                raise
+            except Exception as error:  # OpenCLIP and timm raise many types for the same few user mistakes
                 raise ModelError(_explain(config, error)) from error
-        if drawn:
-            clip.visual.load_state_dict(load_file(Path(__file__).with_name(f"{TINY}.safetensors")))
         clip.visual.to(memory_format=torch.channels_last)  # convolutions on a CPU: 1.2 to 2 times as fast; no effect on others
-        return cls(clip, tokenizer, model_cfg, name, pretrained=pretrained, reads=pretrained and not drawn)
+        reads = pretrained and not tower and config.pretrained != DRAWN
+        return cls(clip, tokenizer, model_cfg, name, pretrained=pretrained, reads=reads, timm_args=args)
 
     # tiles
 
@@ -178,6 +188,19 @@ class Encoder(nn.Module):
         own = {id(p) for p in self.clip.visual.parameters()}
         return [p for n, p in self.clip.named_parameters() if id(p) not in own and n not in ("logit_scale", "logit_bias")]
 
+    def blocks(self) -> list[nn.Module]:
+        """The image tower's blocks (a ViT's, or stages of a convolutional one), first to last; none where it names them otherwise."""
+        modules = list(self.clip.visual.named_modules())
+        towers = [list(module.children()) for name, module in modules if _BLOCKS.match(name)]
+        return towers[0] if towers else [module for name, module in modules if _STAGES.match(name)]
+
+    def learning_rates(self, decay: float) -> dict[nn.Parameter, float]:
+        """The factor on the learning rate of each parameter of the image tower: `decay` once more for each block nearer to the image."""
+        blocks, factors = self.blocks(), dict.fromkeys(self.tower_parameters(), decay ** (len(self.blocks()) + 1))
+        for depth, block in enumerate(blocks):
+            factors |= dict.fromkeys(block.parameters(), decay ** (len(blocks) - depth))
+        return factors | {p: 1.0 for name, p in self.clip.visual.named_parameters() if _AFTER_BLOCKS.match(name)}
+
     def set_trainable(self, tune: str, *, text: bool) -> None:
         """Choose what learns: `tune` is EncoderConfig.tune, `text` the text tower.
 
@@ -190,11 +213,11 @@ class Encoder(nn.Module):
         visual = self.clip.visual
         chosen = list(visual.parameters()) if tune == "all" else []
         if tune.startswith("last:"):
-            last, towers = int(tune[5:]), [m for n, m in visual.named_modules() if _BLOCKS.match(n)]
-            if last and not towers:
+            last, blocks = int(tune[5:]), self.blocks()
+            if last and not blocks:
                 raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use --tune all or none")
             chosen = [p for n, p in visual.named_parameters() if _AFTER_BLOCKS.match(n)]
-            chosen += [p for block in list(towers[0].children())[-last:] for p in block.parameters()] if last else []
+            chosen += [p for block in blocks[-last:] for p in block.parameters()] if last else []
         for p in chosen:
             p.requires_grad_(True)
 
@@ -208,7 +231,7 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of the image tower's architecture, weights and preprocessing (16 hex digits): what a tile feature depends on."""
-        architecture = {k: v for k, v in self.model_cfg.items() if k != "text_cfg"}
+        architecture = {k: v for k, v in self.model_cfg.items() if k != "text_cfg"} | self.timm_args
         digest = hashlib.sha256(json.dumps([architecture, self.preprocess_cfg], sort_keys=True, default=str).encode())
         for key, value in sorted(self.clip.visual.state_dict().items()):
             digest.update(key.encode())
@@ -216,7 +239,7 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `open_clip.create_model_from_pretrained("local-dir:...")` loads."""
+        """Write a folder that `Encoder.create` loads, and, but for towers with `timm_args`, `open_clip.create_model_from_pretrained`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.clip.state_dict().items()}
@@ -224,7 +247,28 @@ class Encoder(nn.Module):
         if hasattr(self.tokenizer, "tokenizer"):
             self.tokenizer.save_pretrained(folder)
         preprocess = {k: v for k, v in self.preprocess_cfg.items() if k != "size"}  # the architecture says the size
-        write_json(folder / "open_clip_config.json", {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess})
+        args = {"timm_args": self.timm_args} if self.timm_args else {}
+        write_json(folder / "open_clip_config.json", {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess} | args)
+
+
+def _from_openclip(config: EncoderConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """OpenCLIP's model and its configuration."""
+    if config.pretrained and config.name.startswith(_SCHEMAS):
+        raise ModelError(f"{config.name} comes with its weights: leave --pretrained out")
+    model_cfg, drawn = open_clip.get_model_config(config.name), (config.name, config.pretrained) == (TINY, DRAWN)
+    tag = open_clip.get_pretrained_cfg(config.name, config.pretrained) if config.pretrained else {}
+    if tag.get("quick_gelu"):  # OpenCLIP only warns where a name and a tag differ in their activation
+        model_cfg["quick_gelu"] = True
+    clip = open_clip.create_model(
+        config.name,
+        None if drawn else config.pretrained,
+        force_quick_gelu=model_cfg.get("quick_gelu", False),
+        require_pretrained=config.has_weights and not drawn,
+        pretrained_text=False,
+    )
+    if drawn:
+        clip.visual.load_state_dict(load_file(Path(__file__).with_name(f"{TINY}.safetensors")))
+    return clip, model_cfg
 
 
 def _register_tiny() -> None:
@@ -239,60 +283,66 @@ def list_encoders() -> list[str]:
 
 
 def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
-    """Width D, input edge (px), context (tokens), with `build` parameters (millions) of both towers. Nothing is downloaded.
+    """Width D, input edge (px), with `build` parameters of the image tower (millions). Nothing is downloaded.
 
     The parameters of an architecture that needs a package which is not installed are None.
-    Raises ModelError: unknown name.
+    Raises ModelError: unknown name, or one that only its repository or folder describes.
     """
-    config = EncoderConfig(name)
+    config = EncoderConfig(name.split(".")[0] if name.startswith("timm:") else name)
     _register_tiny()
     _check_name(config)
-    cfg = open_clip.get_model_config(name)
-    row = {"name": name, "width": cfg["embed_dim"], "image_px": cfg["vision_cfg"].get("image_size", 224)}
-    row["tokens"] = cfg["text_cfg"].get("context_length", 77)
-    if build:
-        row |= {"image_millions": None, "text_millions": None}
-        try:
-            with torch.device("meta"), _quiet_open_clip():
-                clip = open_clip.create_model(name, device="meta", pretrained_text=False)
-            image, both = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (clip.visual, clip))
-            row |= {"image_millions": image, "text_millions": both - image}
-        except Exception as error:  # as in Encoder.create; here it only leaves two numbers out
-            log.debug("%s: %s", name, error)
-    return row
+    if name.startswith(("hf-hub:", "local-dir:")):
+        raise ModelError(f"{name} is described by what is in it; `dreslcl encoders` lists the best known")
+    with torch.device("meta"), _quiet_open_clip():
+        if tower := find_timm(config.name):
+            clip, cfg, _ = from_timm(*tower, pretrained=False, file=None)
+        else:
+            clip, cfg = None, open_clip.get_model_config(name)
+            try:
+                clip = open_clip.create_model(name, device="meta", pretrained_text=False) if build else None
+            except Exception as error:  # as in Encoder.create; here it only leaves a number out
+                log.debug("%s: %s", name, error)
+    millions = sum(p.numel() for p in clip.visual.parameters()) / 1e6 if clip else None
+    return {"name": name, "width": cfg["embed_dim"], "image_px": cfg["vision_cfg"].get("image_size", 224), "millions": millions}
 
 
 def _check_name(config: EncoderConfig) -> None:
-    if config.name.startswith(_SCHEMAS):
-        return
-    known = list_encoders()
-    if config.name not in known:
-        near = difflib.get_close_matches(config.name, known, n=3, cutoff=0.3)
-        raise ModelError(
-            f"encoder {config.name!r} is unknown; near names: {', '.join(near) or 'none'}; "
-            "or use hf-hub:ORG/NAME, local-dir:FOLDER; `dreslcl encoders` lists all"
-        )
-    if config.pretrained and not Path(config.pretrained).is_file():
-        tags = [DRAWN] if config.name == TINY else open_clip.list_pretrained_tags_by_model(config.name)
-        if config.pretrained not in tags:
+    name, given = config.name, config.pretrained
+    if name.startswith("timm:"):
+        architecture, _, tag = name.removeprefix("timm:").partition(".")
+        tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
+        if not timm.is_model(architecture):
+            near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.3)
+            raise ModelError(f"timm has no model {architecture!r}; near names: {', '.join(near) or 'none'}")
+        if (tag and tag not in tags) or (given and not Path(given).is_file()):
+            raise ModelError(f"{name} has no weights {given or tag!r}; write timm:{architecture}.TAG; tags: {', '.join(tags) or 'none'}")
+    elif not name.startswith(_SCHEMAS):
+        known = list_encoders()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
             raise ModelError(
-                f"encoder {config.name} has no weights {config.pretrained!r}; tags: {', '.join(tags) or 'none'}; or name a file"
+                f"encoder {name!r} is unknown; near names: {', '.join(near) or 'none'}; "
+                "or use timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER; `dreslcl encoders` lists all"
             )
+        tags = [DRAWN] if name == TINY else open_clip.list_pretrained_tags_by_model(name)
+        if given and not Path(given).is_file() and given not in tags:
+            raise ModelError(f"encoder {name} has no weights {given!r}; tags: {', '.join(tags) or 'none'}; or name a file")
 
 
 def _explain(config: EncoderConfig, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if config.name.startswith("local-dir:"):
-        return (
-            f"encoder {config.name} cannot be loaded ({reason}); the folder needs open_clip_config.json and "
-            "open_clip_model.safetensors that fit each other"
+    if config.pretrained and Path(config.pretrained).is_file():
+        todo = "the file must hold weights of this very architecture, as safetensors or as a state dict without code"
+    elif config.name.startswith("local-dir:"):
+        todo = "the folder needs open_clip_config.json and open_clip_model.safetensors that fit each other, or timm's files"
+    elif config.has_weights:
+        todo = (
+            "log in where it is gated (`hf auth login`); without a network, copy the model's folder (configuration and weights) from a "
+            "machine that has it and use local-dir:FOLDER"
         )
-    if config.name.startswith("hf-hub:") or config.pretrained:
-        return (
-            f"encoder {config.name} cannot be loaded ({reason}); log in where it is gated (`hf auth login`); without a network, copy "
-            "the model's folder (open_clip_config.json and weights) from a machine that has it and use local-dir:FOLDER"
-        )
-    return f"encoder {config.name} cannot be built ({reason})"
+    else:
+        return f"encoder {config.name} cannot be built ({reason})"
+    return f"encoder {config.name} cannot be loaded ({reason}); {todo}"
 
 
 @contextmanager

@@ -53,7 +53,7 @@ ROWS_BESIDE = 128  # bank rows that are weighed anew at each step beside the enc
 PIECES = 8  # most pieces of a report read at a step by a text tower that learns: bounds the time of long reports
 RETRIEVAL_SLIDES = 200  # of the training slides, for the report page where none are held out
 FAILED_SHARE = 0.1  # a run goes on without slides that cannot be read, up to this share
-FREE_TO_CHANGE = ("epochs", "lr", "encoder_lr", "text_lr", "weight_decay", "tile_batch", "precision", "workers", "cache_gb", "slides")
+FREE_TO_CHANGE = set("epochs lr encoder_lr text_lr weight_decay tile_batch precision workers cache_gb slides".split())
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
         if random and train.encoder_lr <= 2e-5:
             raise ConfigError(
                 f"{config.encoder.name} starts from random weights and stays there at --encoder-lr {train.encoder_lr:g}: "
-                "give --pretrained FILE or TAG (--preset paper needs it), or a rate of about 1e-3"
+                "give --pretrained FILE or TAG, or a rate of about 1e-3"
             )
         if random and train.bank_share < 1:
             log.warning(
@@ -195,16 +195,19 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW with a learning rate for each part; no decay on vectors (biases, norms, embeddings of one row)."""
-    train, parts = run.config.train, [(run.model.head_parameters(), run.config.train.lr)]
-    if run.model.encoder is not None:
-        parts += [(run.model.encoder.tower_parameters(), train.encoder_lr), (run.model.encoder.text_parameters(), train.text_lr)]
-    groups = []
-    for parameters, lr in parts:
-        for decay in (True, False):
-            chosen = [p for p in parameters if p.requires_grad and (p.ndim >= 2) == decay]
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": train.weight_decay * decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    train, encoder = run.config.train, run.model.encoder
+    parts = [(train.lr, dict.fromkeys(run.model.head_parameters(), 1.0))]
+    if encoder is not None:
+        parts += [
+            (train.encoder_lr, encoder.learning_rates(train.layer_decay)),
+            (train.text_lr, dict.fromkeys(encoder.text_parameters(), 1.0)),
+        ]
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
+    for part, (lr, factors) in enumerate(parts):
+        for p, factor in ((p, factor) for p, factor in factors.items() if p.requires_grad):
+            new = {"params": [], "lr": lr * factor, "peak": lr * factor, "weight_decay": train.weight_decay * (p.ndim >= 2)}
+            groups.setdefault((part, factor, p.ndim >= 2), new)["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), fused=True)
 
 
 def fill_bank(run: Run) -> None:

@@ -14,8 +14,8 @@ from dreslcl.cli import app
 
 PACKAGE = Path(dreslcl.__file__).parent
 ORDER = (
-    "common config segments slide tissue tiles formats cohort encoder text model bank distributed embedding labels evaluation heatmaps "
-    "report trainer demo cli __main__"
+    "common config segments slide tissue tiles formats cohort towers encoder text model bank distributed embedding labels evaluation "
+    "heatmaps report trainer demo cli __main__"
 ).split()
 LINES = 7_540
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
