@@ -19,7 +19,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -219,14 +219,15 @@ def hashed(name: str, salt: str) -> str:
     return fingerprint(salt, same_name(name)) if salt else same_name(name)
 
 
-def remember(seen: Iterable[str], selected: Iterable[str]) -> dict[str, Any]:
+def remember(seen: Iterable[str], selected: Iterable[str], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Names of slides and patients for a model's folder: those it learnt from and those that chose its epoch, hashed with one salt.
 
-    Nobody can read a name from it; who guesses one can test it.
+    Nobody can read a name from it; who guesses one can test it. `before`: what is remembered of a run that this one starts from.
     """
     names = {"seen": sorted(set(map(same_name, seen))), "selected": sorted(set(map(same_name, selected)))}
-    salt = fingerprint(names)
-    return {"salt": salt} | {kind: sorted(hashed(name, salt) for name in of) for kind, of in names.items()}
+    before = before or {"salt": fingerprint(names)}
+    salt = before["salt"]
+    return {"salt": salt} | {kind: sorted({*before.get(kind, ()), *(hashed(name, salt) for name in of)}) for kind, of in names.items()}
 
 
 def read_text(path: Path) -> str:

@@ -79,6 +79,7 @@ class EncoderConfig(Settings):
     pretrained: str | None = setting(
         None, "OpenCLIP's tag of weights, or a weights file; none: those of the hub, folder or timm's TAG, else random."
     )
+    init: str | None = setting(None, "RUN/model of an earlier run, in place of --encoder: its tile encoder and aggregator are the start.")
     tune: str = setting(
         "all",
         "Which part of the tile encoder learns: all, last:N (its last N blocks and what follows them) or none.",
@@ -94,7 +95,7 @@ class EncoderConfig(Settings):
     def has_weights(self) -> bool:
         """Whether weights are loaded; else they are random."""
         timm_tag = self.name.startswith("timm:") and "." in self.name
-        return bool(self.pretrained) or timm_tag or self.name.startswith(("hf-hub:", "local-dir:"))
+        return bool(self.pretrained or self.init) or timm_tag or self.name.startswith(("hf-hub:", "local-dir:"))
 
 
 @dataclass(frozen=True)

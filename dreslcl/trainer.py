@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .bank import MemoryBank, Rest, bank_bytes, fit_codebook
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
-from .common import ConfigError, DreslclError, SlideError, StoreError, hold, reason, remember, track, write_bytes
-from .config import RunConfig
+from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, reason, remember, track, write_bytes
+from .config import EncoderConfig, RunConfig
 from .distributed import Ranks, ranks
 from .embedding import encode_slides, noting
 from .encoder import Augmentation, Encoder, autocast, cached_features, inference, pick_device
@@ -156,14 +156,17 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
         count = sum(a != b for a, b in zip(masked, cohort.reports))
         cohort = replace(cohort, reports=masked, notes=(*cohort.notes, f"{count} of {len(masked)} reports held words of --leak-words"))
     tower = config.encoder.text.startswith("tower") or (config.encoder.text == "auto" and config.encoder.has_weights)
-    encoder = Encoder.create(config.encoder, seed=train.seed).to(device) if pixels or (tower and not vectors) else None
+    earlier = load_earlier(config, "pixels" if pixels else "features")
+    encoder = earlier.encoder if earlier else None
+    if encoder is None and (pixels or (tower and not vectors)):
+        encoder = Encoder.create(config.encoder, seed=train.seed)
     owner = {m.report: m.patient_id for m in cohort.members}
     owners = [owner[i] for i in range(len(cohort.reports))]
     again = (out / "text").exists()
     text = Text.load(out / "text", encoder) if again else make_text(config.encoder.text, encoder, cohort.reports, owners)
     reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if pixels else None
     seen, selected = ([name for m in part.members for name in (m.slide_id, m.patient_id)] for part in (cohort, held_out))
-    about = {"tiles": "pixels" if pixels else "features", **remember(seen, selected)}
+    about = {"tiles": "pixels" if pixels else "features", **remember(seen, selected, earlier and earlier.about)}
     counts = {"slides": len(cohort), "patients": len(patients), "reports": len(cohort.reports)}
     about |= counts | {"tiles_seen": sum(m.tiles for m in cohort.members)}
     if reader:
@@ -172,6 +175,11 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     dim = encoder.dim if pixels and encoder else read_features(cohort.members[0].source).shape[1]
     torch.manual_seed(train.seed)
     model = DRESLCL(encoder, text, config.model, dim=dim, temperature=train.temperature, about=about).to(device)
+    if earlier:
+        if (dim, model.joint_dim) != (earlier.dim, earlier.joint_dim):
+            widths = f"{earlier.dim}, {earlier.joint_dim}, here {dim}, {model.joint_dim}"
+            raise ConfigError(f"{config.encoder.init} has other widths of features and joint space ({widths}): give the same --text")
+        model.aggregator.load_state_dict(earlier.aggregator.state_dict())
     if encoder is not None:
         encoder.set_trainable(config.encoder.tune if pixels else "none", text=text.learns)
         random = pixels and config.encoder.tune != "none" and not encoder.pretrained
@@ -191,6 +199,21 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     run = Run(config, out, group, device, cohort, held_out, rank_of, model, reader, bank, [], list(cohort.notes), Journal(out))
     run.optimizer, run.weigher = make_optimizer(run), copy.deepcopy(model.aggregator).cpu().requires_grad_(False)
     return run
+
+
+def load_earlier(config: RunConfig, kind: str) -> DRESLCL | None:
+    """The model that a run starts from, if any. Raises ModelError: its tiles are not of this kind; ConfigError: other settings."""
+    if config.encoder.init is None:
+        return None
+    if config.encoder.name != EncoderConfig.name or config.encoder.pretrained:
+        raise ConfigError("--init brings its own tile encoder: leave --encoder and --pretrained out")
+    earlier = DRESLCL.load(Path(config.encoder.init))
+    if earlier.about["tiles"] != kind:
+        raise ModelError(f"{config.encoder.init} was trained on {earlier.about['tiles']}; a run on {kind} cannot start from it")
+    there, here = asdict(earlier.config), asdict(config.model)
+    if other := [f"{name} {there[name]}, here {value}" for name, value in here.items() if there[name] != value]:
+        raise ConfigError(f"{config.encoder.init} has another aggregator ({'; '.join(other)}): give the same settings")
+    return earlier
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -245,23 +268,23 @@ def fill_bank(run: Run) -> None:
             run.reader = TileReader(run.cohort, workers=run.reader.workers, cache_bytes=int(run.config.train.cache_gb * 1e9))
 
 
-def set_codebook(run: Run, *, refit: bool = False) -> None:
-    """Give the bank the model's codewords. K-means finds them at the start of a run, over the same number of rows of each slide.
+def set_codebook(run: Run, *, refit: bool) -> None:
+    """Give the bank the model's codewords.
 
-    A `refit` goes on from them, so that they follow the features; slides are assigned anew when they are next drawn.
+    `refit`: K-means, over the same number of rows of each slide, finds them, or goes on from those that are there, so that they follow the
+    features; slides are assigned anew when they are next drawn.
     """
     aggregator = run.model.aggregator
-    first = not aggregator.codewords.any()
-    if first or refit:
+    if refit:
         own, per_slide = [run.slide(m) for m in run.own], max(1, CODEBOOK_ROWS // len(run.cohort))
         rows = np.concatenate(run.group.collect(run.bank.sample(own, per_slide, run.config.train.seed + run.epoch)))
         rows = rows[np.lexsort(rows.T[:4])]  # the same order, so the same codewords, however slides are dealt to ranks
-        there = None if first else aggregator.codewords.cpu().numpy()
+        there = aggregator.codewords.cpu().numpy() if aggregator.codewords.any() else None
         words = fit_codebook(rows, run.config.model.codewords, seed=run.config.train.seed, start=there)
         aggregator.codewords.copy_(torch.from_numpy(words))
+        if not run.epoch:
+            aggregator.set_statistics(slide_means(run))
         run.weigher.load_state_dict(aggregator.state_dict())
-    if first:
-        aggregator.set_statistics(slide_means(run))
     run.bank.set_codebook(aggregator.codewords.cpu().numpy(), run.weigher.weigh)
 
 
@@ -705,8 +728,9 @@ def pretrain(
         group.wait()
         fill_bank(run)
         read_reports(run)
-        set_codebook(run)
-        if group.first and not (out / "checkpoint.pt").exists():
+        new = not (out / "checkpoint.pt").exists()
+        set_codebook(run, refit=new)
+        if group.first and new:
             save_checkpoint(run)  # from here on the bank holds rows of a trained encoder: go on, never start over
         while run.epoch < config.train.epochs:
             if run.encoder_learns and run.epoch.bit_count() == 1:  # after 1, 2, 4, 8, ... epochs

@@ -48,7 +48,7 @@ def open_run(cohort, out, settings=SMALL, held_out=None, gate=True) -> Run:
     run.bank.create()
     trainer.fill_bank(run)
     trainer.read_reports(run)
-    trainer.set_codebook(run)
+    trainer.set_codebook(run, refit=True)
     return run
 
 
@@ -467,6 +467,25 @@ def test_a_random_tile_encoder_that_learns_while_tiles_are_left_out_is_warned_of
         caplog.clear()
         trainer.open_run(cohort, Cohort(()), settings, tmp_path, Ranks())
         assert caplog.text.count("does not begin to learn") == warned
+
+
+def test_a_run_can_start_from_the_encoder_and_aggregator_of_an_earlier_one_and_remembers_whom_that_saw(cohort, tmp_path):
+    first, second = cohort.subset(cohort.members[:4]), cohort.subset(cohort.members[4:])
+    model = pretrain(first, tmp_path / "first", SMALL)
+    init = replace(SMALL, encoder=replace(SMALL.encoder, init=str(model)))
+    earlier, run = DRESLCL.load(model), open_run(second, tmp_path / "second", init)
+    assert run.model.encoder.fingerprint() == earlier.encoder.fingerprint()
+    assert torch.equal(run.model.aggregator.head.weight, earlier.aggregator.head.weight)
+    assert not torch.equal(run.model.aggregator.codewords, earlier.aggregator.codewords)  # K-means went on from them
+    about = run.model.about
+    assert {hashed(m.patient_id, about["salt"]) for m in cohort.members} <= set(about["seen"])
+    for other, said in (
+        (replace(init, encoder=replace(init.encoder, name="ViT-S-16")), "leave --encoder"),
+        (replace(init, model=replace(init.model, width=32)), "width 16, here 32"),
+        (replace(init, encoder=replace(init.encoder, text="lsa")), "other widths|too few"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            trainer.open_run(second, Cohort(()), other, tmp_path / "third", Ranks())
 
 
 def test_random_weights_at_a_rate_at_which_they_stay_are_refused(cohort, tmp_path):

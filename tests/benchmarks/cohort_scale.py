@@ -79,7 +79,7 @@ def measure(work: Path, slides: int, visits: int) -> dict[str, float]:
     trainer.read_reports(run)
     run.model.aggregator.codewords.copy_(words)
     run.model.aggregator.set_statistics(trainer.slide_means(run))
-    trainer.set_codebook(run)
+    trainer.set_codebook(run, refit=True)
     plan, peak = trainer.plan_steps(run), 0.0
 
     def step(members: list[np.ndarray]) -> None:

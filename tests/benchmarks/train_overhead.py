@@ -64,7 +64,7 @@ def make_run(cohort: Cohort, out: Path, encoder: str, batch: int, tiles: int, ti
         rows = unit(rng.normal(size=(member.tiles, run.model.dim)).astype(np.float32))
         run.bank.fill(member.slide_id, rows, member.tiles, cohort.mark(i))
     trainer.read_reports(run)
-    trainer.set_codebook(run)
+    trainer.set_codebook(run, refit=True)
     return run
 
 
