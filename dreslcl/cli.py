@@ -255,7 +255,7 @@ def embed(
     model: Annotated[Path | None, existing("RUN/model of a pretraining. Without it a slide is the mean of its tile features.")] = None,
     out: Out,
     settings: Chosen,
-    by: Annotated[Literal["slide", "patient"], option("One vector per slide, or the mean of a patient's slides.")] = "slide",
+    by: Annotated[Literal["slide", "patient"], option("One vector per slide, or one for all tiles of a patient's slides.")] = "slide",
     layout: Annotated[Literal["trident", "clam", "stamp", "patho-bench"], option("Also write files as this tool reads them.")] = "trident",
     tile_features: Annotated[bool, option("Also write each slide's tile features, in that layout.", "--tile-features")] = False,
     features: Features = None,

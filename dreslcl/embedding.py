@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +21,7 @@ from .config import EncoderConfig, TrainConfig
 from .distributed import ranks
 from .encoder import Encoder, autocast, inference, pick_device
 from .formats import Embeddings, Layout, read_features, tile_files, unit, write_tiles, write_vectors
-from .model import DRESLCL
+from .model import DRESLCL, Bag
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def embed(
         model: folder of a trained model; without one, a slide's vector is the mean of its tile features.
         encoder: which encoder makes those tile features, where there is no model.
         settings: its tile_batch, precision and workers count.
-        by: slide, or patient: the normalised mean of a patient's slide vectors.
+        by: slide, or patient: one vector for all tiles of a patient's slides.
         layout: whose files to write besides, see formats.py.
         tile_features: write each slide's tile features too, in that layout; holds those of one slide in memory.
 
@@ -134,13 +135,13 @@ def embed(
             slide = cohort.members[member].slide_id
             with noting(failed, slide):
                 kept = list(parts) if tile_features else parts
-                vector, mean, coords = *_slide_vector(trained, kept), cohort.coordinates(member)
+                arrays, coords = _slide_arrays(trained, kept), cohort.coordinates(member)
                 if tile_features:
                     write_tiles(out, layout, np.concatenate(kept), cohort.grid(member), towers.name)
                 with hdf5_file(slide_file(out, slide)) as file:
-                    file["features"], file["mean_features"], file.attrs["fingerprint"] = vector, mean, marks[member]
-                    if coords is not None:
-                        file["coords"] = coords
+                    file.attrs["fingerprint"] = marks[member]
+                    for name, array in (arrays if coords is None else arrays | {"coords": coords}).items():
+                        file[name] = array
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
         result = _collect(cohort, out, failed, trained, name, str(model or ""), by)
         if group.first:
@@ -204,11 +205,14 @@ def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL
     seen, selected = (frozenset(about.get(kind, ())) for kind in ("seen", "selected"))
     salt = about.get("salt", "")
     result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder, selected, salt)
-    return result.by_patient() if by == "patient" else result
+    return _by_patient(result, out, trained) if by == "patient" else result
 
 
-def _slide_vector(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> tuple[Float32[np.ndarray, "E"], Float32[np.ndarray, "D"]]:
-    """A slide's vector and the mean of its tile features; without a model the vector is that mean at unit length."""
+def _slide_arrays(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """What a slide's file holds: its vector, the mean of its tile features, and the sums that `by_patient` adds.
+
+    Without a model the vector is that mean at unit length.
+    """
     total, tiles = np.zeros(1), 0
 
     def counted() -> Iterator[np.ndarray]:
@@ -217,9 +221,30 @@ def _slide_vector(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> tuple
             total, tiles = total + part.sum(axis=0, dtype=np.float64), tiles + len(part)
             yield part
 
-    vector = trained.embed_features(counted()) if trained else deque(counted(), maxlen=0)
+    bag = trained.bag_of(counted()) if trained else deque(counted(), maxlen=0)
     mean = (total / tiles).astype(np.float32)
-    return vector if trained else unit(mean), mean
+    if trained is None:
+        return {"features": unit(mean), "mean_features": mean}
+    sums = {} if trained.aggregator.needs_rows else {"sums": bag.sums[0].cpu().numpy(), "counts": bag.counts[0].cpu().numpy()}
+    return {"features": _vectors(trained, bag)[0], "mean_features": mean} | sums
+
+
+def _vectors(trained: DRESLCL, bag: Bag) -> Float32[np.ndarray, "B E"]:
+    with inference(trained):
+        return trained.aggregator(bag).cpu().numpy()
+
+
+def _by_patient(embeddings: Embeddings, out: Path, trained: DRESLCL | None) -> Embeddings:
+    """One vector per patient: of its slides' sums added, as if all its tiles lay on one slide; of an aggregator without sums their mean."""
+    result = embeddings.by_patient()
+    if trained is None or trained.aggregator.needs_rows:
+        return result
+    bags: dict[str, Bag] = {}
+    for slide, patient in zip(embeddings.ids, embeddings.patients):
+        with h5py.File(slide_file(out, slide), "r") as file:
+            bag = Bag(*(torch.from_numpy(file[name][()])[None].to(trained.device) for name in ("sums", "counts")))
+        bags[patient] = bags[patient] + bag if patient in bags else bag
+    return replace(result, vectors=np.concatenate([_vectors(trained, bags[patient]) for patient in result.ids]))
 
 
 def slide_file(out: Path, slide: str) -> Path:

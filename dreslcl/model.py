@@ -308,22 +308,25 @@ class DRESLCL(nn.Module):
         with inference(self):
             return self._tile_encoder().encode_tiles(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
 
-    def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
-        """The slide vector of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
+    def bag_of(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Bag:
+        """The bag (B = 1) of a slide's tile features, given in parts; rounded to float16 as in the bank, so both give the same.
 
         Raises ModelError: features of another width than the model's D.
         """
         total = None
         with inference(self):
             for part in parts:
-                if part.shape[1] != self.dim:
-                    raise ModelError(
-                        f"features have width {part.shape[1]}, the model was trained on width {self.dim}; use the same tile encoder"
-                    )
+                if (D := part.shape[1]) != self.dim:
+                    raise ModelError(f"features have width {D}, the model was trained on width {self.dim}; use the same tile encoder")
                 bag = self.aggregator.bag(torch.from_numpy(part.astype(np.float16)).to(self.device).float())
                 total = bag if total is None else total + bag
-            assert total is not None, "a slide without tiles has no vector"
-            return self.aggregator(total)[0].cpu().numpy()
+        assert total is not None, "a slide without tiles has no vector"
+        return total
+
+    def embed_features(self, parts: Iterable[Float[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "E"]:
+        """The slide vector of a slide's tile features, given in parts. Raises ModelError as `bag_of`."""
+        with inference(self):
+            return self.aggregator(self.bag_of(parts))[0].cpu().numpy()
 
     def embed_slide(self, scan: str | Path, *, batch: int = 128) -> Float32[np.ndarray, "E"]:
         """The slide vector of a scan: its tissue tiles, all encoded. Nothing is written, memory does not grow with the scan.

@@ -164,7 +164,7 @@ def vanishing(scan: Path, module: str, name: str, cut: bool, arguments: list) ->
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize(
     "name, module, function",
-    [("tile", "tiles", "_tile"), ("pretrain", "trainer", "MemoryBank.fill"), ("embed", "model", "DRESLCL.embed_features")],
+    [("tile", "tiles", "_tile"), ("pretrain", "trainer", "MemoryBank.fill"), ("embed", "model", "DRESLCL.bag_of")],
 )
 def test_a_scan_that_vanishes_is_named_and_the_next_run_completes(own, whole, tmp_path, name, module, function, cut):
     scan, out = own.parent / "slides" / "s6.svs", tmp_path / "out"
