@@ -333,6 +333,9 @@ def _open_tiff(path: Path) -> tuple[list[list[Segments]], Said]:
             said.warnings += [f"{planes} focal planes or channels; one is read"] if planes > 1 else []
             said.warnings += [f"left out an image of {s.keyframe.imagewidth} x {s.keyframe.imagelength} px" for s in left_out]
             regions = [_levels(tif, series, path.name, said.warnings) for series in found]
+            joints = re.findall(r'Overlap[XY]="(\d+)"', str(found[0].keyframe.tags.valueof(700))) if tif.is_bif else []
+            if overlap := max(map(int, joints), default=0):
+                said.warnings += [f"stored tiles overlap by up to {overlap} px and are shown side by side: seams show twice"]
             if found[0].keyframe.compression in JPEG2000:
                 log.info("%s: JPEG 2000 decodes 9-18 times slower than JPEG", path.name)
     except SlideError:

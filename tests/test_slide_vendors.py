@@ -116,10 +116,11 @@ def philips(path: Path, image: np.ndarray) -> Path:
     return write(path, (image, first), *((level, {"tile": (512, 512)}) for level in levels), macro)
 
 
-def bif(path: Path, image: np.ndarray) -> Path:
+def bif(path: Path, image: np.ndarray, stitch: bytes = b"<EncodeInfo/>") -> Path:
     xmp = b'<?xml version="1.0"?><Metadata><iScan Magnification="40" ScanRes="0.2325"/></Metadata>'
     tags = {"extratags": [(700, "B", len(xmp), xmp, True)], "software": "ScanOutputManager 1.1"}
     levels = [(shrunk(image, f), TILE | {"description": f"level={f - 1} mag={40 // f} quality=95"}) for f in (1, 2)]
+    levels[0][1]["extratags"] = [(700, "B", len(stitch), stitch, True)]
     label = (LABEL, tags | {"tile": (64, 64), "description": "Label Image"})
     return write(path, label, (LABEL, {"tile": (64, 64), "description": "Probability_Image"}), *levels)
 
@@ -289,6 +290,14 @@ def test_an_image_of_another_resolution_or_kind_is_no_region_and_is_told(tmp_pat
     path = write(tmp_path / "b.tif", (image, TILE | per_cm(0.5)), (image[:250], TILE | per_cm(0.5)))
     with Slide.open(path) as slide:
         assert slide.size == (400, 300) and slide.warnings == ("left out an image of 400 x 250 px",)
+
+
+@pytest.mark.parametrize("overlap", [0, 24])
+def test_a_bif_whose_stored_tiles_overlap_is_warned_of(tmp_path, overlap):
+    joints = "".join(f'<TileJointInfo Direction="RIGHT" OverlapX="{x}" OverlapY="0"/>' for x in (0, overlap))
+    xmp = f"<EncodeInfo><SlideStitchInfo><ImageInfo>{joints}</ImageInfo></SlideStitchInfo></EncodeInfo>".encode()
+    with Slide.open(bif(tmp_path / "a.bif", picture(512, 512), stitch=xmp)) as slide:
+        assert slide.warnings == ("stored tiles overlap by up to 24 px and are shown side by side: seams show twice",) * (overlap > 0)
 
 
 @pytest.mark.parametrize("axes", ["ZYXS", "TYXS", "CYXS"])
