@@ -3,15 +3,17 @@
 A level is a grid of segments (TIFF tiles, strips, or one whole image), each compressed on its own. A read lists every (window, segment)
 pair, walks the segments in file order, decodes each once into a reused buffer and copies it into all windows that show it. `os.pread` costs
 2 % of a decode and the copies 4-7 %, so the decoder is the limit; decoders release the GIL, so threads scale. The lowest segments of a read
-are kept for the next one, which in raster order begins inside them.
+are kept for the next one, which in raster order begins inside them. Where openslide reads a scan, a segment is a region that it returns.
 """
 
+import io
 import os
 import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -71,6 +73,7 @@ class Segments:
     counts: Integer[np.ndarray, "S"]
     decode: Decoder
     planes: int = 1  # 3 or 4 where red, green, blue (and alpha) lie in separate segments
+    in_file: bool = True  # else `decode` finds a segment by its index; no bytes are read for it
 
     def __post_init__(self) -> None:
         (w, h), found = self.edge, {len(self.offsets), len(self.counts)}
@@ -104,7 +107,7 @@ class Segments:
             stored = [os.pread(fd, int(self.counts[i]), int(self.offsets[i])) for i in parts]
             if any(len(data) != self.counts[i] for i, data in zip(parts, stored)):
                 raise EOFError("it runs past the end of the file")
-            if not all(stored):
+            if self.in_file and not all(stored):
                 return None
             pixels = self.decode(stored[0], index, buffer)
             if self.planes > 1:
@@ -268,3 +271,74 @@ def _jpeg2000(edge: tuple[int, int], is_ycbcr: bool) -> Decoder:
         return pixels
 
     return decode
+
+
+# Scans that openslide reads (the extra [openslide])
+
+
+class OpenSlideFile(io.FileIO):
+    """The file that openslide opens a scan by, and its handle on all files of the scan."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.path = path
+        self._handles: dict[int, Any] = {}  # of each process: locks that a parent's threads hold stay shut in its child
+
+    def handle(self) -> Any:
+        """openslide's handle, which threads may share. Raises OpenSlideError: openslide cannot open the scan."""
+        from openslide import OpenSlide
+
+        handle = self._handles.get(os.getpid())
+        if handle is None:
+            handle = self._handles[os.getpid()] = OpenSlide(self.path)
+        return handle
+
+    def region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """What openslide's `read_region` returns. Raises OpenSlideError: the files are damaged or gone."""
+        from openslide import OpenSlide, OpenSlideError
+
+        try:
+            return self.handle().read_region(location, level, size)
+        except OpenSlideError:  # the handle is of no use from then on, nor was it to other threads: a fresh one tells who is at fault
+            self._handles.pop(os.getpid(), None)
+            return OpenSlide(self.path).read_region(location, level, size)
+
+    def close(self) -> None:
+        """Close the file; the handle closes when the last read is done with it."""
+        super().close()
+        self._handles.clear()
+
+
+def from_openslide(path: Path, what: str) -> tuple[OpenSlideFile, list[Segments], dict[str, str]]:
+    """A scan's file, levels and properties by openslide, whatever `what` it is.
+
+    Raises SlideError: openslide is not installed, or cannot open the scan.
+    """
+    try:
+        from openslide import OpenSlideError
+    except ImportError as error:  # the package, or the library behind it
+        raise SlideError(f"{path.name}: {what}, which openslide reads; install it with: pip install 'dreslcl[openslide]'") from error
+    file = OpenSlideFile(path)
+    try:
+        properties, count = dict(file.handle().properties), file.handle().level_count
+    except OpenSlideError as error:
+        file.close()
+        why = " ".join(str(error).split())[:120]
+        raise SlideError(f"{path.name}: {what} that openslide cannot open ({why}); copy all its files again, or convert it") from error
+    return file, [_openslide_level(file, index, properties) for index in range(count)], properties
+
+
+def _openslide_level(file: OpenSlideFile, level: int, properties: dict[str, str]) -> Segments:
+    size, downsample = file.handle().level_dimensions[level], file.handle().level_downsamples[level]
+    w, h = (int(properties.get(f"openslide.level[{level}].tile-{side}", 256)) for side in ("width", "height"))
+    columns, rows = -(-size[0] // w), -(-size[1] // h)
+
+    def decode(_: bytes, index: int, buffer: np.ndarray) -> np.ndarray:
+        x, y = index % columns * w, index // columns * h
+        location = round(x * downsample), round(y * downsample)
+        region = file.region(location, level, (min(w, size[0] - x), min(h, size[1] - y)))
+        everywhere = region.getchannel("A").getextrema()[0] > 0
+        return np.asarray(region.convert("RGB") if everywhere else region)  # `load` makes what is transparent white, more slowly
+
+    nowhere = np.zeros(columns * rows, np.int64)
+    return Segments(f"{file.path.name}: level {level}", size, (w, h), nowhere, nowhere, decode, in_file=False)

@@ -4,7 +4,9 @@ Several scanned regions of one file (SCN, OME-TIFF) lie side by side in one coor
 are those of the region alone.
 
 tifffile parses the file once, in the opening thread; pixels are then read on our own descriptor (segments.py), so one slide serves many
-threads and forked processes. Only the pyramid is kept: label and macro images hold patient data and are never exposed.
+threads and forked processes. What tifffile does not read, or would not stitch (Trestle), openslide reads, if it is installed: which of
+the two reads a file depends on the file alone, so a grid fits its scan on every machine. Only the pyramid is kept: label and macro images
+hold patient data and are never exposed.
 """
 
 import html
@@ -15,6 +17,7 @@ from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from PIL import Image
 from tifffile import TiffFile
 
 from .common import SlideError
-from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_page
+from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_openslide, from_page
 
 Real = float | int
 log = logging.getLogger(__name__)
@@ -38,9 +41,13 @@ REGION_STEP = 4096  # regions start at multiples of this, level-0 pixels, so at 
 
 CONVERT = "convert it to a tiled pyramidal TIFF (for example: bfconvert, or vips tiffsave --tile --pyramid)"
 OVERVIEW = re.compile(r"^(label|macro|thumbnail|overview|probability)", re.IGNORECASE | re.MULTILINE)
-FOREIGN = {  # suffix, or bytes at a place -> what it is
-    ".mrxs": "a MIRAX scan", ".vsi": "an Olympus VSI scan", ".vms": "a Hamamatsu VMS scan", ".dcm": "a DICOM file",
+OPENSLIDE: dict[str | tuple[int, bytes], str] = {  # what openslide reads: suffix, or bytes at a place -> what it is
+    ".mrxs": "a MIRAX scan", ".vms": "a Hamamatsu VMS scan", ".vmu": "a Hamamatsu VMU scan", ".dcm": "a DICOM file",
+    ".svslide": "a Sakura scan", ".czi": "a Zeiss CZI file",
     (128, b"DICM"): "a DICOM file", (0, b"ZISRAWFILE"): "a Zeiss CZI file", (0, b"SQLite format 3"): "an SQLite file (Sakura?)",
+}  # fmt: skip
+FOREIGN: dict[str | tuple[int, bytes], str] = {  # what nothing here reads
+    ".vsi": "an Olympus VSI scan",
     (0, b"PK\x03\x04"): "a ZIP archive", (0, b"\x1f\x8b"): "a gzip archive", (0, b"%PDF"): "a PDF file", (0, b"\x89HDF"): "an HDF5 file",
     (0, b"\x00\x00\x00\x0cjP"): "a JPEG 2000 image", (0, b"BM"): "a BMP image", (0, b"GIF8"): "a GIF image",
 }  # fmt: skip
@@ -62,21 +69,22 @@ class Slide:
     """
 
     def __init__(self, path: Path, regions: list[list[Segments]], said: "Said"):
-        self.path, self.vendor, self.mpp_source = path, said.vendor, said.source
+        self.path, self.vendor, self.reader, self.mpp_source = path, said.vendor, said.reader, said.source
+        self._file = said.file or FileIO(path)
         self.levels, self.regions, self._parts = _lay_out(regions)
         self.size = self.levels[0].size
         self.mpp_xy = said.mpp or None
         self.mpp = sum(said.mpp) / 2 if said.mpp else None
         self.warnings = tuple(said.warnings)  # what a user should know of the file, each in a few words
         self._caches: deque[tuple[Segments, DecodeCache]] = deque(maxlen=2)  # (of what, what its last read left); a read takes one out
-        self._file = path.open("rb", buffering=0)
 
     @classmethod
     def open(cls, path: Path | str, mpp: Real | None = None, default_mpp: Real | None = None) -> "Slide":
-        """Open an SVS, NDPI, SCN, Philips, Ventana, QPTIFF, OME or plain TIFF, or a PNG or JPEG image.
+        """Open an SVS, NDPI, SCN, Philips, Ventana, QPTIFF, OME or plain TIFF, or a PNG or JPEG image; with openslide what it reads.
 
+        Of a DICOM series any file that lies with the others opens it all, of a MIRAX scan the .mrxs beside its folder.
         `mpp`, the resolution of level 0 in µm per pixel, overrides what the file says; `default_mpp` is for files that say none.
-        Raises SlideError: no such file, another format, damaged, or not 8-bit RGB.
+        Raises SlideError: no such file, another format, damaged, not 8-bit RGB, or openslide is needed and not installed.
         """
         path = Path(path)
         low, high = PLAUSIBLE_MPP
@@ -87,11 +95,13 @@ class Slide:
                 head, file_bytes = file.read(512), path.stat().st_size
         except OSError as error:
             raise SlideError(f"{path.name}: cannot be opened ({error.strerror})") from error
-        known = path.suffix.lower() not in FOREIGN
+        known = path.suffix.lower() not in OPENSLIDE.keys() | FOREIGN.keys()
         if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and known:
             regions, said = _open_tiff(path)
         elif (head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n") and known:
-            regions, said = [[from_image(path.read_bytes(), path.name)]], Said("image")
+            regions, said = [[from_image(path.read_bytes(), path.name)]], Said("image", reader="image")
+        elif head and (what := _named(path, head, OPENSLIDE)):
+            regions, said = _open_with_openslide(path, what)
         else:
             raise SlideError(f"{path.name}: {_what(path, head)}")
         for level in (level for stored in regions for level in stored):
@@ -270,12 +280,17 @@ def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
     return float(whole) if all(abs(f / whole - s) < 1 for f, s in zip(full, size)) else ratio
 
 
+def _named(path: Path, head: bytes, table: dict[str | tuple[int, bytes], str]) -> str | None:
+    """What a file is by a table of suffixes and first bytes; none where it does not say."""
+    magic = (what for sign, what in table.items() if isinstance(sign, tuple) and head[sign[0] :].startswith(sign[1]))
+    return table.get(path.suffix.lower()) or next(magic, None)
+
+
 def _what(path: Path, head: bytes) -> str:
     """What a file is that is not a scan we read, and what to do."""
     if not head:
         return f"an empty file (0 bytes); {DAMAGED}"
-    magic = (what for sign, what in FOREIGN.items() if isinstance(sign, tuple) and head[sign[0] :].startswith(sign[1]))
-    if what := FOREIGN.get(path.suffix.lower()) or next(magic, None):
+    if what := _named(path, head, FOREIGN):
         return f"{what}, which is not read; {CONVERT}"
     if not head.strip(b"\0"):
         return f"starts with zeros, so it is no scan; {DAMAGED}"
@@ -286,24 +301,41 @@ def _what(path: Path, head: bytes) -> str:
 
 @dataclass
 class Said:
-    """What a file says of its scan."""
+    """What a file says of its scan, and who reads it."""
 
     vendor: str
     mpp: tuple[Real, ...] = ()  # µm/px (x, y); empty if unknown
     source: str = "none"  # what states it
     warnings: list[str] = field(default_factory=list)
+    reader: str = "tifffile"
+    file: FileIO | None = None  # the one to read on, where the reader opened it
+
+
+def _open_with_openslide(path: Path, what: str) -> tuple[list[list[Segments]], Said]:
+    """The levels of the one region, and what openslide says."""
+    file, levels, properties = from_openslide(path, what)
+    mpp = tuple(value for axis in "xy" for value in _number("{}", properties.get(f"openslide.mpp-{axis}", "")))
+    believed = len(mpp) == 2 and all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in mpp)
+    said = Said(properties["openslide.vendor"], reader="openslide", file=file)
+    said.mpp, said.source = (mpp, "openslide.mpp") if believed else ((), "none")
+    return [levels], said
 
 
 def _open_tiff(path: Path) -> tuple[list[list[Segments]], Said]:
     """The levels of each region, and what the file says."""
     try:
         with TiffFile(path) as tif:
+            if tif.pages.first.software.startswith("MedScan"):
+                return _open_with_openslide(path, "a Trestle scan, whose stored tiles overlap")
             found, left_out = _regions(tif, path.name)
             said, planes = _said(tif, found[0]), len(found[0].pages)
             said.warnings += [f"{len(found)} scanned regions, side by side"] if len(found) > 1 else []
             said.warnings += [f"{planes} focal planes or channels; one is read"] if planes > 1 else []
             said.warnings += [f"left out an image of {s.keyframe.imagewidth} x {s.keyframe.imagelength} px" for s in left_out]
             regions = [_levels(tif, series, path.name, said.warnings) for series in found]
+            joints = re.findall(r'Overlap[XY]="(\d+)"', str(found[0].keyframe.tags.valueof(700))) if tif.is_bif else []
+            if overlap := max(map(int, joints), default=0):
+                said.warnings += [f"stored tiles overlap by up to {overlap} px and are shown side by side: seams show twice"]
             if found[0].keyframe.compression in JPEG2000:
                 log.info("%s: JPEG 2000 decodes 9-18 times slower than JPEG", path.name)
     except SlideError:

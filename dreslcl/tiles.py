@@ -11,9 +11,10 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -63,9 +64,11 @@ QUALITY = 90  # of the JPEG tiles in packs (without chroma subsampling)
 CHUNK = 256  # tiles read at a time
 SAMPLE = 256  # stored tiles per level that a check decodes
 
-COLUMNS = "slide_id path status tiles mpp mpp_source width height levels regions vendor tissue_mm2 seconds warning error".split()
-SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split())  # what `Slide` reads
-FOREIGN = set(".dcm .mrxs .vms .vmu .czi .isyntax .i2syntax .zvi .vsi .svslide .lif .sdpc .kfb".split())  # scans that get an error row
+COLUMNS = "slide_id path status tiles mpp mpp_source width height levels regions vendor reader tissue_mm2 seconds warning error".split()
+SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg .dcm .mrxs .vms .vmu .svslide .czi".split())  # what `Slide` reads
+FOREIGN = set(".isyntax .i2syntax .zvi .vsi .lif .sdpc .kfb".split())  # scans that get an error row
+SERIES = re.compile(rb"\x20\0\x0d\0(?:UI..|....)[0-9.]+\0?\x20\0\x0e\0(?:UI..|....)([0-9.]+)", re.DOTALL)
+"""DICOM's StudyInstanceUID, then SeriesInstanceUID, with explicit or implicit types; nested references never have one after the other."""
 OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide: the scan's own mpp, and settings of TileConfig
     "mpp": float, "threshold": float, "min_tissue": float, "max_tiles": int, "min_sharpness": float,
     "drop_pen": lambda text: text.lower() in ("1", "true", "yes"),
@@ -366,35 +369,74 @@ def tile_slides(
     return sorted(refused + rows + [made[name][0] for name in done], key=lambda row: row["slide_id"])
 
 
-def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, Path]], list[dict[str, Any]]]:
-    """Ids and paths of the scans in a folder, by id; and rows for those whose name cannot be an id of their own."""
+def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, list[Path]]], list[dict[str, Any]]]:
+    """Ids and files of the scans in a folder, by id; and rows for those whose name cannot be an id of their own."""
     if not source.exists():
         raise ConfigError(f"{source}: no such file or folder")
     if source.is_dir() and out.exists() and source.samefile(out):
         raise ConfigError(f"{out}: results cannot go among the scans; choose another folder for --out")
-    paths = [source] if source.is_file() else []
+    found = [files for files in _group_files(source.parent.iterdir()) if source in files] if source.is_file() else []
     seen = {os.path.realpath(source), os.path.realpath(out)}
     for folder, subfolders, names in os.walk(source, followlinks=True):
         subfolders[:] = [s for s in sorted(subfolders) if not s.startswith(".") and os.path.realpath(Path(folder, s)) not in seen]
         seen.update(os.path.realpath(Path(folder, s)) for s in subfolders)  # no folder twice, nor the output folder
-        paths += [Path(folder, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SCANS | FOREIGN]
-    if not paths:
+        found += _group_files(Path(folder, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SCANS | FOREIGN)
+    if not found:
         raise ConfigError(f"{source}: no scan in there; scans end in {' '.join(sorted(SCANS))}")
-    by_id = defaultdict(list)
-    for path in sorted(paths):
-        by_id[same_name(slide_id(path, source))].append(path)
+    root, by_id = source if source.is_dir() else source.parent, defaultdict(list)
+    for files in sorted(found):
+        by_id[same_name(_id(files, root))].append(files)
     scans, unusable = [], []
-    for name, path, *more in sorted((slide_id(same[0], source), *same) for same in by_id.values()):
+    for name, files, *more in sorted((_id(same[0], root), *same) for same in by_id.values()):
         try:
-            check_id(name, str(path))
+            check_id(name, str(files[0]))
             if more:
-                raise TableError(f"{' and '.join(p.name for p in (path, *more))} would share this id; rename or move one")
+                raise TableError(f"{' and '.join(f[0].name for f in (files, *more))} would share this id; rename or move one")
             if len(os.fsencode(name)) > 200:
                 raise TableError("the path is too long to name files after; shorten it")
-            scans.append((name, path))
+            scans.append((name, files))
         except TableError as error:
-            unusable.append(_row(name, path) | {"error": str(error)})
+            unusable.append(_row(name, files[0]) | {"error": str(error)})
     return scans, unusable
+
+
+def _group_files(paths: Iterable[Path]) -> list[list[Path]]:
+    """The files of each scan, the one to open it by first, of the files of one folder.
+
+    One scan are: a .mrxs and the folder of its name; a .vms or .vmu and the files that it names; the .dcm files of one DICOM series.
+    """
+    scans, series = [], defaultdict(list)
+    for path in sorted(paths):
+        suffix, others = path.suffix.lower(), []
+        if suffix == ".mrxs":
+            others = sorted(p for p in path.with_suffix("").rglob("*") if p.is_file())
+        elif suffix in (".vms", ".vmu"):
+            named = {path.parent / text.strip() for text in re.findall(r"=\s*([^\r\n/]{1,80})", _head(path).decode(errors="replace"))}
+            others = sorted(p for p in named if p.is_file())
+        elif suffix == ".dcm" and (found := SERIES.search(_head(path))):
+            series[found[1]].append(path)
+            continue
+        scans.append([path, *others])
+    scans += series.values()
+    parts = {path for files in scans for path in files[1:]}
+    return [files for files in scans if files[0] not in parts]
+
+
+def _head(path: Path) -> bytes:
+    """The first 64 kB of a file; nothing of one that cannot be read, which opening the scan tells."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1 << 16)
+    except OSError:
+        return b""
+
+
+def _id(files: list[Path], root: Path) -> str:
+    """The id of a scan: after its folder for a DICOM series of several files, else after the file to open."""
+    if len(files) == 1 or files[0].suffix.lower() != ".dcm":
+        return slide_id(files[0], root)
+    folder = files[0].parent  # not by `slide_id`: folders are named 1.2.840 and have no suffix
+    return "__".join(folder.relative_to(root).parts) or folder.name
 
 
 def _row(name: str, path: Path) -> dict[str, Any]:
@@ -402,22 +444,22 @@ def _row(name: str, path: Path) -> dict[str, Any]:
     return dict.fromkeys(COLUMNS, "") | {"slide_id": name, "path": str(path), "status": "error", "tiles": 0}
 
 
-def _plan(scans: list[tuple[str, Path]], config: TileConfig, given: Given) -> list[_Job]:
+def _plan(scans: list[tuple[str, list[Path]]], config: TileConfig, given: Given) -> list[_Job]:
     values = _read_overrides(given.overrides) if given.overrides else {}
-    if lost := values.keys() - {same_name(text) for name, path in scans for text in (name, path.name)}:
+    if lost := values.keys() - {same_name(text) for name, files in scans for text in (name, files[0].name)}:
         log.warning("%d rows of %s name no scan here, the first is %r", len(lost), given.overrides, min(lost))
     areas, places = _named(given.tissue_geojson, "*.geojson"), _named(given.coords, "*.h5", "patches/*.h5")
     jobs = []
-    for name, path in scans:
-        keys = same_name(name), same_name(path.name)
+    for name, files in scans:
+        keys = same_name(name), same_name(files[0].name)
         own = values.get(keys[1], {}) | values.get(keys[0], {})
         mpp = own.pop("mpp", None)
         annotation = given.tissue_geojson and (areas.get(keys[0]) or areas.get(keys[1]) or given.tissue_geojson / f"{name}.geojson")
         coords = given.coords and (places.get(keys[0]) or places.get(keys[1]) or given.coords / f"{name}.h5")
         settings = replace(config, **own)
-        stamps = [file_stamp(p) if p and p.exists() else None for p in (path, annotation, coords)]
+        stamps = [file_stamp(p) if p and p.exists() else None for p in (*files, annotation, coords)]
         made_of = fingerprint(__version__, asdict(settings), mpp, bool(annotation), bool(coords), stamps)
-        jobs.append(_Job(name, path, settings, mpp, annotation, coords, made_of))
+        jobs.append(_Job(name, files[0], settings, mpp, annotation, coords, made_of))
     return jobs
 
 
@@ -463,7 +505,8 @@ def _tile(job: _Job, check: str, out: Path | None = None, pack: bool = False) ->
     start, row = time.perf_counter(), _row(job.slide_id, job.path)
     try:
         with Slide.open(job.path, job.mpp, job.config.default_mpp) as slide:
-            row |= {"mpp": slide.mpp or "", "mpp_source": slide.mpp_source, "vendor": slide.vendor, "warning": "; ".join(slide.warnings)}
+            row |= {"mpp": slide.mpp or "", "mpp_source": slide.mpp_source, "vendor": slide.vendor, "reader": slide.reader}
+            row["warning"] = "; ".join(slide.warnings)
             row |= {"width": slide.size[0], "height": slide.size[1], "levels": len(slide.levels), "regions": len(slide.regions)}
             if check:
                 slide.check(SAMPLE if check == "sample" else 0)

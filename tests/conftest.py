@@ -31,6 +31,12 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def openslide():
+    """The package, as reference or as reader; tests that need it skip, saying so, without."""
+    return pytest.importorskip("openslide", reason="needs the extra [openslide]", exc_type=ImportError)
+
+
+@pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
     """Eight scans of coloured noise on white glass, tiled, with reports; p0 has two slides."""
     import numpy as np

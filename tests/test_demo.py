@@ -4,7 +4,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import openslide
 import pytest
 import tifffile
 
@@ -26,7 +25,7 @@ def image() -> np.ndarray:
 
 
 @pytest.mark.parametrize("mpp", [0.25, None])
-def test_scan_opens_in_openslide_with_its_resolution_and_levels_that_are_means_of_whole_blocks(tmp_path, image, mpp):
+def test_scan_opens_in_openslide_with_its_resolution_and_levels_that_are_means_of_whole_blocks(openslide, tmp_path, image, mpp):
     write_scan(tmp_path / "a.svs", image, mpp=mpp, tile=(240, 128), subsampling=(1, 1))
     with openslide.OpenSlide(tmp_path / "a.svs") as scan:
         facts = [scan.properties.get(name) for name in ("openslide.vendor", "openslide.mpp-x", "aperio.AppMag")]

@@ -116,10 +116,11 @@ def philips(path: Path, image: np.ndarray) -> Path:
     return write(path, (image, first), *((level, {"tile": (512, 512)}) for level in levels), macro)
 
 
-def bif(path: Path, image: np.ndarray) -> Path:
+def bif(path: Path, image: np.ndarray, stitch: bytes = b"<EncodeInfo/>") -> Path:
     xmp = b'<?xml version="1.0"?><Metadata><iScan Magnification="40" ScanRes="0.2325"/></Metadata>'
     tags = {"extratags": [(700, "B", len(xmp), xmp, True)], "software": "ScanOutputManager 1.1"}
     levels = [(shrunk(image, f), TILE | {"description": f"level={f - 1} mag={40 // f} quality=95"}) for f in (1, 2)]
+    levels[0][1]["extratags"] = [(700, "B", len(stitch), stitch, True)]
     label = (LABEL, tags | {"tile": (64, 64), "description": "Label Image"})
     return write(path, label, (LABEL, {"tile": (64, 64), "description": "Probability_Image"}), *levels)
 
@@ -291,6 +292,14 @@ def test_an_image_of_another_resolution_or_kind_is_no_region_and_is_told(tmp_pat
         assert slide.size == (400, 300) and slide.warnings == ("left out an image of 400 x 250 px",)
 
 
+@pytest.mark.parametrize("overlap", [0, 24])
+def test_a_bif_whose_stored_tiles_overlap_is_warned_of(tmp_path, overlap):
+    joints = "".join(f'<TileJointInfo Direction="RIGHT" OverlapX="{x}" OverlapY="0"/>' for x in (0, overlap))
+    xmp = f"<EncodeInfo><SlideStitchInfo><ImageInfo>{joints}</ImageInfo></SlideStitchInfo></EncodeInfo>".encode()
+    with Slide.open(bif(tmp_path / "a.bif", picture(512, 512), stitch=xmp)) as slide:
+        assert slide.warnings == ("stored tiles overlap by up to 24 px and are shown side by side: seams show twice",) * (overlap > 0)
+
+
 @pytest.mark.parametrize("axes", ["ZYXS", "TYXS", "CYXS"])
 def test_of_several_planes_one_is_read_and_it_is_said(tmp_path, axes):
     image = picture(300, 200)
@@ -456,9 +465,9 @@ def test_other_pixels_are_refused(tmp_path, kind):
         ("a.svs", b"slide_id,path\n1,x\n" * 50, "a text file"),
         ("a.svs", b"\0" * 4096, "starts with zeros"),
         ("a.svs", bytes(range(255, 0, -1)) * 9, "not a scan of a known format"),
-        ("a.dcm", b"\0" * 128 + b"DICM" + b"\0" * 99, "a DICOM file, which is not read; convert it"),
+        ("a.dcm", b"\0" * 128 + b"DICM" + b"\0" * 99, "a DICOM file(, which openslide reads| that openslide cannot open)"),
         ("a.svs", b"\0" * 128 + b"DICM" + b"\0" * 99, "a DICOM file"),
-        ("a.mrxs", b"\xff\xd8\xff\xe0" + b"\0" * 99, "a MIRAX scan, which is not read; convert it"),
+        ("a.mrxs", b"\xff\xd8\xff\xe0" + b"\0" * 99, "a MIRAX scan(, which openslide reads| that openslide cannot open)"),
         ("a.vsi", b"II*\0" + b"\0" * 99, "an Olympus VSI scan"),
         ("a.czi", b"ZISRAWFILE" + b"\0" * 99, "a Zeiss CZI file"),
         ("a.svs", b"PK\3\4" + b"\0" * 99, "a ZIP archive"),
