@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
 _PANELS = {"tile": "Tiles", "encoder": "Encoder", "model": "Aggregator", "train": "Training", "eval": "Protocol"}
-_FLAGS = {("encoder", "name"): "encoder"}  # a setting whose flag says more than its field
 _STOPPED = {
     "pretrain": "stopped; whole epochs are kept: run the same command again to go on",
     "demo": "stopped; delete the folder of --out, or choose another, and run it again",
@@ -79,7 +78,7 @@ def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[...,
         for part in tables:
             kinds: dict[str, Any] = get_type_hints(TABLES[part])
             for one in (one for one in fields(TABLES[part]) if not only or one.name in only.split()):
-                flag, text = _FLAGS.get((part, one.name), one.name), one.metadata["help"]
+                flag, text = "encoder" if (part, one.name) == ("encoder", "name") else one.name, one.metadata["help"]
                 place[flag] = (part, one.name)
                 if isinstance(one.default, tuple):
                     add(flag, list[int], list(one.default), option(f"{text} Give it again for each.", panel=_PANELS[part]))
