@@ -26,10 +26,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
-from .common import ConfigError, ModelError, Row, TableError, fingerprint, read_table, read_text, write_json, write_table
+from .common import ConfigError, ModelError, Row, TableError, fingerprint, preview, read_table, read_text, write_json, write_table
 from .config import EvalConfig
 from .formats import Embeddings, read_report_vectors, read_reports, unit
-from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
+from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, with_folds
 
 if TYPE_CHECKING:
     from .model import DRESLCL
@@ -430,7 +430,7 @@ def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tu
 def protocol(task: Task, split: str | Path | None, include_seen: bool, config: EvalConfig, outcomes: Sequence[Outcome]) -> list[str]:
     """How the numbers came about, in sentences: those of `protocol.txt`, and what counts as positive."""
     template = Path(__file__).with_name("protocol.txt").read_text(encoding="utf-8")
-    said = {"task": task, "split": split, "include_seen": include_seen, "config": config, "fitted": task not in UNFITTED}
+    said: dict[str, Any] = {"task": task, "split": split, "include_seen": include_seen, "config": config, "fitted": task not in UNFITTED}
     said["of_folds"] = any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values())
     said |= {"temperature": TEMPERATURE, "c_grid": C_GRID, "inner_folds": INNER_FOLDS, "neighbours": NEIGHBOURS, "draws": DRAWS}
     sentences = jinja2.Template(template, trim_blocks=True).render(said).splitlines()

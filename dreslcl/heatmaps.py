@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .cohort import Cohort
-from .common import ConfigError, fingerprint, hold, read_table, write_bytes, write_text
+from .common import ConfigError, fingerprint, hold, preview, read_table, write_bytes, write_text
 from .config import TrainConfig
 from .embedding import check_tiles, encode_slides, noting
 from .evaluation import fit_probe, load_model
@@ -101,7 +101,7 @@ def draw_heatmaps(
         targets = dict.fromkeys(embedded.ids, Target(f"Contribution to the similarity with “{text}”", trained.embed_text(text)))
     chosen = [i for i, member in enumerate(cohort.members) if member.slide_id in set(embedded.ids)]
     if not chosen:
-        raise ConfigError(f"none of the {len(cohort)} tiled slides is in the embeddings, which are like {embedded.ids[0]!r}")
+        raise ConfigError(f"none of the {len(cohort)} tiled slides is in the embeddings, which are {preview(embedded.ids)}")
     failed: dict[str, str] = {}
     with hold(out):
         scores = {slide: [target.title, *(f"{x:.4g}" for x in target.direction)] for slide, target in targets.items()}

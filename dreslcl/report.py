@@ -26,10 +26,9 @@ from threadpoolctl import threadpool_limits
 from . import __version__
 from .bank import MemoryBank
 from .cohort import Cohort, TileReader, draw_tiles
-from .common import ConfigError, write_bytes, write_table, write_text
+from .common import ConfigError, preview, write_bytes, write_table, write_text
 from .evaluation import CUTS, Interval, Outcome, Result, Task, first_hits, operating_points, resamples
 from .formats import encoded
-from .labels import preview
 
 PACKAGES = ("numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 BAND_DRAWS = 200
@@ -217,12 +216,7 @@ def in_words(outcome: Outcome, task: Task) -> str:
 
 
 def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mapping[str, Path] | None = None) -> None:
-    """Write report.html of an evaluation.
-
-    Args:
-        command: the exact command line, shown as it is.
-        pictures: slide id -> picture (a heatmap) for the examples of each class.
-    """
+    """Write report.html of an evaluation, with the exact `command` line and, as examples of each class, `pictures` of slides by id."""
     header, rows = result.table()
     pictured = [Picture(overview(outcome), f"{outcome.label}: values and 95 % intervals.") for outcome in result.outcomes]
     sections: dict[str, list[Block]] = {"": [*(in_words(outcome, result.task) for outcome in result.outcomes), pictured]}
@@ -357,15 +351,7 @@ def retrieval_examples(cohort: Cohort, z: Float[np.ndarray, "S E"], u: Float[np.
 def run_page(
     out: Path, *, settings: str, notes: Sequence[str], rows: Sequence[Row], atlas: Sequence[Picture], examples: Sequence[Block]
 ) -> None:
-    """Write RUN/report.html.
-
-    Args:
-        settings: the run's configuration as TOML.
-        notes: what went in, one line each.
-        rows: those of metrics.csv.
-        atlas: of `codebook_atlas`; empty where there are no pixels.
-        examples: what to show of retrieval.
-    """
+    """Write RUN/report.html: `settings` as TOML, `notes` on what went in, `rows` of metrics.csv; no `atlas` where there are no pixels."""
     last = rows[-1]
     shown = {"loss": "loss", "batch_recall@1": "recall@1 within a batch", "held_out_recall@10": "held-out recall@10"}
     shown |= {"row_cosine": "cosine of an old bank row to its fresh feature (1: no drift)", "row_age": "steps since a row was written"}

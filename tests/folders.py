@@ -14,7 +14,7 @@ from dreslcl.tiles import read_slides
 
 
 @contextmanager
-def refused(error: type[Exception], message: str) -> Iterator[None]:
+def refused(error: type[Exception], message: str | None = None) -> Iterator[None]:
     """What is done inside raises this error, whose message is one line and matches."""
     with pytest.raises(error, match=message) as caught:
         yield

@@ -36,8 +36,8 @@ def test_join_says_what_matched_and_what_did_not(tmp_path):
     cohort = cohort_of("a", "b", "c").with_reports(reports)
     assert [(m.slide_id, m.report) for m in cohort.members] == [("a", 0), ("b", 0)]  # one text: positives of each other
     assert cohort.notes[1:] == (
-        "2 of 3 slides have a report; without: like c",
-        "2 of 3 reports have a slide; without: like z",
+        "2 of 3 slides have a report; without: 'c'",
+        "2 of 3 reports have a slide; without: 'z'",
         "1 distinct reports, 1 of them of several slides; 2 patients",
     )
 
@@ -50,7 +50,7 @@ def test_reports_by_patient_reach_all_slides_of_the_patient(tmp_path):
 
 def test_no_match_shows_both_sides(tmp_path):
     reports = table(tmp_path / "r.csv", "slide_id report", ("x1", "One."))
-    with pytest.raises(TableError, match="slides are like a, b; reports are like x1"):
+    with pytest.raises(TableError, match="slides are 'a', 'b'; reports are 'x1'"):
         cohort_of("a", "b").with_reports(reports)
     with pytest.raises(ConfigError, match="--reports TABLE or --report-embeddings FILE"):
         cohort_of("a").with_reports(None)
@@ -142,7 +142,7 @@ def test_a_list_of_held_out_patients_is_read_as_windows_saves_it_and_names_that_
     (tmp_path / "l.txt").write_bytes("TCGA-05-4000\r\n\r\nTCGA-05-4002-01Z-00-DX1.x.SVS\r\nTCGA-05-9999\r\n\u00e9.svs\r\n".encode(encoding))
     kept, gone = cohort.split(str(tmp_path / "l.txt"), None)
     assert [m.patient_id for m in kept.members] == ["TCGA-05-4001", "TCGA-05-4003"] and len(gone.members) == 3
-    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: like TCGA-05-9999")
+    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: 'TCGA-05-9999'")
 
 
 # batches

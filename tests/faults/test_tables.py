@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from attack import dreslcl, in_child
-from folders import contents
+from folders import contents, refused
 
 from dreslcl.cohort import Cohort, read_reports
 from dreslcl.common import TableError, read_table
@@ -31,17 +31,15 @@ def test_a_field_of_a_megabyte_is_read_whole_and_a_field_of_seventeen_is_refused
     for size, path in ((1 << 20, tmp_path / "a.csv"), (17 << 20, tmp_path / "b.csv")):
         path.write_text(quoted([["slide_id", "report"], ["a", "x" * size]]))
     assert len(read_table(tmp_path / "a.csv")[0]["report"]) == 1 << 20
-    with pytest.raises(TableError, match="field larger than field limit") as caught:
+    with refused(TableError, "field larger than field limit"):
         read_table(tmp_path / "b.csv")
-    assert "\n" not in str(caught.value)
 
 
 def test_noise_is_refused_in_one_line(tmp_path):
     (tmp_path / "r.csv").write_bytes(np.random.default_rng(0).bytes(4096))
     for read in (read_reports, read_table):
-        with pytest.raises(TableError, match=r"r\.csv: ") as caught:
+        with refused(TableError, r"r\.csv: .{,480}$"):
             read(tmp_path / "r.csv")
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def renamed(work: Path, name: str) -> None:
@@ -55,9 +53,8 @@ def renamed(work: Path, name: str) -> None:
 def test_ids_that_climb_out_of_the_folder_are_refused(work, tmp_path, name):
     shutil.copy(work / "slides.csv", tmp_path)
     renamed(tmp_path, name)
-    with pytest.raises(TableError) as caught:
+    with refused(TableError, r"slides\.csv"):
         Cohort.load(tmp_path)
-    assert "\n" not in str(caught.value) and "slides.csv" in str(caught.value)
 
 
 def test_nothing_is_written_outside_the_output_folder(work, tmp_path):
