@@ -1,6 +1,5 @@
 """Hostile tables: encodings, sizes, ids that climb out of folders, formulas for spreadsheets, scripts for browsers."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -12,11 +11,9 @@ import pytest
 from attack import dreslcl, in_child
 from folders import contents, refused
 
-from dreslcl.cohort import Cohort, read_reports
 from dreslcl.common import TableError, read_table
 from dreslcl.embedding import Embeddings
 
-CLIMBING = ("../../etc/x", "..", ".", "/etc/x", "a/../../b", "..\\..\\x", "C:\\x", "a\0b", "a\nb", ".hidden", "")
 FORMULAS = ("=cmd|'/c calc'!A1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("x")')
 EVIL = ("<script>document.title='RAN'</script>", "<img src=x onerror=\"document.title='RAN'\">", '"><svg onload="document.title=\'RAN\'">')
 EVIL += ("{{ 7*7 }}", "</td></table><iframe srcdoc=\"<script>parent.document.title='RAN'</script>\">", "javascript:document.title='RAN'")
@@ -35,26 +32,11 @@ def test_a_field_of_a_megabyte_is_read_whole_and_a_field_of_seventeen_is_refused
         read_table(tmp_path / "b.csv")
 
 
-def test_noise_is_refused_in_one_line(tmp_path):
-    (tmp_path / "r.csv").write_bytes(np.random.default_rng(0).bytes(4096))
-    for read in (read_reports, read_table):
-        with refused(TableError, r"r\.csv: .{,480}$"):
-            read(tmp_path / "r.csv")
-
-
 def renamed(work: Path, name: str) -> None:
     """Give the third slide of a table another id."""
     rows = read_table(work / "slides.csv")
     rows[2] |= {"slide_id": name}
     (work / "slides.csv").write_text(quoted([list(rows[0]), *(list(row.values()) for row in rows)]))
-
-
-@pytest.mark.parametrize("name", CLIMBING)
-def test_ids_that_climb_out_of_the_folder_are_refused(work, tmp_path, name):
-    shutil.copy(work / "slides.csv", tmp_path)
-    renamed(tmp_path, name)
-    with refused(TableError, r"slides\.csv"):
-        Cohort.load(tmp_path)
 
 
 def test_nothing_is_written_outside_the_output_folder(work, tmp_path):
@@ -90,14 +72,6 @@ def hostile(tmp_path_factory) -> Path:
     done = in_child(dreslcl, "eval", folder / "emb", "--labels", folder / "labels.csv", *columns, *evaluation, "--out", folder / "eval")
     assert done.code == 0, done
     return folder / "eval"
-
-
-def test_no_cell_of_predictions_is_a_formula(hostile):
-    for path in hostile.rglob("*.csv"):
-        with path.open(newline="") as file:
-            cells = [cell for row in csv.reader(file) for cell in row]
-        assert cells and not [c for c in cells if c[:1] in "=+-@\t\r" and c and not c.lstrip("-").replace(".", "").isdigit()], path
-    assert any("'=cmd" in cell for cell in cells)
 
 
 def test_html_of_hostile_texts_runs_nothing_in_a_browser(hostile, tmp_path):
