@@ -272,15 +272,13 @@ class TileReader:
 
 def prefetch(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ahead: int) -> Iterator[Result]:
     """Results of `work` on each job, in order, computed on threads up to `ahead` jobs early."""
-    with ThreadPoolExecutor(workers) as pool:
-        queue: deque[Future[Result]] = deque()
-        try:
-            for job in jobs:
-                queue.append(pool.submit(work, job))
-                if len(queue) > ahead:
-                    yield queue.popleft().result()
-            while queue:
+    pool, queue = ThreadPoolExecutor(workers), deque[Future[Result]]()
+    try:
+        for job in jobs:
+            queue.append(pool.submit(work, job))
+            if len(queue) > ahead:
                 yield queue.popleft().result()
-        finally:
-            for future in queue:
-                future.cancel()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import hypergeom
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -76,12 +77,6 @@ def binary_metrics(positive: np.ndarray, score: np.ndarray, weights: np.ndarray)
         return auroc, (gained * precision).sum(1) / true[:, -1]
 
 
-def confusion(y: Int[np.ndarray, "n"], probability: Float[np.ndarray, "n C"], weights: Weights) -> Float[np.ndarray, "R C C"]:
-    """Counts per row of weights: rows are labels, columns the most probable class."""
-    classes = probability.shape[1]
-    return (weights @ np.eye(classes**2)[y * classes + probability.argmax(1)]).reshape(-1, classes, classes)
-
-
 def classification_metrics(y: Int[np.ndarray, "n"], probability: Float[np.ndarray, "n C"], weights: Weights) -> dict[str, Values]:
     """AUROC (macro one-vs-rest), macro-F1, balanced accuracy, and AUPRC of class 1 where there are two classes.
 
@@ -89,7 +84,7 @@ def classification_metrics(y: Int[np.ndarray, "n"], probability: Float[np.ndarra
     """
     classes = probability.shape[1]
     pairs = [binary_metrics(y == c, probability[:, c], weights) for c in (range(classes) if classes > 2 else [1])]
-    counts = confusion(y, probability, weights)
+    counts = (weights @ np.eye(classes**2)[y * classes + probability.argmax(1)]).reshape(-1, classes, classes)  # label, most probable
     hits, labelled, predicted = np.diagonal(counts, axis1=1, axis2=2), counts.sum(2), counts.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         result = {
@@ -163,7 +158,7 @@ class Outcome:
     @property
     def confusion(self) -> Int[np.ndarray, "C C"]:
         """Rows are labels, columns predictions."""
-        return confusion(self.slides.y, self.probabilities["embedding"], np.ones((1, len(self.slides.y))))[0].astype(int)
+        return confusion_matrix(self.slides.y, self.probabilities["embedding"].argmax(1), labels=range(len(self.slides.classes)))
 
 
 @dataclass(frozen=True)
