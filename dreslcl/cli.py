@@ -58,12 +58,9 @@ Patients = Annotated[Path | None, given("Table slide_id, patient_id; default: TC
 
 
 def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose flags are its own parameters and the settings of some tables; user errors end in one line.
+    """Register a command whose flags are its own parameters and the settings of some tables, or `only` some of these by name.
 
     The function's parameter `settings` receives those that a file or the command line sets.
-
-    Args:
-        only: names of the settings to offer; all without.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -91,20 +88,12 @@ def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[...,
         @functools.wraps(function)
         def run(ctx: Any, **values: Any) -> None:
             file = values.pop("config", None)
-            try:
-                settings = read_settings(file) if file else {part: {} for part in tables}
-                for flag, (part, name) in place.items():
-                    value = values.pop(flag)
-                    if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
-                        settings[part][name] = tuple(value) if isinstance(value, list) else value
-                function(**values, **({"settings": {part: settings[part] for part in tables}} if tables else {}))
-            except DreslclError as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-            except KeyboardInterrupt as error:
-                kept = "stopped; what is done is kept: run the same command again to go on"
-                print(f"\n{_STOPPED.get(function.__name__, kept)}", file=sys.stderr)
-                raise typer.Exit(130) from error
+            settings = read_settings(file) if file else {part: {} for part in tables}
+            for flag, (part, name) in place.items():
+                value = values.pop(flag)
+                if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
+                    settings[part][name] = tuple(value) if isinstance(value, list) else value
+            function(**values, **({"settings": {part: settings[part] for part in tables}} if tables else {}))
 
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         run.__signature__ = inspect.Signature([context, *sorted(parameters, key=lambda p: p.kind)])  # type: ignore[attr-defined]
@@ -394,17 +383,20 @@ def encoders(
 
 
 def main() -> None:
-    """The entry point of the `dreslcl` command: a mistake in the command is one line too."""
+    """The entry point of the `dreslcl` command: a user's mistake, and what a user stops, ends in one line."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
         code = 130
-    except DreslclError as error:  # before a command runs
+    except DreslclError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, ConfigError) else 1
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dreslcl"
         message = error.format_message().rstrip(".").replace("Value error, ", "") or "no command given"
         print(f"{message}; see `{command} --help`", file=sys.stderr)
         code = 2
+    if code == 130:
+        name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        print(f"\n{_STOPPED.get(name, 'stopped; what is done is kept: run the same command again to go on')}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
