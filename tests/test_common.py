@@ -158,7 +158,7 @@ def test_a_log_gets_a_line_with_rate_and_time_left_now_and_then_and_none_where_i
             done(10)
     for _ in common.track(iter(range(45)), "reading", "reports", 90):
         clock[0] += 1
-    caplog.set_level(logging.WARNING, "dreslcl")
+    logging.getLogger("dreslcl").setLevel(logging.WARNING)
     for _ in common.track(range(90), "writing", "quietly"):
         clock[0] += 1
     said = [record.message.split(" ", 1) for record in caplog.records]
