@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
 _PANELS = {"tile": "Tiles", "encoder": "Encoder", "model": "Aggregator", "train": "Training", "eval": "Protocol"}
-_FLAGS = {("encoder", "name"): "encoder"}  # a setting whose flag says more than its field
 _STOPPED = {
     "pretrain": "stopped; whole epochs are kept: run the same command again to go on",
     "demo": "stopped; delete the folder of --out, or choose another, and run it again",
@@ -59,12 +58,9 @@ Patients = Annotated[Path | None, given("Table slide_id, patient_id; default: TC
 
 
 def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose flags are its own parameters and the settings of some tables; user errors end in one line.
+    """Register a command whose flags are its own parameters and the settings of some tables, or `only` some of these by name.
 
     The function's parameter `settings` receives those that a file or the command line sets.
-
-    Args:
-        only: names of the settings to offer; all without.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -79,7 +75,7 @@ def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[...,
         for part in tables:
             kinds: dict[str, Any] = get_type_hints(TABLES[part])
             for one in (one for one in fields(TABLES[part]) if not only or one.name in only.split()):
-                flag, text = _FLAGS.get((part, one.name), one.name), one.metadata["help"]
+                flag, text = "encoder" if (part, one.name) == ("encoder", "name") else one.name, one.metadata["help"]
                 place[flag] = (part, one.name)
                 if isinstance(one.default, tuple):
                     add(flag, list[int], list(one.default), option(f"{text} Give it again for each.", panel=_PANELS[part]))
@@ -92,20 +88,12 @@ def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[...,
         @functools.wraps(function)
         def run(ctx: Any, **values: Any) -> None:
             file = values.pop("config", None)
-            try:
-                settings = read_settings(file) if file else {part: {} for part in tables}
-                for flag, (part, name) in place.items():
-                    value = values.pop(flag)
-                    if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
-                        settings[part][name] = tuple(value) if isinstance(value, list) else value
-                function(**values, **({"settings": {part: settings[part] for part in tables}} if tables else {}))
-            except DreslclError as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-            except KeyboardInterrupt as error:
-                kept = "stopped; what is done is kept: run the same command again to go on"
-                print(f"\n{_STOPPED.get(function.__name__, kept)}", file=sys.stderr)
-                raise typer.Exit(130) from error
+            settings = read_settings(file) if file else {part: {} for part in tables}
+            for flag, (part, name) in place.items():
+                value = values.pop(flag)
+                if str(ctx.get_parameter_source(flag)).endswith("COMMANDLINE"):
+                    settings[part][name] = tuple(value) if isinstance(value, list) else value
+            function(**values, **({"settings": {part: settings[part] for part in tables}} if tables else {}))
 
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         run.__signature__ = inspect.Signature([context, *sorted(parameters, key=lambda p: p.kind)])  # type: ignore[attr-defined]
@@ -397,17 +385,20 @@ def encoders(
 
 
 def main() -> None:
-    """The entry point of the `dreslcl` command: a mistake in the command is one line too."""
+    """The entry point of the `dreslcl` command: a user's mistake, and what a user stops, ends in one line."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
         code = 130
-    except DreslclError as error:  # before a command runs
+    except DreslclError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, ConfigError) else 1
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "dreslcl"
         message = error.format_message().rstrip(".").replace("Value error, ", "") or "no command given"
         print(f"{message}; see `{command} --help`", file=sys.stderr)
         code = 2
+    if code == 130:
+        name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        print(f"\n{_STOPPED.get(name, 'stopped; what is done is kept: run the same command again to go on')}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

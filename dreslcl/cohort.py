@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from .common import ConfigError, TableError, cores, file_stamp, read_list, same_name
+from .common import ConfigError, TableError, cores, file_stamp, preview, read_list, same_name
 from .formats import patient_of, read_corners, read_patients, read_report_vectors, read_reports, report_rows
 from .tiles import TileGrid, TilePixels, grid_path, read_slides
 
@@ -118,12 +118,12 @@ class Cohort:
             members.append(replace(m, patient_id=m.patient_id if vectors else patient or m.patient_id, report=numbers[key]))
         lost = [slide or patient for number, (slide, patient, _) in enumerate(rows) if number not in used]
         if not members:
-            raise TableError(f"{vectors or reports}: no report matches a slide; slides are{_like(bare)}; reports are{_like(lost)}")
+            raise TableError(f"{vectors or reports}: no report matches a slide; slides are {preview(bare)}; reports are {preview(lost)}")
         shared = sum(count > 1 for count in Counter(m.report for m in members).values())
         notes = (
             *self.notes,
-            f"{len(members)} of {len(self)} slides have a report" + (f"; without:{_like(bare)}" if bare else ""),
-            f"{len(used)} of {len(rows)} reports have a slide" + (f"; without:{_like(lost)}" if lost else ""),
+            f"{len(members)} of {len(self)} slides have a report" + (f"; without: {preview(bare)}" if bare else ""),
+            f"{len(used)} of {len(rows)} reports have a slide" + (f"; without: {preview(lost)}" if lost else ""),
             f"{len(texts)} distinct reports, {shared} of them of several slides; {len({m.patient_id for m in members})} patients",
         )
         return replace(self, members=tuple(members), reports=tuple(texts), notes=notes)
@@ -170,7 +170,7 @@ class Cohort:
         gone = self.subset([m for m in self.members if m.patient_id in out])
         notes = (*self.notes, f"{rule}: {len(gone)} slides of {len(out)} patients kept out, {len(kept)} slides stay")
         if lost and Path(rule).is_file():
-            notes += (f"{rule}: {len(lost)} of {len(named)} names match no slide and no patient:{_like(lost)}",)
+            notes += (f"{rule}: {len(lost)} of {len(named)} names match no slide and no patient: {preview(lost)}",)
         return replace(kept, notes=notes), gone
 
     def subset(self, members: Sequence[SlideRecord]) -> "Cohort":
@@ -179,10 +179,6 @@ class Cohort:
         place = {-1: -1} | {old: new for new, old in enumerate(numbers)}
         chosen = tuple(replace(m, report=place[m.report]) for m in members)
         return replace(self, members=chosen, reports=tuple(self.reports[i] for i in numbers))
-
-
-def _like(names: Sequence[str]) -> str:
-    return f" like {', '.join(names[:3])}" if names else " none"
 
 
 # batches
@@ -276,15 +272,13 @@ class TileReader:
 
 def prefetch(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ahead: int) -> Iterator[Result]:
     """Results of `work` on each job, in order, computed on threads up to `ahead` jobs early."""
-    with ThreadPoolExecutor(workers) as pool:
-        queue: deque[Future[Result]] = deque()
-        try:
-            for job in jobs:
-                queue.append(pool.submit(work, job))
-                if len(queue) > ahead:
-                    yield queue.popleft().result()
-            while queue:
+    pool, queue = ThreadPoolExecutor(workers), deque[Future[Result]]()
+    try:
+        for job in jobs:
+            queue.append(pool.submit(work, job))
+            if len(queue) > ahead:
                 yield queue.popleft().result()
-        finally:
-            for future in queue:
-                future.cancel()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -209,6 +209,12 @@ def is_missing(value: str) -> bool:
     return value.strip().strip("'<>[]").lower() in MISSING
 
 
+def preview(values: Iterable[Any], limit: int = 3) -> str:
+    """The first few values, for a message, and how many more there are."""
+    texts = [repr(str(value)) for value in values]
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
+
+
 def missing_words(values: Iterable[str]) -> str:
     """The words among these that stand for no value, counted, the most frequent first: "12 '', 3 'NA'"; "" where none does."""
     return ", ".join(f"{count} {word!r}" for word, count in Counter(filter(is_missing, values)).most_common())

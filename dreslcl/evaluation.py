@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
+import jinja2
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import hypergeom
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -24,10 +27,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from threadpoolctl import threadpool_limits
 
-from .common import ConfigError, ModelError, Row, TableError, fingerprint, read_table, read_text, write_json, write_table
+from .common import ConfigError, ModelError, Row, TableError, fingerprint, preview, read_table, read_text, write_json, write_table
 from .config import EvalConfig
 from .formats import Embeddings, read_report_vectors, read_reports, unit
-from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, preview, with_folds
+from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, with_folds
 
 if TYPE_CHECKING:
     from .model import DRESLCL
@@ -37,6 +40,7 @@ Weights = Float[np.ndarray, "R n"]
 Values = Float[np.ndarray, "R"]
 Matrix = Float[np.ndarray, "n C"]
 Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
+UNFITTED = ("retrieval", "zeroshot")  # tasks without probes, and so without folds
 CUTS = (1, 5, 10)
 C_GRID = tuple(10.0**power for power in range(-5, 3))
 INNER_FOLDS, NEIGHBOURS, DRAWS = 3, 5, 5
@@ -73,12 +77,6 @@ def binary_metrics(positive: np.ndarray, score: np.ndarray, weights: np.ndarray)
         return auroc, (gained * precision).sum(1) / true[:, -1]
 
 
-def confusion(y: Int[np.ndarray, "n"], probability: Float[np.ndarray, "n C"], weights: Weights) -> Float[np.ndarray, "R C C"]:
-    """Counts per row of weights: rows are labels, columns the most probable class."""
-    classes = probability.shape[1]
-    return (weights @ np.eye(classes**2)[y * classes + probability.argmax(1)]).reshape(-1, classes, classes)
-
-
 def classification_metrics(y: Int[np.ndarray, "n"], probability: Float[np.ndarray, "n C"], weights: Weights) -> dict[str, Values]:
     """AUROC (macro one-vs-rest), macro-F1, balanced accuracy, and AUPRC of class 1 where there are two classes.
 
@@ -86,7 +84,7 @@ def classification_metrics(y: Int[np.ndarray, "n"], probability: Float[np.ndarra
     """
     classes = probability.shape[1]
     pairs = [binary_metrics(y == c, probability[:, c], weights) for c in (range(classes) if classes > 2 else [1])]
-    counts = confusion(y, probability, weights)
+    counts = (weights @ np.eye(classes**2)[y * classes + probability.argmax(1)]).reshape(-1, classes, classes)  # label, most probable
     hits, labelled, predicted = np.diagonal(counts, axis1=1, axis2=2), counts.sum(2), counts.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         result = {
@@ -124,8 +122,8 @@ def retrieval_metrics(ranks: Int[np.ndarray, "n"], weights: Weights) -> dict[str
 def retrieval_chance(hit: Bool[np.ndarray, "Q G"]) -> dict[str, Interval]:
     """What a random order of the gallery would give, in expectation over queries."""
     gallery, hits = hit.shape[1], hit.sum(axis=1)
-    miss = {k: [np.prod([max(gallery - h - i, 0) / (gallery - i) for i in range(min(k, gallery))]) for h in hits] for k in CUTS}
-    result = {f"recall@{k}": 1 - np.mean(miss[k]) for k in CUTS} | {"median_rank": np.median((gallery + 1) / (hits + 1))}
+    result = {f"recall@{k}": hypergeom.sf(0, gallery, hits, min(k, gallery)).mean() for k in CUTS}
+    result["median_rank"] = np.median((gallery + 1) / (hits + 1))
     return {name: Interval(float(value), np.nan, np.nan) for name, value in result.items()}
 
 
@@ -160,7 +158,7 @@ class Outcome:
     @property
     def confusion(self) -> Int[np.ndarray, "C C"]:
         """Rows are labels, columns predictions."""
-        return confusion(self.slides.y, self.probabilities["embedding"], np.ones((1, len(self.slides.y))))[0].astype(int)
+        return confusion_matrix(self.slides.y, self.probabilities["embedding"].argmax(1), labels=range(len(self.slides.classes)))
 
 
 @dataclass(frozen=True)
@@ -289,7 +287,7 @@ def evaluate(
     checked = [*columns, split] if rows and split in rows[0] else [*columns]
     everyone = join_labels(named, rows, checked, labels.name if isinstance(labels, Path) else "labels")
     prompts = {name: prompt_vectors(texts, e) for name, e in named.items()} if task == "zeroshot" else {}
-    fitted, outcomes = task not in ("retrieval", "zeroshot"), []
+    fitted, outcomes = task not in UNFITTED, []
     for column in columns:
         if task == "retrieval":
             slides = having(everyone, column)
@@ -425,37 +423,16 @@ def intervals(drawn: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> tu
 
 
 def protocol(task: Task, split: str | Path | None, include_seen: bool, config: EvalConfig, outcomes: Sequence[Outcome]) -> list[str]:
-    """How the numbers came about, in sentences."""
-    how = {
-        "zeroshot": f"Softmax at temperature {TEMPERATURE} of the cosines to each class's mean prompt vector; nothing is fitted.",
-        "retrieval": "Reports are the distinct texts. A hit is any report of the slide's patient, any slide of a patient with the report; "
-        "ties count against the model. Chance is a random order. Resamples draw queries; what is searched stays whole.",
-    }
-    probes = (
-        "Linear probe: scikit-learn's LogisticRegression (lbfgs, classes weighted equally) on features standardised on the training part; "
-        f"C from {C_GRID[0]:g} to {C_GRID[-1]:g} by the least log loss on the validation part or in {INNER_FOLDS} folds by patient inside "
-        f"the training part. {NEIGHBOURS}-NN: share of each class among the nearest by cosine. n-shot: nearest class mean of n training "
-        f"patients per class, averaged over {DRAWS} draws. mean-pool: the same on the mean of each slide's tile features. both: the "
-        "log-odds of these two linear probes, added."
-    )
-    folds = f"{config.folds} stratified folds grouped by patient (StratifiedGroupKFold, seed {config.seed})."
-    of_folds = any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values())
-    result = [
-        f"The split is given by {split}; no patient is in two parts." if split else "All slides are tested." if task in how else folds,
-        f"Slides of patients seen in pretraining are {'tested too' if include_seen else 'left out of test'}.",
-        how.get(task, probes),
-        f"Metrics run over all held-out predictions at once; intervals are the 2.5 and 97.5 percentiles of {config.bootstrap} resamples of "
-        "the tested patients; differences are paired (same folds, same resamples).",
-        "An interval tells what other test patients would change, not other training patients: folds and probes stay as they are."
-        * (task not in how),
-        "Probes of different folds are not on one scale: without any signal the AUROC over all predictions lies a little below one half, "
-        "the mean of the folds' own AUROCs does not." * of_folds,
-    ]
+    """How the numbers came about, in sentences: those of `protocol.txt`, and what counts as positive."""
+    template = Path(__file__).with_name("protocol.txt").read_text(encoding="utf-8")
+    said: dict[str, Any] = {"task": task, "split": split, "include_seen": include_seen, "config": config, "fitted": task not in UNFITTED}
+    said["of_folds"] = any("auroc_of_folds" in score for o in outcomes for score in o.scores["embedding"].values())
+    said |= {"temperature": TEMPERATURE, "c_grid": C_GRID, "inner_folds": INNER_FOLDS, "neighbours": NEIGHBOURS, "draws": DRAWS}
+    sentences = jinja2.Template(template, trim_blocks=True).render(said).splitlines()
     for o in (o for o in outcomes if len(o.slides.classes) == 2):
         name = o.slides.classes[1]
-        counts = o.counts["classes"][name]["slides"], o.counts["slides"]
-        result.append(f"{o.slides.column}: positive is {name!r}, {counts[0]} of {counts[1]} slides.")
-    return [sentence for sentence in result if sentence]
+        sentences.append(f"{o.slides.column}: positive is {name!r}, {o.counts['classes'][name]['slides']} of {o.counts['slides']} slides.")
+    return sentences
 
 
 # texts

@@ -7,7 +7,8 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -77,7 +78,8 @@ def read_features(path: Path) -> Features:
         StoreError: not such a file, not (M, D), or values that are not finite. A .pt must hold one plain tensor; pickled
             code in it is never run.
     """
-    features = _stored(path, lambda data: data[()] if isinstance(data, h5py.Dataset) else data.detach().float().numpy())
+    with _opened(path) as data:
+        features = data[()] if isinstance(data, h5py.Dataset) else data.detach().float().numpy()
     features = features.reshape(_bag_shape(features.shape, path))
     if features.dtype.kind not in "fiu":
         raise StoreError(f"{path}: features are {features.dtype}; numbers (tiles, width) are needed")
@@ -89,12 +91,11 @@ def read_features(path: Path) -> Features:
 
 def read_corners(path: Path) -> Int64[np.ndarray, "M 2"] | None:
     """Top-left corners of a file's tiles in level-0 pixels, where it has them; not STAMP's, which are µm."""
-
-    def corners(data: Any) -> np.ndarray | None:
+    if Path(path).suffix == ".pt":
+        return None
+    with _opened(path) as data:
         coords = data.file.get("coords") if data.name == "/features" else None
         return coords[()].astype(np.int64) if isinstance(coords, h5py.Dataset) and coords.shape[1:] == (2,) else None
-
-    return None if Path(path).suffix == ".pt" else _stored(path, corners)
 
 
 def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dict[str, tuple[Path, int]]:
@@ -112,7 +113,8 @@ def find_features(folder: Path, unreadable: dict[str, str] | None = None) -> dic
     widths: dict[int, str] = {}
     for name, path in sorted(paths.items()):
         try:
-            tiles, width = _bag_shape(_stored(path, lambda data: tuple(data.shape), mmap=True), path)
+            with _opened(path, mmap=True) as data:
+                tiles, width = _bag_shape(tuple(data.shape), path)
             found[check_id(name, str(folder))] = (path, tiles)
             widths.setdefault(width, path.name)
         except StoreError as error:
@@ -132,8 +134,9 @@ def _bag_shape(shape: tuple[int, ...], path: Path) -> tuple[int, int]:
     return bag
 
 
-def _stored(path: Path, read: Callable[[Any], Any], *, mmap: bool = False) -> Any:
-    """What `read` makes of a file's features, an h5py.Dataset or a Tensor; with `mmap` a tensor's values stay on disk."""
+@contextmanager
+def _opened(path: Path, *, mmap: bool = False) -> Iterator[Any]:
+    """A file's features, an h5py.Dataset or a Tensor; with `mmap` a tensor's values stay on disk. StoreError where they cannot be read."""
     path = Path(path)
     if path.suffix == ".pt":
         import torch
@@ -144,16 +147,16 @@ def _stored(path: Path, read: Callable[[Any], Any], *, mmap: bool = False) -> An
             raise StoreError(f"{path}: not a plain tensor file ({type(error).__name__}); pickled objects are not read") from error
         if not isinstance(value, torch.Tensor):
             raise StoreError(f"{path}: holds a {type(value).__name__}; a plain (tiles, width) tensor is needed")
-        return read(value)
+        yield value
+        return
     try:
         with h5py.File(path, "r") as file:
-            for name in DATASETS:
-                if isinstance(file.get(name), h5py.Dataset):
-                    return read(file[name])
-            there = ", ".join(file) or "nothing"
+            found = next((file[name] for name in DATASETS if isinstance(file.get(name), h5py.Dataset)), None)
+            if found is None:
+                raise StoreError(f"{path}: holds {', '.join(file) or 'nothing'}; tile features are a dataset named {' or '.join(DATASETS)}")
+            yield found
     except (OSError, ValueError, TypeError, MemoryError) as error:
         raise StoreError(f"{path}: not a readable file of tile features ({' '.join(str(error).split())})") from error
-    raise StoreError(f"{path}: holds {there}; tile features are a dataset named {' or '.join(DATASETS)}")
 
 
 def tile_files(out: Path, layout: Layout, slide: str) -> list[Path]:
@@ -350,15 +353,6 @@ def read_report_vectors(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-CARD = """# A slide encoder trained with dreslcl (DRE-SLCL, arXiv 2511.05034)
-
-- Reads: {tiles}. Gives: one vector per slide, unit norm. Load: `model = dreslcl.load("this folder")`, then `model.embed_slide("scan.svs")`.
-- Pretrained on: {saw}. Reports were read as: {text}. No report is in this folder; slides and patients are kept as salted hashes.
-- Started from: {weights}, whose licence binds this model too. Aggregator: `{settings}`
-- Research use only: no medical device.
-"""
-
-
 def model_card(about: Mapping[str, Any], encoder: Any, text: str, settings: dict[str, Any]) -> str:
     """RUN/model/README.md: what the model saw, in numbers; what it is made of; how to use it. No report and no patient is named."""
     tiles, weights = "tile features made elsewhere", "random weights"
@@ -366,4 +360,5 @@ def model_card(about: Mapping[str, Any], encoder: Any, text: str, settings: dict
         tiles = "tiles of {size} px at {mpp:g} µm/px, encoded by ".format(**about["tile"]) + encoder.name if "tile" in about else tiles
         weights = f"the weights of {encoder.name}" if encoder.pretrained else weights
     saw = ", ".join(f"{about[name]:,} {name}" for name in ("slides", "patients", "reports", "tiles_seen") if name in about)
-    return CARD.format(tiles=tiles, saw=saw, text=text, weights=weights, settings=json.dumps(settings))
+    card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return card.format(tiles=tiles, saw=saw, text=text, weights=weights, settings=json.dumps(settings))

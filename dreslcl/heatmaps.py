@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .cohort import Cohort
-from .common import ConfigError, fingerprint, hold, read_table, write_bytes, write_text
+from .common import ConfigError, fingerprint, hold, preview, read_table, write_bytes, write_text
 from .config import TrainConfig
 from .embedding import check_tiles, encode_slides, noting
 from .evaluation import fit_probe, load_model
@@ -33,14 +33,11 @@ TOP = 12  # tiles on a contact sheet
 OPACITY = 140  # of a map over its thumbnail, 0-255
 EDGE = 1400  # px, longest edge of a map
 
-Codes = Int64[np.ndarray, "M"]
-Values = Float32[np.ndarray, "M"]
+Found = tuple[Int64[np.ndarray, "M"], Float[np.ndarray, "M"], Float[np.ndarray, "M"]]  # codeword, weight, contribution of each tile
 Colours = UInt8[np.ndarray, "n 4"]
 
 
-def contributions(
-    aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]
-) -> tuple[Codes, Float[np.ndarray, "M"], Float[np.ndarray, "M"]]:
+def contributions(aggregator: Aggregator, features: Float[Tensor, "M D"], direction: Float[Tensor, "E"]) -> Found:
     """Of each tile of a slide the codeword, the weight a(x), and the first-order contribution to the score s = direction · z of the slide.
 
     Tile i counts f_i times in all sums (`Aggregator.bag`); its contribution is the derivative ∂s/∂f_i at f = 1: weight, tokens, shares and
@@ -51,9 +48,8 @@ def contributions(
     with torch.enable_grad():
         score = aggregator(aggregator.bag(features, factor))[0] @ direction
         (values,) = torch.autograd.grad(score, factor)
-    found = nearest_codeword(features, aggregator.codewords), aggregator.weigh(features).detach(), values
-    codes, weights, values = (kind.cpu().numpy() for kind in found)
-    return codes, weights, values
+    codes, weights = nearest_codeword(features, aggregator.codewords), aggregator.weigh(features).detach()
+    return codes.cpu().numpy(), weights.cpu().numpy(), values.cpu().numpy()
 
 
 class Target(NamedTuple):
@@ -105,7 +101,7 @@ def draw_heatmaps(
         targets = dict.fromkeys(embedded.ids, Target(f"Contribution to the similarity with “{text}”", trained.embed_text(text)))
     chosen = [i for i, member in enumerate(cohort.members) if member.slide_id in set(embedded.ids)]
     if not chosen:
-        raise ConfigError(f"none of the {len(cohort)} tiled slides is in the embeddings, which are like {embedded.ids[0]!r}")
+        raise ConfigError(f"none of the {len(cohort)} tiled slides is in the embeddings, which are {preview(embedded.ids)}")
     failed: dict[str, str] = {}
     with hold(out):
         scores = {slide: [target.title, *(f"{x:.4g}" for x in target.direction)] for slide, target in targets.items()}
@@ -116,10 +112,10 @@ def draw_heatmaps(
             with noting(failed, cohort.members[i].slide_id):
                 rows = np.concatenate(list(parts)).astype(np.float16)  # as embed rounds them
                 direction = torch.from_numpy(target.direction if target else np.zeros(trained.joint_dim)).float().to(trained.device)
-                codes, weights, values = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
+                found = contributions(trained.aggregator, torch.from_numpy(rows).to(trained.device).float(), direction)
                 grid = cohort.grid(i)
                 with grid.open_scan(cohort.members[i].source) as scan:
-                    _draw(out, scan, grid, codes, weights, len(grid) * values, trained.config.codewords, target, marks[i])
+                    _draw(out, scan, grid, found, trained.config.codewords, target, marks[i])
     return failed
 
 
@@ -142,17 +138,9 @@ def _drawn(out: Path, slide: str) -> str:
         return ""
 
 
-def _draw(
-    folder: Path,
-    scan: Slide,
-    grid: TileGrid,
-    codes: Codes,
-    weights: Values,
-    values: Values,
-    codewords: int,
-    target: Target | None,
-    mark: str,
-) -> None:
+def _draw(folder: Path, scan: Slide, grid: TileGrid, found: Found, codewords: int, target: Target | None, mark: str) -> None:
+    codes, weights, values = found
+    values = len(grid) * values  # per share of the slide
     thumbnail = scan.thumbnail(max(scan.size) * grid.mpp_level0 / EDGE)
     thumbnail = np.repeat(thumbnail.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)  # grey: the map has all the colour
     colormap = colormaps["tab20" if codewords <= 18 else "turbo"]

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .common import Row, TableError, hashed, is_missing, missing_words, one_value, read_table, same_name
+from .common import Row, TableError, hashed, is_missing, missing_words, one_value, preview, read_table, same_name
 from .formats import Embeddings
 from .formats import patient_of as barcode_patient
 
@@ -70,12 +70,6 @@ def columns_of(rows: Sequence[Row]) -> str:
     return ", ".join(rows[0]) if rows else "no rows"
 
 
-def preview(values: Iterable[str], limit: int = 3) -> str:
-    """The first few, and how many more there are."""
-    values = [str(value) for value in values]
-    return ", ".join(map(repr, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
-
-
 def join_labels(named: Mapping[str, Embeddings], rows: Sequence[Row], columns: Sequence[str], where: str) -> Slides:
     """The slides that have a row and are in all of the embeddings ("embedding", perhaps "compared"); `warnings` counts those left out.
 
@@ -87,11 +81,12 @@ def join_labels(named: Mapping[str, Embeddings], rows: Sequence[Row], columns: S
     first = named["embedding"]
     row_of, warnings = match_rows(first, rows, columns, where)
     place = {name: {same_name(slide): i for i, slide in enumerate(e.ids)} for name, e in named.items()}
-    ids = [slide for slide in row_of if all(same_name(slide) in there for there in place.values())]
+    shared = set.intersection(*map(set, place.values()))
+    ids = [slide for slide in row_of if same_name(slide) in shared]
     if not ids:
         others = [preview(e.ids) for e in named.values()]
         raise TableError(f"compare: no slide in common; the first embeddings have {others[0]}, the second {others[-1]}")
-    if alone := [slide for slide in row_of if any(same_name(slide) not in there for there in place.values())]:
+    if alone := [slide for slide in row_of if same_name(slide) not in shared]:
         warnings.append(f"compare: {len(alone)} labelled slides are not in the second embeddings, so left out ({preview(alone)})")
     index = {name: [there[same_name(slide)] for slide in ids] for name, there in place.items()}
     features = {name: e.vectors[index[name]] for name, e in named.items()}
@@ -146,18 +141,20 @@ def known_patients(embeddings: Iterable[Embeddings], rows: Sequence[Row]) -> dic
 
     A seen slide makes its patient known wherever the table, the embeddings or a barcode name that patient.
     """
-    found, own = {"seen": set(), "selected": set()}, patient_column(rows)
+    found: dict[str, set[str]] = {"seen": set(), "selected": set()}
+    own = patient_column(rows)
     for e in embeddings:
         pairs = {(row.get("slide_id", ""), row.get(own, "")) for row in rows} | set(zip(e.ids, e.patients))
-        groups = [{slide, barcode_patient(slide), patient_of(slide, patient, "")} for slide, patient in pairs]
-        for kind in found:
+        names = [{slide, barcode_patient(slide), patient_of(slide, patient, "")} for slide, patient in pairs]
+        names = [{name for name in of if not is_missing(name)} for of in names]  # of one patient each
+        for kind, known in found.items():
             told = set(getattr(e, kind))
             told = told if e.salt else {form for name in told for form in (same_name(name), barcode_patient(name))}
-            new = {name for names in groups if told for name in names if hashed(name, e.salt) in told and not is_missing(name)}
-            while not new <= found[kind]:
-                found[kind] |= new
-                new = {name for names in groups if names & found[kind] for name in names if not is_missing(name)}
-            found[kind] |= set() if e.salt else told
+            new = {name for of in names if told for name in of if hashed(name, e.salt) in told}
+            while not new <= known:
+                known |= new
+                new = {name for of in names if of & known for name in of}
+            known |= set() if e.salt else told
     return found
 
 

@@ -6,7 +6,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,14 +23,14 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from . import __version__
 from .bank import MemoryBank
-from .cohort import Cohort, TileReader
-from .common import ConfigError, write_bytes, write_table, write_text
+from .cohort import Cohort, TileReader, draw_tiles
+from .common import ConfigError, preview, write_bytes, write_table, write_text
 from .evaluation import CUTS, Interval, Outcome, Result, Task, first_hits, operating_points, resamples
 from .formats import encoded
-from .labels import preview
 
-PACKAGES = ("dreslcl", "numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
+PACKAGES = ("numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 BAND_DRAWS = 200
 COLOURS = colormaps["tab10"].colors
 GRID = np.linspace(0, 1, 101)
@@ -183,11 +182,8 @@ def page(path: Path, title: str, sections: Mapping[str, Sequence[Block]], again:
 
 def versions() -> str:
     """Python and the packages that decide the numbers, with their versions."""
-    found = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return ", ".join(found)
+    found = [f"Python {platform.python_version()}", f"dreslcl {__version__}"]
+    return ", ".join(found + [f"{name} {metadata.version(name)}" for name in PACKAGES])
 
 
 # an evaluation
@@ -220,12 +216,7 @@ def in_words(outcome: Outcome, task: Task) -> str:
 
 
 def evaluation_page(result: Result, path: Path, *, command: str, pictures: Mapping[str, Path] | None = None) -> None:
-    """Write report.html of an evaluation.
-
-    Args:
-        command: the exact command line, shown as it is.
-        pictures: slide id -> picture (a heatmap) for the examples of each class.
-    """
+    """Write report.html of an evaluation, with the exact `command` line and, as examples of each class, `pictures` of slides by id."""
     header, rows = result.table()
     pictured = [Picture(overview(outcome), f"{outcome.label}: values and 95 % intervals.") for outcome in result.outcomes]
     sections: dict[str, list[Block]] = {"": [*(in_words(outcome, result.task) for outcome in result.outcomes), pictured]}
@@ -326,7 +317,7 @@ def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Co
     rng, member_of, found = np.random.default_rng(seed), {m.slide_id: i for i, m in enumerate(cohort.members)}, []
     per_slide = max(1, ATLAS_ROWS // len(bank.slides))
     for slide in bank.slides:
-        tiles = np.sort(rng.choice(bank.tiles(slide), min(per_slide, bank.tiles(slide)), replace=False))
+        tiles = draw_tiles(bank.tiles(slide), per_slide, rng)
         rows, codes = bank.read(slide, tiles)
         found.append((codes, ((rows.astype(np.float32) - words[codes]) ** 2).sum(1), np.full(len(tiles), member_of[slide]), tiles))
     code, distance, member, tile = map(np.concatenate, zip(*found))
@@ -360,15 +351,7 @@ def retrieval_examples(cohort: Cohort, z: Float[np.ndarray, "S E"], u: Float[np.
 def run_page(
     out: Path, *, settings: str, notes: Sequence[str], rows: Sequence[Row], atlas: Sequence[Picture], examples: Sequence[Block]
 ) -> None:
-    """Write RUN/report.html.
-
-    Args:
-        settings: the run's configuration as TOML.
-        notes: what went in, one line each.
-        rows: those of metrics.csv.
-        atlas: of `codebook_atlas`; empty where there are no pixels.
-        examples: what to show of retrieval.
-    """
+    """Write RUN/report.html: `settings` as TOML, `notes` on what went in, `rows` of metrics.csv; no `atlas` where there are no pixels."""
     last = rows[-1]
     shown = {"loss": "loss", "batch_recall@1": "recall@1 within a batch", "held_out_recall@10": "held-out recall@10"}
     shown |= {"row_cosine": "cosine of an old bank row to its fresh feature (1: no drift)", "row_age": "steps since a row was written"}

@@ -55,7 +55,7 @@ class Text(nn.Module):
     """Vectors of texts, of width X = `dim`; `learns`: training changes them. As it is, for vectors made elsewhere: it encodes nothing."""
 
     kind, learns, room = "vectors", False, WINDOW
-    described: tuple[str, ...] = ("kind", "dim", "learns")
+    described: tuple[str, ...] = ("kind", "dim", "learns")  # what `load` needs beside tensors; JSON-able
 
     def __init__(self, dim: int):
         super().__init__()
@@ -85,13 +85,9 @@ class Text(nn.Module):
         """The one vector of a text: the mean over its pieces."""
         return self.encode(self.pieces(report)).mean(0)
 
-    def describe(self) -> dict[str, Any]:
-        """What `load` needs beside tensors; JSON-able."""
-        return {name: getattr(self, name) for name in self.described}
-
     def save(self, folder: Path) -> None:
         """Write `text.json` into a folder, and `text.safetensors` where there are tensors."""
-        write_json(Path(folder) / "text.json", self.describe())
+        write_json(Path(folder) / "text.json", {name: getattr(self, name) for name in self.described})
 
     @staticmethod
     def load(folder: Path, encoder: Encoder | None) -> "Text":

@@ -109,10 +109,7 @@ def box_fractions(
 
     def area(dx: int, dy: int) -> np.ndarray:
         at = np.clip((xy + np.array([dx, dy])) * scale, 0, [w, h])
-        whole = np.minimum(at.astype(np.int64), [w - 1, h - 1])
-        (x, y), (fx, fy) = whole.T, (at - whole).T
-        top = integral[y, x] * (1 - fx) + integral[y, x + 1] * fx
-        return top * (1 - fy) + (integral[y + 1, x] * (1 - fx) + integral[y + 1, x + 1] * fx) * fy
+        return ndimage.map_coordinates(integral, at.T[::-1], order=1)
 
     covered = area(extent, extent) - area(0, extent) - area(extent, 0) + area(0, 0)
     return np.clip(covered / (extent**2 * scale.prod()), 0, 1).astype(np.float32)

@@ -1,13 +1,24 @@
-"""What a folder of results holds, to compare with what another one does; and a file that does harm."""
+"""What a folder of results holds, to compare with what another one does; errors of one line; and a file that does harm."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import pytest
 
 from dreslcl.tiles import read_slides
+
+
+@contextmanager
+def refused(error: type[Exception], message: str | None = None) -> Iterator[None]:
+    """What is done inside raises this error, whose message is one line and matches."""
+    with pytest.raises(error, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 
 import h5py
 import numpy as np
@@ -184,21 +183,6 @@ def test_output_that_is_no_terminal_holds_no_control_characters(tmp_path, work, 
     words = words.replace("SLIDES", str(work.parent / "slides")).replace("OUT", str(tmp_path))
     out = start(*words.split()).communicate(timeout=60)[0]
     assert out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", out), repr(out)
-
-
-@pytest.mark.parametrize("choice", [{}, {"NO_COLOR": "1"}])
-def test_a_terminal_gets_colours_unless_no_color_says_not_to(choice):
-    leader, follower = os.openpty()
-    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm-256color"}
-    process = start("tile", "--help", stdout=follower, stderr=follower, env=variables | choice)
-    os.close(follower)
-    seen = b""
-    with suppress(OSError):  # how a terminal ends
-        while part := os.read(leader, 65536):
-            seen += part
-    os.close(leader)
-    assert process.wait(60) == 0 and b"Tiles" in seen
-    assert bool(re.search(rb"\x1b\[(\d+;)*[349]\d", seen)) == (not choice)
 
 
 def test_shells_are_given_the_words_that_fit():

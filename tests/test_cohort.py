@@ -4,6 +4,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from folders import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,8 +36,8 @@ def test_join_says_what_matched_and_what_did_not(tmp_path):
     cohort = cohort_of("a", "b", "c").with_reports(reports)
     assert [(m.slide_id, m.report) for m in cohort.members] == [("a", 0), ("b", 0)]  # one text: positives of each other
     assert cohort.notes[1:] == (
-        "2 of 3 slides have a report; without: like c",
-        "2 of 3 reports have a slide; without: like z",
+        "2 of 3 slides have a report; without: 'c'",
+        "2 of 3 reports have a slide; without: 'z'",
         "1 distinct reports, 1 of them of several slides; 2 patients",
     )
 
@@ -47,18 +48,9 @@ def test_reports_by_patient_reach_all_slides_of_the_patient(tmp_path):
     assert [m.report for m in cohort.members] == [0, 0] and {m.patient_id for m in cohort.members} == {"TCGA-05-4382"}
 
 
-def test_same_report_twice_counts_once_and_two_reports_are_refused(tmp_path):
-    assert len(cohort_of("a").with_reports(table(tmp_path / "r.csv", "slide_id report", ("a", "One."), ("a.svs", "One.")))) == 1
-    with pytest.raises(TableError, match="'a' has more than one report"):
-        cohort_of("a").with_reports(table(tmp_path / "r.csv", "slide_id report", ("a", "One."), ("a.svs", "Two.")))
-    np.savez(tmp_path / "v.npz", **{"a": np.ones(4), "a.svs": np.zeros(4)})
-    with pytest.raises(TableError, match=r"'a\.svs' has more than one report"):
-        cohort_of("a").with_reports(None, tmp_path / "v.npz")
-
-
 def test_no_match_shows_both_sides(tmp_path):
     reports = table(tmp_path / "r.csv", "slide_id report", ("x1", "One."))
-    with pytest.raises(TableError, match="slides are like a, b; reports are like x1"):
+    with pytest.raises(TableError, match="slides are 'a', 'b'; reports are 'x1'"):
         cohort_of("a", "b").with_reports(reports)
     with pytest.raises(ConfigError, match="--reports TABLE or --report-embeddings FILE"):
         cohort_of("a").with_reports(None)
@@ -76,21 +68,6 @@ def test_tables_of_tcga_and_histgen_are_read(tmp_path):
     assert [m.slide_id for m in kept.members] == ["a"] and [m.slide_id for m in gone.members] == ["b"]
 
 
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        *[("r.json", text, "not HistGen's layout") for text in ("[1]", "{", '{"train": [{"id": 1}]}', '{"train": 3}')],
-        ("r.csv", "slide_id,text\na,One.", "needs columns report and slide_id or patient_id; there are slide_id, text"),
-        ("r.csv", "slide_id,report\na,  ", "none of its 1 rows has a report"),
-    ],
-)
-def test_what_holds_no_reports_is_refused_in_one_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(TableError, match=message) as caught:
-        read_reports(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
 def test_real_tcga_reports_match_their_slides(test_data):
     from dreslcl.formats import find_features
 
@@ -103,22 +80,18 @@ def test_real_tcga_reports_match_their_slides(test_data):
 # vectors
 
 
-def test_report_vectors_come_from_hdf5_and_npz_with_one_or_several_rows(tmp_path):
+def test_report_vectors_come_from_hdf5_and_npz_with_one_or_several_rows_and_equal_ones_are_one_report(tmp_path):
     one, many = np.arange(4.0), np.ones((3, 4))
-    np.savez(tmp_path / "v.npz", a=one, b=many)
+    np.savez(tmp_path / "v.npz", a=many, b=one, c=many)
     with h5py.File(tmp_path / "v.h5", "w") as file:
-        file["a"], file["b"] = one, many.astype(np.float16)
+        file["a"], file["b"], file["c"] = many, one, many.astype(np.float16)
     for name in ("v.npz", "v.h5"):
-        arrays = read_report_vectors(tmp_path / name)
-        assert arrays["a"].shape == (1, 4) and arrays["b"].shape == (3, 4) and arrays["b"].dtype == np.float32
-        cohort = cohort_of("a", "b", "c").with_reports(None, tmp_path / name)
-        assert [m.slide_id for m in cohort.members] == ["a", "b"] and np.array_equal(cohort.reports[0], one[None])
-
-
-def test_slides_with_equal_report_vectors_share_their_report(tmp_path):
-    np.savez(tmp_path / "v.npz", a=np.ones((2, 4)), b=np.zeros(4), c=np.ones((2, 4)))
-    cohort = cohort_of("a", "b", "c").with_reports(None, tmp_path / "v.npz")
-    assert [m.report for m in cohort.members] == [0, 1, 0] and len(cohort.reports) == 2
+        cohort = cohort_of("a", "b", "c", "d").with_reports(None, tmp_path / name)
+        assert [(m.slide_id, m.report) for m in cohort.members] == [("a", 0), ("b", 1), ("c", 0)]
+        assert [r.dtype for r in cohort.reports] == 2 * [np.float32] and np.array_equal(np.concatenate(cohort.reports), [*many, one])
+    np.savez(tmp_path / "v.npz", **{"a": one, "a.svs": one + 1})
+    with refused(TableError, r"'a\.svs' has more than one report"):
+        cohort_of("a").with_reports(None, tmp_path / "v.npz")
 
 
 ODD = np.array([{}], dtype=object)
@@ -140,9 +113,8 @@ def test_files_that_hold_no_vectors_are_refused_in_one_line(tmp_path, values, me
         (tmp_path / "v.npz").write_bytes((tmp_path / "v.npz").read_bytes()[:60])
     (tmp_path / "text.h5").write_text("hello")
     for name, why in (("v.npz", message), ("text.h5", "not an HDF5")):
-        with pytest.raises(TableError, match=why) as caught:
+        with refused(TableError, why):
             read_report_vectors(tmp_path / name)
-        assert "\n" not in str(caught.value)
 
 
 # splits
@@ -156,13 +128,12 @@ def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
     (tmp_path / "ids.txt").write_text("b.svs\n\n")
     assert [m.slide_id for m in cohort.split(str(tmp_path / "ids.txt"), None)[0].members] == ["c"]
     assert cohort.split(None, None)[0] is cohort
-    for rule, kind, message in (
-        ("prat=x", TableError, "no column 'prat'"),
-        ("part=w", TableError, "names none of the 3 slides"),
-        ("nothing.txt", ConfigError, "neither a file of ids nor column=value"),
-    ):
-        with pytest.raises(kind, match=message):
-            cohort.split(rule, reports)
+    with refused(TableError, "no column 'prat'"):
+        cohort.split("prat=x", reports)
+    with refused(TableError, "names none of the 3 slides"):
+        cohort.split("part=w", reports)
+    with refused(ConfigError, "neither a file of ids nor column=value"):
+        cohort.split("nothing.txt", reports)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -171,7 +142,7 @@ def test_a_list_of_held_out_patients_is_read_as_windows_saves_it_and_names_that_
     (tmp_path / "l.txt").write_bytes("TCGA-05-4000\r\n\r\nTCGA-05-4002-01Z-00-DX1.x.SVS\r\nTCGA-05-9999\r\n\u00e9.svs\r\n".encode(encoding))
     kept, gone = cohort.split(str(tmp_path / "l.txt"), None)
     assert [m.patient_id for m in kept.members] == ["TCGA-05-4001", "TCGA-05-4003"] and len(gone.members) == 3
-    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: like TCGA-05-9999")
+    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: 'TCGA-05-9999'")
 
 
 # batches

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from folders import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -181,6 +182,5 @@ WRONG = [b"", b"{", b"[]", b"3", b'{"features": [7]}', b'{"type": "Polygon", "co
 def test_a_file_that_is_no_annotation_is_refused_in_one_line(tmp_path, data):
     (tmp_path / "a.geojson").write_bytes(data)
     for name, message in (("a.geojson", r"a\.geojson: "), ("missing.geojson", "export one from QuPath")):
-        with pytest.raises(SlideError, match=message) as caught:
+        with refused(SlideError, message):
             read_geojson(tmp_path / name)
-        assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import Bomb
+from folders import Bomb, refused
 from test_kill import SETTINGS
 
 from dreslcl import trainer
@@ -31,9 +31,9 @@ def test_another_checkpoint_is_refused_in_one_line_and_its_code_is_never_run(wor
     others += [data[: draw.randrange(len(data))] for _ in range(3)]
     for other in others:
         path.write_bytes(other) if isinstance(other, bytes) else torch.save(other, path)
-        with pytest.raises(StoreError, match="cannot be read") as caught:
+        with refused(StoreError, "cannot be read"):
             trainer.pretrain(cohort, tmp_path / "run", SETTINGS)
-        assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+        assert not (tmp_path / "ran").exists()
 
 
 def cut(path: Path) -> None:
@@ -75,9 +75,9 @@ DAMAGES = {
 def test_a_hostile_model_folder_is_refused_in_one_line(whole, tmp_path, how):
     shutil.copytree(whole / "pretrain" / "model", tmp_path / "model")
     DAMAGES[how](tmp_path / "model")
-    with pytest.raises(ModelError) as caught:
+    with refused(ModelError):
         DRESLCL.load(tmp_path / "model")
-    assert "\n" not in str(caught.value) and not (tmp_path / "model" / "ran").exists()
+    assert not (tmp_path / "model" / "ran").exists()
 
 
 HEADERS = ["{", "[]", "{}", "[1]", '"x"', '{"version": 1, "dim": 128}', '{"version": 2, "dim": [], "codewords": {}, "encoder": 3}']
@@ -86,6 +86,5 @@ HEADERS = ["{", "[]", "{}", "[1]", '"x"', '{"version": 1, "dim": 128}', '{"versi
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_hostile_bank_is_refused_in_one_line(tmp_path, header):
     (tmp_path / "bank.json").write_text(header)
-    with pytest.raises(StoreError) as caught:
+    with refused(StoreError):
         MemoryBank(tmp_path, dim=128, codewords=4, encoder="e")
-    assert "\n" not in str(caught.value)

@@ -1,6 +1,5 @@
 """Hostile tables: encodings, sizes, ids that climb out of folders, formulas for spreadsheets, scripts for browsers."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -10,13 +9,11 @@ import h5py
 import numpy as np
 import pytest
 from attack import dreslcl, in_child
-from folders import contents
+from folders import contents, refused
 
-from dreslcl.cohort import Cohort, read_reports
 from dreslcl.common import TableError, read_table
 from dreslcl.embedding import Embeddings
 
-CLIMBING = ("../../etc/x", "..", ".", "/etc/x", "a/../../b", "..\\..\\x", "C:\\x", "a\0b", "a\nb", ".hidden", "")
 FORMULAS = ("=cmd|'/c calc'!A1", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("x")')
 EVIL = ("<script>document.title='RAN'</script>", "<img src=x onerror=\"document.title='RAN'\">", '"><svg onload="document.title=\'RAN\'">')
 EVIL += ("{{ 7*7 }}", "</td></table><iframe srcdoc=\"<script>parent.document.title='RAN'</script>\">", "javascript:document.title='RAN'")
@@ -31,17 +28,8 @@ def test_a_field_of_a_megabyte_is_read_whole_and_a_field_of_seventeen_is_refused
     for size, path in ((1 << 20, tmp_path / "a.csv"), (17 << 20, tmp_path / "b.csv")):
         path.write_text(quoted([["slide_id", "report"], ["a", "x" * size]]))
     assert len(read_table(tmp_path / "a.csv")[0]["report"]) == 1 << 20
-    with pytest.raises(TableError, match="field larger than field limit") as caught:
+    with refused(TableError, "field larger than field limit"):
         read_table(tmp_path / "b.csv")
-    assert "\n" not in str(caught.value)
-
-
-def test_noise_is_refused_in_one_line(tmp_path):
-    (tmp_path / "r.csv").write_bytes(np.random.default_rng(0).bytes(4096))
-    for read in (read_reports, read_table):
-        with pytest.raises(TableError, match=r"r\.csv: ") as caught:
-            read(tmp_path / "r.csv")
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def renamed(work: Path, name: str) -> None:
@@ -49,15 +37,6 @@ def renamed(work: Path, name: str) -> None:
     rows = read_table(work / "slides.csv")
     rows[2] |= {"slide_id": name}
     (work / "slides.csv").write_text(quoted([list(rows[0]), *(list(row.values()) for row in rows)]))
-
-
-@pytest.mark.parametrize("name", CLIMBING)
-def test_ids_that_climb_out_of_the_folder_are_refused(work, tmp_path, name):
-    shutil.copy(work / "slides.csv", tmp_path)
-    renamed(tmp_path, name)
-    with pytest.raises(TableError) as caught:
-        Cohort.load(tmp_path)
-    assert "\n" not in str(caught.value) and "slides.csv" in str(caught.value)
 
 
 def test_nothing_is_written_outside_the_output_folder(work, tmp_path):
@@ -93,14 +72,6 @@ def hostile(tmp_path_factory) -> Path:
     done = in_child(dreslcl, "eval", folder / "emb", "--labels", folder / "labels.csv", *columns, *evaluation, "--out", folder / "eval")
     assert done.code == 0, done
     return folder / "eval"
-
-
-def test_no_cell_of_predictions_is_a_formula(hostile):
-    for path in hostile.rglob("*.csv"):
-        with path.open(newline="") as file:
-            cells = [cell for row in csv.reader(file) for cell in row]
-        assert cells and not [c for c in cells if c[:1] in "=+-@\t\r" and c and not c.lstrip("-").replace(".", "").isdigit()], path
-    assert any("'=cmd" in cell for cell in cells)
 
 
 def test_html_of_hostile_texts_runs_nothing_in_a_browser(hostile, tmp_path):
