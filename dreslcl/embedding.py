@@ -140,8 +140,8 @@ def embed(
                     write_tiles(out, layout, np.concatenate(kept), cohort.grid(member), towers.name)
                 with hdf5_file(slide_file(out, slide)) as file:
                     file.attrs["fingerprint"] = marks[member]
-                    for name, array in (arrays if coords is None else arrays | {"coords": coords}).items():
-                        file[name] = array
+                    for kind, array in (arrays if coords is None else arrays | {"coords": coords}).items():
+                        file[kind] = array
         failed = {slide: why for part in group.collect(failed) for slide, why in part.items()}  # waits for all ranks
         result = _collect(cohort, out, failed, trained, name, str(model or ""), by)
         if group.first:
