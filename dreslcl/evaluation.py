@@ -43,7 +43,7 @@ Task = Literal["subtype", "recognition", "mutation", "retrieval", "zeroshot"]
 UNFITTED = ("retrieval", "zeroshot")  # tasks without probes, and so without folds
 CUTS = (1, 5, 10)
 C_GRID = tuple(10.0**power for power in range(-5, 3))
-INNER_FOLDS, NEIGHBOURS, DRAWS = 3, 5, 5
+INNER_FOLDS, NEIGHBOURS, DRAWS = 3, 5, 5  # draws of few shots, and of random vectors
 TEMPERATURE = 0.07  # of the softmax that turns cosines into probabilities; CLIP's at the start of training
 NAMES = {"auroc": "AUROC", "auroc_of_folds": "AUROC, mean of folds", "macro_f1": "macro-F1", "auprc": "AUPRC"}
 Interval = namedtuple("Interval", "value low high")  # a metric and its 95 % bootstrap interval
@@ -323,11 +323,13 @@ def probe(slides: Slides, config: EvalConfig) -> Predictions:
     for n in (n for n in config.shots if n > least):
         slides.warnings.append(f"{slides.column}: {n} shots are left out: a training part has {least} patients of class {short!r}")
 
+    def predict_linear(x: np.ndarray, fit: np.ndarray, fold: Fold) -> Matrix:
+        return probabilities(fit_probe(x[fit], y[fit], patients[fit], fold, config.seed), x[fold.test], len(slides.classes))
+
     def predict(x: np.ndarray, fit: np.ndarray, fold: Fold) -> dict[str, list[Matrix]]:
         a, b, test = x[fit], y[fit], x[fold.test]
         neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(a)), metric="cosine").fit(a, b)
-        models = {"linear": fit_probe(a, b, patients[fit], fold, config.seed), f"{NEIGHBOURS}-NN": neighbours}
-        found = {name: [probabilities(model, test, len(slides.classes))] for name, model in models.items()}
+        found = {"linear": [predict_linear(x, fit, fold)], f"{NEIGHBOURS}-NN": [probabilities(neighbours, test, len(slides.classes))]}
         for n in (n for n in config.shots if n <= least):
             found[f"{n}-shot"] = [few_shot(a, b, patients[fit], test, n, config.seed + draw) for draw in range(DRAWS)]
         return found
@@ -339,6 +341,9 @@ def probe(slides: Slides, config: EvalConfig) -> Predictions:
     if "mean-pool" in result:  # both: the log-odds of the two linear probes, added
         product = result["embedding"]["linear"][0] * result["mean-pool"]["linear"][0] + 1e-12
         result["both"] = {"linear": [product / product.sum(1, keepdims=True)]}
+    rng, shape = np.random.default_rng(config.seed), slides.features["embedding"].shape
+    null = [[predict_linear(rng.normal(size=shape), *part) for part in zip(fits, slides.folds)] for _ in range(DRAWS)]
+    result["null"] = {"linear": [np.concatenate(folds) for folds in null]}
     majority = np.bincount(y[np.concatenate(fits)]).argmax()
     return result | {"majority class": {"linear": [np.eye(len(slides.classes))[[majority] * len(slides.tested)]]}}
 
@@ -375,6 +380,8 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
                 of_folds = [classification_metrics(tested.y[i], p[i], weights[:, i])["auroc"] for i in parts if i.any()]
                 values["auroc_of_folds"] = np.ma.masked_invalid(of_folds).mean(0).filled(np.nan)
             drawn[name][kind] = {metric: np.mean([values[metric] for values in each], axis=0) for metric in each[0]}
+            if name == "null":  # from draw to draw, not from patient to patient
+                spread = {metric: np.array([values[metric][0] for values in each]) for metric in each[0]}
     own = {"slides": (slides.ids, slides.y), "patients": (slides.patients, slides.y), "tested": (tested.ids, tested.y)}
     counts = {"slides": len(slides.y), "patients": len(set(slides.patients))}
     counts["classes"] = {name: {what: len(set(ids[y == c])) for what, (ids, y) in own.items()} for c, name in enumerate(classes)}
@@ -383,7 +390,10 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
     for slide, patient, number, label, p in zip(tested.ids, tested.patients, fold, tested.y, first["embedding"]):
         cells = (slide, patient, number, classes[label], classes[p.argmax()], *(f"{value:.6f}" for value in p))
         rows.append({"column": column} | dict(zip(keys, cells)))
-    return Outcome(tested, counts, *intervals(drawn), first, rows)
+    scores, differences = intervals(drawn)
+    if differences.pop("null", None):
+        scores["null"]["linear"] = {m: Interval(float(v.mean()), float(v.min()), float(v.max())) for m, v in spread.items()}
+    return Outcome(tested, counts, scores, differences, first, rows)
 
 
 def retrieval(slides: Slides, named: Mapping[str, Embeddings], vectors: Mapping[str, np.ndarray], config: EvalConfig) -> Outcome:

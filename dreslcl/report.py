@@ -348,6 +348,25 @@ def retrieval_examples(cohort: Cohort, z: Float[np.ndarray, "S E"], u: Float[np.
     return Table(["report of", "rank of its slide", "ranked first", "report begins"], rows, f"Median rank {np.median(ranks):g}.")
 
 
+def health(rows: Sequence[Row]) -> list[str]:
+    """Whether a run went well, from the rows of metrics.csv, in sentences; with what to do where it did not."""
+
+    def mean(name: str, *part: int | None) -> float:
+        return float(np.mean([float(row.get(name, "nan")) for row in rows[slice(*part)]] or [np.nan]))
+
+    tenth, last, best = max(1, len(rows) // 10), (-1, None), max(float(row.get("held_out_mrr", 0)) for row in rows) or np.nan
+    falling = mean("loss", -tenth, None) / mean("loss", -2 * tenth, -tenth)
+    checks = (  # a number, its limit, what it means below (an unknown one is not below), and what to do
+        (falling, 0.97, "the loss still falls, in a tenth of the run to", "more --epochs"),
+        (mean("row_cosine", *last), 0.7, "bank rows are out of date, row_cosine", "a lower --encoder-lr, or more --tiles"),
+        (mean("codeword_use", *last), 0.25, "few codewords hold most of the tiles, codeword_use", "fewer --codewords"),
+        (mean("effective_rank", *last), 4, "slide vectors lie along few directions, effective_rank", "a lower --lr"),
+        (mean("held_out_mrr", *last) / best, 0.8, "retrieval fell since its best epoch, which was kept, to", "fewer --epochs"),
+    )
+    bad = [f"Look at this: {said} {value:.2f}. Try {todo}." for value, limit, said, todo in checks if value < limit]
+    return bad or ["Loss, drift of bank rows, use of codewords, spread of slide vectors and held-out retrieval look well."]
+
+
 def run_page(
     out: Path, *, settings: str, notes: Sequence[str], rows: Sequence[Row], atlas: Sequence[Picture], examples: Sequence[Block]
 ) -> None:
@@ -357,7 +376,7 @@ def run_page(
     shown |= {"row_cosine": "cosine of an old bank row to its fresh feature (1: no drift)", "row_age": "steps since a row was written"}
     headline = ", ".join(f"{name} {last[key]:.3g}" for key, name in shown.items() if key in last)
     sections: dict[str, Sequence[Block]] = {
-        "": [f"After epoch {last['epoch']:.0f} ({last['step']:.0f} steps): {headline}."],
+        "": [f"After epoch {last['epoch']:.0f} ({last['step']:.0f} steps): {headline}.", *health(rows)],
         "What went in": list(notes),
         "Curves": [Picture(out / "curves.png")],
         "Codebook": ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)] if atlas else [],

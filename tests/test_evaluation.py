@@ -153,6 +153,8 @@ def test_a_clear_signal_is_found_above_the_blurred_baseline_and_the_difference_i
     assert ours.value > 0.9 > base.value
     assert outcome.differences["mean-pool"]["linear"]["auroc"].value == pytest.approx(ours.value - base.value)
     assert outcome.scores["majority class"]["linear"]["auroc"].value == 0.5
+    null = outcome.scores["null"]["linear"]["auroc"]
+    assert 0.2 < null.low < null.value < null.high < 0.8 and "null" not in outcome.differences
     odds = sum(np.log(p / (1 - p)) for p in (outcome.probabilities[name][:, 1] for name in ("embedding", "mean-pool")))
     assert outcome.scores["both"]["linear"]["auroc"].value == pytest.approx(sk.roc_auc_score(outcome.slides.y, odds), abs=1e-3)
     assert set(outcome.scores["embedding"]) == {"linear", "5-NN", "1-shot", "3-shot"}

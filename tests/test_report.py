@@ -15,7 +15,19 @@ from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort, SlideRecord, TileReader
 from dreslcl.common import ConfigError
 from dreslcl.evaluation import evaluate
-from dreslcl.report import Journal, Picture, Table, codebook_atlas, curves, evaluation_page, in_words, page, retrieval_examples, versions
+from dreslcl.report import (
+    Journal,
+    Picture,
+    Table,
+    codebook_atlas,
+    curves,
+    evaluation_page,
+    health,
+    in_words,
+    page,
+    retrieval_examples,
+    versions,
+)
 from dreslcl.trainer import pretrain
 
 EVIL = '<script>alert("x")</script>'
@@ -167,6 +179,17 @@ class Reader(TileReader):
     def read(self, member, index):
         self.shown.append((member, int(index[0])))
         return np.full((1, 8, 8, 3), 7 * member + int(index[0]), np.uint8)
+
+
+def test_a_run_that_went_badly_is_told_what_to_try_and_a_good_one_is_told_so():
+    good = {"loss": 1.0, "row_cosine": 0.95, "codeword_use": 0.6, "effective_rank": 30.0, "held_out_mrr": 0.5}
+    assert "look well" in health([good] * 20)[0] and "look well" in health([{"loss": 1.0}])[0]
+    bad = {"row_cosine": 0.5, "codeword_use": 0.06, "effective_rank": 1.2, "held_out_mrr": 0.1}
+    for name, value in bad.items():
+        (said,) = health([good] * 19 + [good | {name: value}])
+        assert f"{value / 0.5 if name == 'held_out_mrr' else value:.2f}. Try" in said
+    (said,) = health([good | {"loss": 2.0 - i / 20} for i in range(20)])
+    assert "the loss still falls" in said and "--epochs" in said
 
 
 def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_size(tmp_path):
