@@ -427,10 +427,10 @@ def test_one_damaged_slide_costs_one_slide(cohort, work, tmp_path, monkeypatch):
     kept, held_out = cohort.split("split=val", work / "reports.csv")
     read = trainer.TileReader.read
 
-    def damaged(self, member, index):
+    def damaged(self, member, index, *out):
         if self.cohort.members[member].slide_id in ("s3", "s7") or (self.cohort.members[member].slide_id == "s4" and len(index) == 4):
             raise SlideError("stored tile 5 cannot be decoded")
-        return read(self, member, index)
+        return read(self, member, index, *out)
 
     monkeypatch.setattr(trainer.TileReader, "read", damaged)
     monkeypatch.setattr(trainer, "FAILED_SHARE", 0.2)
