@@ -59,7 +59,7 @@ def encode_slides(
     assert encoder is not None, "pixels need a tile encoder"
     device, reader = encoder.mean.device, reader or TileReader(cohort, workers=settings.workers)
     bad: dict[int, Exception] = {}
-    spare: list[np.ndarray] = []  # pixels that were encoded: reading into fresh memory takes a fifth longer
+    spare: list[np.ndarray | None] = []  # pixels that were encoded: reading into fresh memory takes a fifth longer
 
     def read(job: tuple[int, np.ndarray]) -> tuple[int, torch.Tensor | Exception, np.ndarray | None]:
         member, index = job

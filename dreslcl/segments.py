@@ -5,8 +5,8 @@ pair, walks the segments in file order, decodes each once into a reused buffer a
 2 % of a decode and the copies 4-7 %, so the decoder is the limit; decoders release the GIL, so threads scale. The lowest segments of a read
 are kept for the next one, which in raster order begins inside them.
 
-Tiles of 0.5 µm/px from a scan of 0.25 without such a level show means of 2 x 2 pixels. These are taken of each segment as it is decoded
-(`halved`), while the processor's cache holds it: 50 to 90 µs where decoding takes 290 and Pillow's box filter, on whole windows, 280.
+Tiles of 0.5 µm/px from a scan of 0.25 without such a level are means of 2 x 2 pixels, taken as each segment is decoded (`halved`): 50 to
+90 µs, in the processor's cache, where decoding takes 290 and Pillow's box filter on whole windows took 280.
 """
 
 import os

@@ -321,8 +321,8 @@ def announce(run: Run) -> None:
 def name_limit(run: Run, read_s: float, step_s: float) -> str:
     """What limits the speed, and what helps, where one thread would read for so long while the steps take so long."""
     more = math.ceil(read_s / max(step_s, 1e-9)) - run.reader.workers
-    packed = pack_path(run.cohort.work, run.slide(0)).exists()
-    return f"reading: give it {more} more cores" + ", or --pack" * (not packed) if more > 0 else "the encoder"
+    pack = "" if pack_path(run.cohort.work, run.slide(0)).exists() else ", or --pack"
+    return f"reading: give it {more} more cores{pack}" if more > 0 else "the encoder"
 
 
 # one step
@@ -688,7 +688,7 @@ def run_epoch(run: Run) -> dict[str, float]:
     if run.encoder_learns:
         spent = {"reading": read_s / workers, "encoder": seconds - waited_s, "waiting": waited_s}
         means |= {f"time/{what}": spent_s / seconds for what, spent_s in spent.items()}
-        if waited_s > 0.1 * seconds:
+        if waited_s > 0.1 * seconds:  # else reading ahead keeps up
             log.info("the limit is %s", name_limit(run, read_s, seconds - waited_s))
     return means | {"seconds": seconds}
 
