@@ -255,10 +255,12 @@ class TileReader:
         if member in self._opened:
             self._open(member).slide.release()
 
-    def read(self, member: int, index: Int64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
-        """Pixels of the member's tiles `index`."""
+    def read(
+        self, member: int, index: Int64[np.ndarray, "n"], out: UInt8[np.ndarray, "n H W 3"] | None = None
+    ) -> UInt8[np.ndarray, "n H W 3"]:
+        """Pixels of the member's tiles `index`; in `out`, if it is given and they are not in memory anyway."""
         if self._cache is None:
-            return self._open(member).read(index)
+            return self._open(member).read(index, out)
         grid = self.grid(member)
         if member not in self._cache:  # setdefault: two threads may both get here, one pair of arrays wins
             self._cache.setdefault(member, (np.empty((len(grid), grid.size, grid.size, 3), np.uint8), np.zeros(len(grid), bool)))

@@ -309,6 +309,12 @@ class Journal:
             self.drawn = time.monotonic()
 
 
+def time_spent(row: Row) -> str:
+    """Where an epoch's time went: the steps, nearly all of it the encoder, or waiting for pixels; the threads that read, beside both."""
+    said = {"encoder": "encoder {:.0%}", "waiting": "waiting for tiles {:.0%}", "reading": "reading kept its threads busy {:.0%}"}
+    return "".join(f", {text.format(row[f'time/{what}'])}" for what, text in said.items() if f"time/{what}" in row)
+
+
 def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Cohort, reader: TileReader, *, seed: int) -> list[Picture]:
     """For each codeword, the most used first, a strip of the tiles nearest to it, each of another slide where there are enough.
 
@@ -376,7 +382,7 @@ def run_page(
     shown |= {"row_cosine": "cosine of an old bank row to its fresh feature (1: no drift)", "row_age": "steps since a row was written"}
     headline = ", ".join(f"{name} {last[key]:.3g}" for key, name in shown.items() if key in last)
     sections: dict[str, Sequence[Block]] = {
-        "": [f"After epoch {last['epoch']:.0f} ({last['step']:.0f} steps): {headline}.", *health(rows)],
+        "": [f"After epoch {last['epoch']:.0f} ({last['step']:.0f} steps): {headline}{time_spent(last)}.", *health(rows)],
         "What went in": list(notes),
         "Curves": [Picture(out / "curves.png")],
         "Codebook": ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)] if atlas else [],

@@ -4,6 +4,9 @@ A level is a grid of segments (TIFF tiles, strips, or one whole image), each com
 pair, walks the segments in file order, decodes each once into a reused buffer and copies it into all windows that show it. `os.pread` costs
 2 % of a decode and the copies 4-7 %, so the decoder is the limit; decoders release the GIL, so threads scale. The lowest segments of a read
 are kept for the next one, which in raster order begins inside them. Where openslide reads a scan, a segment is a region that it returns.
+
+Tiles of 0.5 µm/px from a scan of 0.25 without such a level are means of 2 x 2 pixels, taken as each segment is decoded (`halved`): 50 to
+90 µs, in the processor's cache, where decoding takes 290 and Pillow's box filter on whole windows took 280.
 """
 
 import io
@@ -12,7 +15,7 @@ import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from .common import SlideError
 
 MAX_SEGMENT_BYTES = 1 << 30  # largest decoded segment: a larger claim is refused before memory is taken
 CACHE_BYTES = 128 << 20  # most decoded bytes that one read keeps for the next
+
+HALVE_BYTES = 192 << 10  # pixels halved at a time: they and their sums stay in the processor's cache
 
 RGB, YCBCR = 2, 6  # TIFF's photometric interpretations
 JPEG, JPEG2000, JPEG2000_YCBCR = 7, (33003, 33004, 33005, 34712), 33003
@@ -74,6 +79,7 @@ class Segments:
     decode: Decoder
     planes: int = 1  # 3 or 4 where red, green, blue (and alpha) lie in separate segments
     in_file: bool = True  # else `decode` finds a segment by its index; no bytes are read for it
+    whole: "Segments | None" = None  # the level that this one is half of
 
     def __post_init__(self) -> None:
         (w, h), found = self.edge, {len(self.offsets), len(self.counts)}
@@ -90,6 +96,13 @@ class Segments:
         """Columns and rows of segments."""
         return -(-self.size[0] // self.edge[0]), -(-self.size[1] // self.edge[1])
 
+    def halved(self) -> "Segments | None":
+        """This level at half its resolution, each pixel the mean of 2 x 2; none where the pixels of a segment do not pair."""
+        if any(side % 2 for side in (*self.size, *self.edge)):
+            return None
+        size, edge = ((w // 2, h // 2) for w, h in (self.size, self.edge))
+        return replace(self, size=size, edge=edge, whole=self)
+
     def check_inside(self, file_bytes: int) -> None:
         """Raise SlideError if a segment lies outside a file of so many bytes."""
         ends = self.offsets + self.counts
@@ -102,6 +115,9 @@ class Segments:
 
         Raises SlideError: it cannot be read or decoded, or is not of the stated size.
         """
+        if self.whole:
+            pixels = self.whole.load(fd, index, buffer)
+            return None if pixels is None else halve(np.require(pixels, requirements="W"))
         try:
             parts = range(index, len(self.offsets), len(self.offsets) // self.planes)
             stored = [os.pread(fd, int(self.counts[i]), int(self.offsets[i])) for i in parts]
@@ -129,13 +145,13 @@ class Segments:
 
         `cache` holds segments of this level decoded by an earlier read, and holds those for the next one afterwards.
         """
-        shape = np.array(windows.shape[2:0:-1])
+        shape, room = np.array(windows.shape[2:0:-1]), (self.whole or self).edge
         segments, starts, copies = self._plan(corners, shape)
         worth = len(copies) >= 1.25 * len(segments) or 3 * self.edge[0] * self.edge[1] > 4 << 20  # they are shared, or large
         keep = set({index % self.grid[0]: index for index in np.sort(segments).tolist()}.values()) if worth else ()  # each column's lowest
 
         def run(job: slice) -> dict[int, Decoded]:
-            kept, buffer = {}, cache.buffer(self.edge)
+            kept, buffer = {}, cache.buffer(room)
             bounds = starts[job.start : job.stop + 1].tolist()
             table = copies[bounds[0] : bounds[-1]].tolist()
             for index, first, last in zip(segments[job].tolist(), bounds, bounds[1:]):
@@ -144,7 +160,7 @@ class Segments:
                     pixels = self.load(fd, index, buffer)
                     if pixels is not None and index in keep:
                         kept[index] = pixels, buffer
-                        buffer = cache.buffer(self.edge)
+                        buffer = cache.buffer(room)
                 for window, top, bottom, left, right, y, x in table[first - bounds[0] : last - bounds[0]]:
                     target = windows[window, top:bottom, left:right]
                     target[...] = 255 if pixels is None else pixels[y : y + bottom - top, x : x + right - left]
@@ -172,6 +188,21 @@ class Segments:
         (left, top), (right, bottom), (x, y) = (low - corners[window]).T, (high - corners[window]).T, (low - place * edge).T
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
         return segment[starts], np.append(starts, len(segment)), np.stack([window, top, bottom, left, right, y, x], axis=1)
+
+
+def halve(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The mean of every 2 x 2 pixels, halves rounded up, in the top left quarter of `pixels`, whose sides are even."""
+    out = pixels[: len(pixels) // 2, : pixels.shape[1] // 2]
+    rows = 2 * max(1, HALVE_BYTES // (2 * pixels[0].nbytes))
+    for y in range(0, len(pixels), rows):
+        two = np.add(pixels[y : y + rows : 2], pixels[y + 1 : y + rows : 2], dtype=np.uint16).ravel()
+        four = two[3:] + two[:-3]  # every second pixel's is of use; to pick them first would take three times as long
+        four += 2
+        four >>= 2
+        mean = four.astype(np.uint8)
+        for colour in range(3):
+            out[y // 2 : (y + rows) // 2, :, colour] = mean[colour::6].reshape(-1, out.shape[1])
+    return out
 
 
 def from_page(page: Any, name: str) -> Segments:

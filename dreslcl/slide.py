@@ -27,9 +27,10 @@ from PIL import Image
 from tifffile import TiffFile
 
 from .common import SlideError
-from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_openslide, from_page
+from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_openslide, from_page, halve
 
 Real = float | int
+Parts = list[tuple[np.ndarray, Segments]]  # of a level: where the segments of each region lie, level pixels
 log = logging.getLogger(__name__)
 
 PLAUSIBLE_MPP = 0.01, 40.0  # µm per pixel; what a file states outside of it (72 dpi is 353) is not believed
@@ -72,6 +73,7 @@ class Slide:
         self.path, self.vendor, self.reader, self.mpp_source = path, said.vendor, said.reader, said.source
         self._file = said.file or FileIO(path)
         self.levels, self.regions, self._parts = _lay_out(regions)
+        self._halves = [_halved(parts) for parts in self._parts]
         self.size = self.levels[0].size
         self.mpp_xy = said.mpp or None
         self.mpp = sum(said.mpp) / 2 if said.mpp else None
@@ -150,7 +152,7 @@ class Slide:
         """Tiles of `size` pixels at `mpp`, in the order of their top-left corners `xy` (level-0 pixels).
 
         Each stored segment is decoded once over all tiles, so many tiles in one call, or calls in raster order, are faster than single
-        ones. The coarsest level that is not coarser than `mpp` is read and resampled by area (Pillow's box filter).
+        ones. The coarsest level that is not coarser than `mpp` is read and resampled by area (Pillow's box filter, or means of 2 x 2).
         Raises SlideError: no resolution known, `mpp` finer than the scan, the slide is closed, or stored data is damaged.
         """
         level, step = self._choose(size, mpp)
@@ -166,7 +168,7 @@ class Slide:
         Raises SlideError: the slide is closed, or stored data is damaged.
         """
         out = np.empty((1, size[1], size[0], 3), np.uint8)
-        self._fill(level, np.rint(np.array([location]) / self.levels[level].downsample).astype(np.int64), out, None)
+        self._fill(self._parts[level], np.rint(np.array([location]) / self.levels[level].downsample).astype(np.int64), out, None)
         return out[0]
 
     def thumbnail(self, mpp: Real) -> UInt8[np.ndarray, "h w 3"]:
@@ -215,7 +217,9 @@ class Slide:
         """Fill square `out` from squares of `edge` level pixels at `corners` (level pixels), resampling where sizes differ."""
         size = out.shape[1]
         if edge == size:
-            return self._fill(level.index, np.rint(corners).astype(np.int64), out, pool)
+            return self._fill(self._parts[level.index], np.rint(corners).astype(np.int64), out, pool)
+        if edge == 2 * size and self._halves[level.index] and not (corners % 2).any():  # the same pixels as below, faster
+            return self._fill(self._halves[level.index], corners.astype(np.int64) // 2, out, pool)
         low = np.floor(corners + 1e-6).astype(np.int64)
         inset, kernel = np.maximum(corners - low, 0.0), Image.Resampling.BOX if edge > size else Image.Resampling.BILINEAR
         reach = math.ceil(edge + float(inset.max(initial=0.0)) - 1e-6)
@@ -226,23 +230,26 @@ class Slide:
         def shrink(item: tuple[int, np.ndarray]) -> None:
             tile, window = item
             x, y = inset[tile]
+            if edge == 2 * size and x == y == 0:
+                out[tile] = halve(window[: 2 * size, : 2 * size])
+                return
             area = (x, y, min(x + edge, reach), min(y + edge, reach))
             out[tile] = Image.fromarray(window).resize((size, size), kernel, box=area)
 
         for start in range(0, len(order), chunk):
             tiles = order[start : start + chunk]
-            self._fill(level.index, low[tiles], windows[: len(tiles)], pool)
+            self._fill(self._parts[level.index], low[tiles], windows[: len(tiles)], pool)
             for _ in (pool.map if pool else map)(shrink, zip(tiles.tolist(), windows)):
                 pass
 
-    def _fill(self, level: int, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
+    def _fill(self, parts: Parts, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:
         """Copy stored pixels of a level, from `corners` (level pixels), with what an earlier read left; white where nothing is stored."""
         if self._file.closed:
             raise SlideError(f"{self.path.name}: the slide is closed; open it again")
         ends = corners + np.array(out.shape[2:0:-1])
-        whole = [((corners >= at) & (ends <= at + np.array(stored.size))).all(axis=1) for at, stored in self._parts[level]]
+        whole = [((corners >= at) & (ends <= at + np.array(stored.size))).all(axis=1) for at, stored in parts]
         out[~np.any(whole, axis=0)] = 255
-        for at, stored in self._parts[level]:
+        for at, stored in parts:
             rows = np.flatnonzero(((ends > at) & (corners < at + np.array(stored.size))).all(axis=1))
             if not len(rows):
                 continue
@@ -258,7 +265,7 @@ class Slide:
                 out[rows] = windows
 
 
-def _lay_out(regions: list[list[Segments]]) -> tuple[tuple[Level, ...], list[tuple[int, ...]], list[list[tuple[np.ndarray, Segments]]]]:
+def _lay_out(regions: list[list[Segments]]) -> tuple[tuple[Level, ...], list[tuple[int, ...]], list[Parts]]:
     """Levels that all regions have; (left, top, right, bottom) of each region, level-0 pixels; per level where each one's segments lie."""
     full, boxes, levels, parts = [stored[0].size for stored in regions], [], [], []
     for w, h in full:
@@ -271,6 +278,12 @@ def _lay_out(regions: list[list[Segments]]) -> tuple[tuple[Level, ...], list[tup
             w, h = np.max([at + s.size for at, s in parts[-1]], axis=0).tolist()
             levels.append(Level(len(levels), (w, h), downsamples[0]))
     return tuple(levels), boxes, parts
+
+
+def _halved(parts: Parts) -> Parts:
+    """The level at half its resolution; empty where its pixels do not pair."""
+    halves = [(at // 2, half) for at, stored in parts if (half := stored.halved()) and not (at % 2).any()]
+    return halves if len(halves) == len(parts) else []
 
 
 def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:

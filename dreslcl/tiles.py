@@ -244,9 +244,9 @@ class TilePixels:
             if path.exists():
                 log.warning("%s was written for another grid; reading the scan (run `dreslcl tile --pack` again)", path)
 
-    def read(self, rows: Integer[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W 3"]:
+    def read(self, rows: Integer[np.ndarray, "n"], out: UInt8[np.ndarray, "n H W 3"] | None = None) -> UInt8[np.ndarray, "n H W 3"]:
         """Pixels of the tiles in those rows of the grid. Raises SlideError as `Slide.read_tiles` does."""
-        return self.slide.read_tiles(self.xy[rows], self.grid.size, self.grid.mpp)
+        return self.slide.read_tiles(self.xy[rows], self.grid.size, self.grid.mpp, out=out)
 
 
 def grid_path(work: Path, slide_id: str) -> Path:

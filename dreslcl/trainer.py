@@ -37,9 +37,9 @@ from .encoder import Augmentation, Encoder, autocast, cached_features, inference
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
 from .model import DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
-from .report import Journal, codebook_atlas, retrieval_examples, run_page
+from .report import Journal, codebook_atlas, retrieval_examples, run_page, time_spent
 from .text import Text, make_text, mask_words
-from .tiles import hilbert_order
+from .tiles import hilbert_order, pack_path
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ class SlideSample:
     """None: the bank's rows of the tiles are used."""
     views: Augmentation | None
     rest: Rest
+    read_s: float = 0.0
+    """What reading the pixels took, seconds of one thread."""
 
 
 @dataclass(frozen=True)
@@ -337,9 +339,16 @@ def announce(run: Run) -> None:
     run.model.zero_grad(set_to_none=True)
     each = max(read_s, encode_s) if run.device.type == "cuda" else read_s + encode_s  # without a GPU both share the cores
     fill, epoch = (sum(sizes) * each / 2, sum(min(train.tiles, M) for M in sizes) * each * run.encoder_learns)
-    limit = "reading tiles" if read_s > encode_s else "the encoder"
     said = (timedelta(seconds=round(seconds)) for seconds in (fill, epoch))
+    limit = name_limit(run, read_s * run.reader.workers, encode_s)
     log.info("time, an estimate: %s to fill the bank, %s an epoch; the limit is %s", *said, limit)
+
+
+def name_limit(run: Run, read_s: float, step_s: float) -> str:
+    """What limits the speed, and what helps, where one thread would read for so long while the steps take so long."""
+    more = math.ceil(read_s / max(step_s, 1e-9)) - run.reader.workers
+    pack = "" if pack_path(run.cohort.work, run.slide(0)).exists() else ", or --pack"
+    return f"reading: give it {more} more cores{pack}" if more > 0 else "the encoder"
 
 
 # one step
@@ -367,19 +376,21 @@ def draw_sample(run: Run, member: int) -> SlideSample:
         tiles = window_tiles(run.orders[member], train.tiles, run.epoch)
     else:
         tiles = draw_tiles(M, train.tiles, rng)
-    pixels = views = None
+    pixels, views, read_s = None, None, 0.0
     if run.encoder_learns:
+        start = time.monotonic()
         try:
             pixels = torch.from_numpy(run.reader.read(member, tiles))
         except (DreslclError, OSError) as error:
             log.warning("%s: tiles cannot be read (%s); its bank rows are used", run.slide(member), reason(error))
             run.failed[run.slide(member)] = reason(error)
+        read_s = time.monotonic() - start
         if run.device.type == "cuda" and pixels is not None:
             pixels = pixels.pin_memory().to(run.device, non_blocking=True)
         if train.stain_jitter and pixels is not None:
             views = Augmentation.draw(len(tiles), torch.Generator().manual_seed(int(rng.integers(2**31))), train.stain_jitter)
     beside = ROWS_BESIDE * (run.encoder_learns and run.model.aggregator.weighs)
-    return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside))
+    return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside), read_s)
 
 
 def encode_samples(run: Run, samples: Sequence[SlideSample], plan: list[Int64[np.ndarray, "_"]]) -> tuple[Fresh, Any]:
@@ -564,7 +575,7 @@ def end_epoch(run: Run, values: dict[str, float]) -> None:
     run.group.wait()
     shown = ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10", "held_out_mrr")
     said = ", ".join(f"{k} {values[k]:.3g}" for k in shown if k in values)
-    log.info("epoch %d/%d: %s (%.1f s)", run.epoch, run.config.train.epochs, said, values["seconds"])
+    log.info("epoch %d/%d: %s (%.1f s%s)", run.epoch, run.config.train.epochs, said, values["seconds"], time_spent(values))
 
 
 def held_out_retrieval(run: Run) -> dict[str, float]:
@@ -680,7 +691,7 @@ def effective_rank(vectors: Float[Tensor, "S E"]) -> float:
 
 def run_epoch(run: Run) -> dict[str, float]:
     """The steps of one epoch; returns the means of what they measured."""
-    start, measured, vectors = time.monotonic(), [], []
+    start, measured, vectors, read_s, waited_s = time.monotonic(), [], [], 0.0, 0.0
     run.model.train()
     torch.manual_seed(hash((run.config.train.seed, run.epoch, run.group.rank)) % 2**31)
     plan, rank = plan_steps(run), run.group.rank
@@ -690,12 +701,22 @@ def run_epoch(run: Run) -> dict[str, float]:
     )
     for number, step in enumerate(track(plan, f"epoch {run.epoch + 1}", "steps")):
         set_learning_rates(run, (run.epoch + number / len(plan)) / run.config.train.epochs, 1 / len(plan) / run.config.train.epochs)
-        values, z = train_step(run, [next(flow) for _ in step[rank]], step)
+        asked = time.monotonic()
+        samples = [next(flow) for _ in step[rank]]
+        waited_s += time.monotonic() - asked
+        read_s += sum(s.read_s for s in samples)
+        values, z = train_step(run, samples, step)
         measured.append(values)
         vectors.append(z)
         run.step += 1
     means = {key: float(np.mean([m[key] for m in measured])) for key in measured[0]}
-    return means | {"effective_rank": effective_rank(torch.cat(vectors)), "seconds": time.monotonic() - start}
+    means["effective_rank"], seconds = effective_rank(torch.cat(vectors)), time.monotonic() - start
+    if run.encoder_learns:
+        spent = {"reading": read_s / workers, "encoder": seconds - waited_s, "waiting": waited_s}
+        means |= {f"time/{what}": spent_s / seconds for what, spent_s in spent.items()}
+        if waited_s > 0.1 * seconds:  # else reading ahead keeps up
+            log.info("the limit is %s", name_limit(run, read_s, seconds - waited_s))
+    return means | {"seconds": seconds}
 
 
 def pretrain(

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from dreslcl.cohort import Cohort, TileReader
 from dreslcl.common import ConfigError, DreslclError, ModelError, SlideError, StoreError, read_table
 from dreslcl.config import EncoderConfig, TileConfig, TrainConfig
 from dreslcl.demo import write_scan
-from dreslcl.embedding import Embeddings, embed
-from dreslcl.encoder import Encoder
+from dreslcl.embedding import Embeddings, embed, encode_slides
+from dreslcl.encoder import Encoder, inference
 from dreslcl.formats import find_features, write_tiles
 from dreslcl.slide import Slide
 from dreslcl.tiles import TileGrid, find_tiles
@@ -132,14 +133,35 @@ def test_a_slide_that_cannot_be_read_is_left_out_and_named_and_a_second_run_does
     assert before.items() <= times(tmp_path / "out").items()
 
 
+def test_pixels_stay_until_they_are_encoded_though_their_memory_is_used_again(cohort, model, monkeypatch):
+    monkeypatch.setattr("dreslcl.embedding.CHUNK", 8)
+    encoder, reader, rooms, plain = load(model).encoder, TileReader(cohort), set(), TileReader.read
+
+    def noted(self, member, index, out):
+        rooms.add(out.__array_interface__["data"][0])
+        return plain(self, member, index, out)
+
+    monkeypatch.setattr(TileReader, "read", noted)
+    encode = Encoder.encode_tiles
+    monkeypatch.setattr(Encoder, "encode_tiles", lambda self, tiles, *a: time.sleep(0.01) or encode(self, tiles, *a))
+    chunks = 0
+    for member, parts in encode_slides(encoder, cohort, range(3), TrainConfig(workers=2), "test"):
+        rows = list(parts)
+        chunks += len(rows)
+        pixels = torch.from_numpy(plain(reader, member, np.arange(cohort.members[member].tiles)))
+        with inference(encoder):
+            assert np.allclose(np.concatenate(rows), encode(encoder, pixels), atol=1e-5)
+    assert len(rooms) < chunks
+
+
 def test_a_slide_that_breaks_midway_is_left_at_once(cohort, model, tmp_path, monkeypatch):
     encoded, faults, read = [], [], TileReader.read
 
-    def torn(self, member, index):
+    def torn(self, member, index, *out):
         if member == 1 and index[0] >= 8:
             faults.append(index)
             raise OSError(5, "Input/output error")
-        return read(self, member, index)
+        return read(self, member, index, *out)
 
     monkeypatch.setattr("dreslcl.embedding.CHUNK", 8)
     monkeypatch.setattr(TileReader, "read", torn)

@@ -86,6 +86,25 @@ def test_resampled_tiles_equal_openslide_and_a_box_filter(openslide, cmu, mpp):
             assert np.abs(tile - np.asarray(right).astype(float)).mean() <= 2
 
 
+@pytest.mark.parametrize("cut", [(0, 0), (1, 0), (24, 96)])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_tiles_at_half_the_resolution_are_means_of_two_by_two_pixels_wherever_they_lie(cmu, tmp_path, cut, lossless):
+    with Slide.open(cmu) as slide:
+        image = slide.read_region((0, 0), 0, (600 - cut[0], 500 - cut[1]))
+    options = {} if lossless else {"compression": "jpeg"}
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(112, 96), photometric="rgb", **options)
+    with Slide.open(tmp_path / "a.tif", mpp=0.25) as slide:
+        w, h = slide.size
+        assert bool(slide._halves[0]) == (w % 2 == h % 2 == 0)
+        white = np.full((1000, 1000, 3), 255, np.uint16)
+        white[100 : 100 + h, 100 : 100 + w] = slide.read_region((0, 0), 0, slide.size)
+        even, odd = [(0, 0), (100, 96), (-50, 30), (w - 40, h - 90), (w - 2, 4), (-100, h)], [(3, 8), (51, 7), (w - 31, h - 31)]
+        for places in (even, even + odd):
+            for (x, y), tile in zip(places, slide.read_tiles(np.array(places), 70, 0.5, threads=2)):
+                window = white[100 + y :, 100 + x :][:140, :140]
+                assert np.array_equal(tile, (window.reshape(70, 2, 70, 2, 3).sum((1, 3)) + 2) // 4)
+
+
 def test_real_ndpi_equals_openslide_on_every_level(openslide, test_data):
     path = test_data / "slides/test3-TRITC 2 (560).ndpi"
     with openslide.OpenSlide(path) as theirs, Slide.open(path) as slide:

@@ -2,8 +2,10 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,7 +297,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(cohort, 
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         pretrain(cohort, tmp_path / name, changed(seed=seed))
-        runs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / name)])
+        runs.append([{k: v for k, v in row.items() if not k.startswith(("seconds", "time/"))} for row in rows_of(tmp_path / name)])
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -377,7 +379,10 @@ def test_a_run_goes_on_after_its_last_whole_epoch_as_if_it_had_not_stopped(cohor
     if aggregator == "mean-mlp":  # killed in an epoch; what this wrote into the bank (rows, weights) is newer, and stays
         trainer.run_epoch(run)
     pretrain(cohort, tmp_path / "cut", settings)
-    whole, cut = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / name)] for name in ("whole", "cut"))
+    whole, cut = (
+        [{k: v for k, v in row.items() if not k.startswith(("seconds", "time/"))} for row in rows_of(tmp_path / name)]
+        for name in ("whole", "cut")
+    )
     assert whole == cut
     before = (tmp_path / "cut" / "checkpoint.pt").read_bytes()
     pretrain(cohort, tmp_path / "cut", settings)  # done already
@@ -427,10 +432,10 @@ def test_one_damaged_slide_costs_one_slide(cohort, work, tmp_path, monkeypatch):
     kept, held_out = cohort.split("split=val", work / "reports.csv")
     read = trainer.TileReader.read
 
-    def damaged(self, member, index):
+    def damaged(self, member, index, *out):
         if self.cohort.members[member].slide_id in ("s3", "s7") or (self.cohort.members[member].slide_id == "s4" and len(index) == 4):
             raise SlideError("stored tile 5 cannot be decoded")
-        return read(self, member, index)
+        return read(self, member, index, *out)
 
     monkeypatch.setattr(trainer.TileReader, "read", damaged)
     monkeypatch.setattr(trainer, "FAILED_SHARE", 0.2)
@@ -564,6 +569,24 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(cohort, tmp_path, caplo
     pretrain(cohort, tmp_path / "run", SMALL, dry_run=True)
     assert "steps per epoch; the bank takes" in caplog.text and "an epoch; the limit is" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_slow_reading_is_named_as_the_limit_with_what_helps(cohort, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    read = trainer.TileReader.read
+    monkeypatch.setattr(trainer.TileReader, "read", lambda *args: time.sleep(0.2) or read(*args))
+    pretrain(cohort, tmp_path / "run", changed(epochs=1))
+    last = {key: float(value) for key, value in rows_of(tmp_path / "run")[-1].items()}
+    assert last["time/waiting"] > 0.5 and last["time/reading"] > 0.5
+    assert last["time/waiting"] + last["time/encoder"] == pytest.approx(1)
+    assert f"waiting for tiles {last['time/waiting']:.0%}, reading kept its threads busy" in caplog.text
+    assert f"waiting for tiles {last['time/waiting']:.0%}" in (tmp_path / "run/report.html").read_text()
+    forecast, epoch = (record.message for record in caplog.records if "the limit is" in record.message)
+    for said in (forecast, epoch):
+        assert re.search(r"the limit is reading: give it [1-9]\d* more cores, or --pack$", said)
+    run = open_run(cohort, tmp_path / "other")
+    assert trainer.name_limit(run, 4.1, 1.0).startswith("reading: give it 4 more cores")
+    assert trainer.name_limit(run, 0.9, 1.0) == "the encoder"
 
 
 # ranks

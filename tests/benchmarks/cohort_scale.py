@@ -60,7 +60,7 @@ def make_cohort(work: Path, slides: int) -> Cohort:
     grid = TileGrid("s", xy, np.ones(M, np.float32), EDGE, EDGE, 0.5, 0.5, "stub", (side * EDGE,) * 2, "m")
     Cohort.grid, Cohort.mark = lambda *_: grid, lambda *_: "m"
     noise = rng.integers(0, 256, (4099, EDGE, EDGE, 3), dtype=np.uint8)
-    TileReader.read = lambda _, member, index: noise[(member * 7919 + index) % len(noise)]
+    TileReader.read = lambda _, member, index, *__: noise[(member * 7919 + index) % len(noise)]
     Encoder.create = lambda *_, **__: Stub()
     members = tuple(SlideRecord(f"s{i}", f"p{i}", M, work / "none.svs", i) for i in range(slides))
     return Cohort(members, tuple(rng.normal(size=(slides, 8, 256)).astype(np.float32)), (), work)
