@@ -275,7 +275,7 @@ def _pitch(grid: TileGrid) -> int:
 def write_pack(slide: Slide, grid: TileGrid, path: Path) -> None:
     """Write a grid's tiles as JPEG; a grid without tiles gets no pack. Raises SlideError (reading) and DiskError (writing).
 
-    From the pack of a scan of 0.25 µm/px without a level of 0.5, tiles of 0.5 µm/px are read 4.8 times as fast, in any order.
+    From the pack of a scan of 0.25 µm/px without a level of 0.5, tiles of 0.5 µm/px are read 2.7 times as fast, in any order.
     """
     if not len(grid):
         return path.unlink(missing_ok=True)

@@ -313,7 +313,15 @@ def cohort(work: Path, slides: int = 200) -> dict[str, object]:
         wall, cpu = clocks() - start
         outside = cpu - reading[0] - spent["seconds"]
         files, megabytes = len(list(Path("/proc/self/fd").iterdir())), rss_mb()
-        figures = {"s": wall, "reading_cpu_s": reading[0], "outside_cpu_s": outside, "open_files": files, "rss_mb": megabytes}
+        own = int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # the rest are pages of the bank's files
+        figures = {
+            "s": wall,
+            "reading_cpu_s": reading[0],
+            "outside_cpu_s": outside,
+            "open_files": files,
+            "rss_mb": megabytes,
+            "own_mb": own,
+        }
         epochs.append({name: round(value, 1) for name, value in figures.items()})
         return values
 
