@@ -29,6 +29,7 @@ app = typer.Typer(
 log = logging.getLogger(__name__)
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, and gives this class no public name
+_OFTEN = set("size mpp min_tissue encoder pretrained tune text epochs batch tiles bank_share encoder_lr".split())
 _PANELS = {"tile": "Tiles", "encoder": "Encoder", "model": "Aggregator", "train": "Training", "eval": "Protocol"}
 _STOPPED = {
     "pretrain": "stopped; whole epochs are kept: run the same command again to go on",
@@ -72,15 +73,16 @@ def command(*tables: str, panel: str, only: str = "") -> Callable[[Callable[...,
         def add(flag: str, kind: Any, default: Any, how: Any) -> None:
             parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how]))
 
-        for part in tables:
-            kinds: dict[str, Any] = get_type_hints(TABLES[part])
-            for one in (one for one in fields(TABLES[part]) if not only or one.name in only.split()):
-                flag, text = "encoder" if (part, one.name) == ("encoder", "name") else one.name, one.metadata["help"]
-                place[flag] = (part, one.name)
-                if isinstance(one.default, tuple):
-                    add(flag, list[int], list(one.default), option(f"{text} Give it again for each.", panel=_PANELS[part]))
-                else:
-                    add(flag, kinds[one.name], one.default, option(text, panel=_PANELS[part]))
+        kinds = {part: get_type_hints(TABLES[part]) for part in tables}
+        offered = [(part, one) for part in tables for one in fields(TABLES[part]) if not only or one.name in only.split()]
+        flags = [("encoder" if (part, one.name) == ("encoder", "name") else one.name, part, one) for part, one in offered]
+        for flag, part, one in sorted(flags, key=lambda item: item[0] not in _OFTEN):
+            place[flag] = (part, one.name)
+            text, group = one.metadata["help"], "Settings that most people change" if flag in _OFTEN else f"More: {_PANELS[part].lower()}"
+            if isinstance(one.default, tuple):
+                add(flag, list[int], list(one.default), option(f"{text} Give it again for each.", panel=group))
+            else:
+                add(flag, kinds[part][one.name], one.default, option(text, panel=group))
         if tables and not only:
             text = f"TOML file of settings, tables {', '.join(tables)}; flags override it."
             add("config", Path | None, None, running(text, exists=True))
@@ -350,20 +352,25 @@ def demo(
 ) -> None:
     """Draw a synthetic cohort and run all four steps on it: no data, no download, no GPU needed."""
     from .demo import run_demo
+    from .evaluation import show
     from .report import evaluation_page
 
-    results, rows = run_demo(out, slides=slides, seed=seed), []
-    for task, result in results.items():
+    rows, named = [], {"embedding": "embedding", "mean-pool": "mean pooling", "compared": "mean pooling, untrained"}
+    for task, result in run_demo(out, slides=slides, seed=seed).items():
         evaluation_page(result, out / "eval" / task / "report.html", command=shlex.join(["dreslcl", *sys.argv[1:]]))
-        header, found = result.table()
-        rows += [dict(zip(header, row)) for row in found]
-    shown = ["label", "features", "AUROC", "macro-F1", "balanced accuracy"]
+        scores = result.outcomes[0].scores
+        for features, name in named.items():
+            shots = max((kind for kind in scores[features] if kind.endswith("-shot")), key=lambda kind: int(kind.split("-")[0]))
+            rows.append([task, name, *(show(scores[features][kind]["auroc"]) for kind in ("linear", "5-NN", shots))])
     print("These data are synthetic: drawn tissue, made-up reports. The figures say that the path works, nothing about medicine.")
     print("The tile encoder starts from weights that tell tumour from other tissue in drawn slides of other seeds, and know no diagnosis.")
-    print("embedding: trained slide vectors; mean-pool: mean of the trained tile features; both: their probes together; ", end="")
-    print("compared: mean of the encoder's tile features before training")
-    print_table(["task", *shown[1:]], [[row[name] for name in shown] for row in rows if row["probe"] == "linear"])
-    print(f"report: {out / 'eval' / 'subtype' / 'report.html'}")
+    print_table(["task", "features of a slide", "AUROC, linear probe (95 %)", "AUROC, 5-NN", "AUROC, few shots"], rows)
+    print(f"""look at: {out / "work/contact_sheet.jpg"} · {out / "run/curves.png"} · {out / "eval/subtype/report.html"}
+next, with your own scans, reports.csv and labels.csv:
+  dreslcl tile SCANS --out work
+  dreslcl pretrain work --reports reports.csv --exclude split=test --out run
+  dreslcl embed work --model run/model --patients labels.csv --out emb
+  dreslcl eval emb --labels labels.csv --task subtype --split split --out eval""")
 
 
 @command(panel="Help")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .bank import MemoryBank, Rest, bank_bytes, fit_codebook
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
-from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, reason, remember, track, write_bytes
+from .common import EVERY_S, ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, reason, remember, track, write_bytes
 from .config import EncoderConfig, RunConfig
 from .distributed import Ranks, ranks
 from .embedding import encode_slides, noting
@@ -575,7 +575,9 @@ def end_epoch(run: Run, values: dict[str, float]) -> None:
     run.group.wait()
     shown = ("loss", "batch_recall@1", "row_cosine", "held_out_recall@10", "held_out_mrr")
     said = ", ".join(f"{k} {values[k]:.3g}" for k in shown if k in values)
-    log.info("epoch %d/%d: %s (%.1f s%s)", run.epoch, run.config.train.epochs, said, values["seconds"], time_spent(values))
+    epochs, seconds = run.config.train.epochs, values["seconds"]
+    tell = log.info if seconds > EVERY_S or run.epoch % max(1, epochs // 10) == 0 else log.debug  # metrics.csv has them all
+    tell("epoch %d/%d: %s (%.1f s%s)", run.epoch, epochs, said, seconds, time_spent(values))
 
 
 def held_out_retrieval(run: Run) -> dict[str, float]:
