@@ -13,7 +13,7 @@ from typing import Literal
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 
 from .cohort import Cohort, TileReader, draw_tiles, prefetch
 from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, counting, fingerprint, hdf5_file, hold, reason, track
@@ -67,10 +67,7 @@ def encode_slides(
         room = None
         try:
             if member not in bad:  # of a bad slide nothing more is read
-                size = reader.grid(member).size
-                with suppress(IndexError):  # no `if`: other threads take from it too
-                    room = spare.pop()
-                room = room if room is not None and room.shape[1] == size else np.empty((CHUNK, size, size, 3), np.uint8)
+                room = _room(spare, reader.grid(member).size)
                 pixels = torch.from_numpy(reader.read(member, index, room[: len(index)]))
                 return member, pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels, room
         except (DreslclError, OSError, MemoryError) as error:
@@ -93,6 +90,14 @@ def encode_slides(
         for member, group in groupby(prefetch(read, jobs, reader.workers, ahead=2 * reader.workers), key=itemgetter(0)):
             yield member, encoded(group)
             reader.release(member)
+
+
+def _room(spare: list[np.ndarray | None], size: int) -> UInt8[np.ndarray, "n size size 3"]:
+    """Memory for a chunk of tiles, used before where there is some that fits."""
+    with suppress(IndexError):  # no `if`: other threads take from it too
+        if (room := spare.pop()) is not None and room.shape[1] == size:
+            return room
+    return np.empty((CHUNK, size, size, 3), np.uint8)
 
 
 def embed(

@@ -2,6 +2,7 @@ import csv
 import itertools
 import logging
 import multiprocessing
+import re
 
 import pandas
 import pytest
@@ -56,7 +57,9 @@ def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, rows, delimiter, e
 def test_a_table_that_was_written_is_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("t") / "t.csv"
     write_table(path, ["id", "text"], rows)
-    inert = [["'" * (c[:1] in tuple("=+-@\t\r")) + c for c in row] for row in rows]
+    inert = [
+        ["'" * (c[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"[+-]\d+([.]\d*)?([eE][+-]?\d+)?", c)) + c for c in row] for row in rows
+    ]
     assert [[*row.values()] for row in read_table(path, ["text"])] == [[c.strip() for c in row] for row in inert]
 
 
