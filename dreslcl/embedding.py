@@ -63,8 +63,7 @@ def encode_slides(
     spare: list[np.ndarray | None] = []  # pixels that were encoded: reading into fresh memory takes a fifth longer
 
     def read(job: tuple[int, np.ndarray]) -> tuple[int, torch.Tensor | Exception, np.ndarray | None]:
-        member, index = job
-        room = None
+        (member, index), room = job, None
         try:
             if member not in bad:  # of a bad slide nothing more is read
                 room = _room(spare, reader.grid(member).size)
