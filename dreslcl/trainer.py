@@ -151,12 +151,7 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
         needed = f"{max(2, group.world)} patients and two reports are needed, there are {len(patients)} and {len(cohort.reports)}"
         raise ConfigError(f"a contrast needs slides that differ: at least {needed}")
     pixels, vectors = cohort.work is not None, not isinstance(cohort.reports[0], str)
-    if train.leak_words:
-        if vectors:
-            raise ConfigError("--leak-words masks words of reports; it cannot where vectors of them are given")
-        masked = tuple(mask_words(report, train.leak_words) for report in cohort.reports)
-        count = sum(a != b for a, b in zip(masked, cohort.reports))
-        cohort = replace(cohort, reports=masked, notes=(*cohort.notes, f"{count} of {len(masked)} reports held words of --leak-words"))
+    cohort = mask_reports(cohort, train.leak_words) if train.leak_words else cohort
     tower = config.encoder.text.startswith("tower") or (config.encoder.text == "auto" and config.encoder.has_weights)
     earlier = load_earlier(config, "pixels" if pixels else "features")
     encoder = earlier.encoder if earlier else None
@@ -201,6 +196,15 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     run = Run(config, out, group, device, cohort, held_out, rank_of, model, reader, bank, [], list(cohort.notes), Journal(out))
     run.optimizer, run.weigher = make_optimizer(run), copy.deepcopy(model.aggregator).cpu().requires_grad_(False)
     return run
+
+
+def mask_reports(cohort: Cohort, words: str) -> Cohort:
+    """The cohort, its reports without some words. Raises ConfigError: the reports are vectors."""
+    if not isinstance(cohort.reports[0], str):
+        raise ConfigError("--leak-words masks words of reports; it cannot where vectors of them are given")
+    masked = tuple(mask_words(report, words) for report in cohort.reports)
+    count = sum(a != b for a, b in zip(masked, cohort.reports))
+    return replace(cohort, reports=masked, notes=(*cohort.notes, f"{count} of {len(masked)} reports held words of --leak-words"))
 
 
 def load_earlier(config: RunConfig, kind: str) -> DRESLCL | None:
