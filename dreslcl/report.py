@@ -370,7 +370,7 @@ def health(rows: Sequence[Row]) -> list[str]:
         (mean("held_out_mrr", *last) / best, 0.8, "retrieval fell since its best epoch, which was kept, to", "fewer --epochs"),
     )
     bad = [f"Look at this: {said} {value:.2f}. Try {todo}." for value, limit, said, todo in checks if value < limit]
-    return bad or ["Loss, drift of bank rows, use of codewords, spread of slide vectors and held-out retrieval look well."]
+    return bad or ["What was measured of loss, drift, codewords, spread of slide vectors and held-out retrieval looks well."]
 
 
 def run_page(

@@ -183,7 +183,7 @@ class Reader(TileReader):
 
 def test_a_run_that_went_badly_is_told_what_to_try_and_a_good_one_is_told_so():
     good = {"loss": 1.0, "row_cosine": 0.95, "codeword_use": 0.6, "effective_rank": 30.0, "held_out_mrr": 0.5}
-    assert "look well" in health([good] * 20)[0] and "look well" in health([{"loss": 1.0}])[0]
+    assert "looks well" in health([good] * 20)[0] and "looks well" in health([{"loss": 1.0}])[0]
     bad = {"row_cosine": 0.5, "codeword_use": 0.06, "effective_rank": 1.2, "held_out_mrr": 0.1}
     for name, value in bad.items():
         (said,) = health([good] * 19 + [good | {name: value}])
