@@ -60,7 +60,7 @@ def encode_slides(
     assert encoder is not None, "pixels need a tile encoder"
     device, reader = encoder.mean.device, reader or TileReader(cohort, workers=settings.workers)
     bad: dict[int, Exception] = {}
-    spare: list[np.ndarray | None] = []  # pixels that were encoded: reading into fresh memory takes a fifth longer
+    spare: list[np.ndarray] = []  # pixels that were encoded: reading into fresh memory takes a fifth longer
 
     def read(job: tuple[int, np.ndarray]) -> tuple[int, torch.Tensor | Exception, np.ndarray | None]:
         (member, index), room = job, None
@@ -91,10 +91,10 @@ def encode_slides(
             reader.release(member)
 
 
-def _room(spare: list[np.ndarray | None], size: int) -> UInt8[np.ndarray, "n size size 3"]:
+def _room(spare: list[np.ndarray], size: int) -> UInt8[np.ndarray, "n size size 3"]:
     """Memory for a chunk of tiles, used before where there is some that fits."""
     with suppress(IndexError):  # no `if`: other threads take from it too
-        if (room := spare.pop()) is not None and room.shape[1] == size:
+        if (room := spare.pop()).shape[1] == size:
             return room
     return np.empty((CHUNK, size, size, 3), np.uint8)
 

@@ -87,21 +87,12 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        clip: nn.Module,
-        tokenizer: Any,
-        model_cfg: dict[str, Any],
-        name: str,
-        *,
-        pretrained: bool,
-        reads: bool,
-        timm_args: dict[str, Any] | None = None,
-    ):
+    def __init__(self, clip: nn.Module, tokenizer: Any, model_cfg: dict[str, Any], name: str, *, pretrained: bool, reads: bool):
         super().__init__()
-        self.clip, self.tokenizer, self.model_cfg, self.name, self.timm_args = clip, tokenizer, model_cfg, name, timm_args or {}
+        self.clip, self.tokenizer, self.model_cfg, self.name = clip, tokenizer, model_cfg, name
         self.pretrained, self.reads = pretrained, reads
         visual = self.clip.visual
+        self.timm_args: dict[str, Any] = getattr(visual, "timm_args", {})
         size = visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.preprocess_cfg: dict[str, Any] = dict(visual.preprocess_cfg)
@@ -124,21 +115,21 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]), _quiet_open_clip():
             torch.manual_seed(seed)
             try:
-                tower, args = find_timm(name), {}
+                tower = find_timm(name)
                 if tower:
-                    clip, model_cfg, args = from_timm(*tower, pretrained=pretrained, file=config.pretrained)
+                    clip, model_cfg = from_timm(*tower, pretrained=pretrained, file=config.pretrained)
                 elif name.startswith("local-dir:") and (held := load_held(Path(name.removeprefix("local-dir:")))):
-                    clip, model_cfg, args = held
+                    clip, model_cfg = held
                 else:
                     clip, model_cfg = _from_openclip(config)
-                tokenizer = open_clip.SimpleTokenizer() if tower or args else open_clip.get_tokenizer(name)
+                tokenizer = open_clip.SimpleTokenizer() if tower else open_clip.get_tokenizer(name)
             except ModelError:
                 raise
             except Exception as error:  # OpenCLIP and timm raise many types for the same few user mistakes
                 raise ModelError(_explain(config, error)) from error
         clip.visual.to(memory_format=torch.channels_last)  # convolutions on a CPU: 1.2 to 2 times as fast; no effect on others
         reads = pretrained and not tower and config.pretrained != DRAWN
-        return cls(clip, tokenizer, model_cfg, name, pretrained=pretrained, reads=reads, timm_args=args)
+        return cls(clip, tokenizer, model_cfg, name, pretrained=pretrained, reads=reads)
 
     # tiles
 
@@ -196,7 +187,8 @@ class Encoder(nn.Module):
 
     def learning_rates(self, decay: float) -> dict[nn.Parameter, float]:
         """The factor on the learning rate of each parameter of the image tower: `decay` once more for each block nearer to the image."""
-        blocks, factors = self.blocks(), dict.fromkeys(self.tower_parameters(), decay ** (len(self.blocks()) + 1))
+        blocks = self.blocks()
+        factors = dict.fromkeys(self.tower_parameters(), decay ** (len(blocks) + 1))
         for depth, block in enumerate(blocks):
             factors |= dict.fromkeys(block.parameters(), decay ** (len(blocks) - depth))
         return factors | {p: 1.0 for name, p in self.clip.visual.named_parameters() if _AFTER_BLOCKS.match(name)}
@@ -291,11 +283,11 @@ def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
     config = EncoderConfig(name.split(".")[0] if name.startswith("timm:") else name)
     _register_tiny()
     _check_name(config)
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith(_SCHEMAS):
         raise ModelError(f"{name} is described by what is in it; `dreslcl encoders` lists the best known")
     with torch.device("meta"), _quiet_open_clip():
         if tower := find_timm(config.name):
-            clip, cfg, _ = from_timm(*tower, pretrained=False, file=None)
+            clip, cfg = from_timm(*tower, pretrained=False, file=None)
         else:
             clip, cfg = None, open_clip.get_model_config(name)
             try:
@@ -306,23 +298,25 @@ def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
     return {"name": name, "width": cfg["embed_dim"], "image_px": cfg["vision_cfg"].get("image_size", 224), "millions": millions}
 
 
+def _near(name: str, known: Sequence[str]) -> str:
+    return f"near names: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or 'none'}"
+
+
 def _check_name(config: EncoderConfig) -> None:
     name, given = config.name, config.pretrained
     if name.startswith("timm:"):
         architecture, _, tag = name.removeprefix("timm:").partition(".")
         tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
         if not timm.is_model(architecture):
-            near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.3)
-            raise ModelError(f"timm has no model {architecture!r}; near names: {', '.join(near) or 'none'}")
+            raise ModelError(f"timm has no model {architecture!r}; {_near(architecture, timm.list_models())}")
         if (tag and tag not in tags) or (given and not Path(given).is_file()):
             raise ModelError(f"{name} has no weights {given or tag!r}; write timm:{architecture}.TAG; tags: {', '.join(tags) or 'none'}")
     elif not name.startswith(_SCHEMAS):
         known = list_encoders()
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
             raise ModelError(
-                f"encoder {name!r} is unknown; near names: {', '.join(near) or 'none'}; "
-                "or use timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER; `dreslcl encoders` lists all"
+                f"encoder {name!r} is unknown; {_near(name, known)}; or use timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER; "
+                "`dreslcl encoders` lists all"
             )
         tags = [DRAWN] if name == TINY else open_clip.list_pretrained_tags_by_model(name)
         if given and not Path(given).is_file() and given not in tags:

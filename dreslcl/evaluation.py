@@ -370,18 +370,22 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
         raise TableError(f"{column}: the {len(tested.y)} slides to test are all of class {classes[tested.y[0]]!r}; two classes are needed")
     if absent:
         slides.warnings.append(f"{column}: no slide to test is of class {preview(absent)}")
-    weights, drawn = resamples(tested.patients, config.bootstrap, config.seed), {name: {} for name in predictions}
+    weights = resamples(tested.patients, config.bootstrap, config.seed)
     fold = np.repeat(np.arange(len(slides.folds)), [len(fold.test) for fold in slides.folds])
     parts = [fold == number for number in range(len(slides.folds))]
-    for name, kinds in predictions.items():
-        for kind, draws in kinds.items():
-            each = [classification_metrics(tested.y, p, weights) for p in draws]
-            for values, p in zip(each, draws if len(parts) > 1 else ()):
-                of_folds = [classification_metrics(tested.y[i], p[i], weights[:, i])["auroc"] for i in parts if i.any()]
-                values["auroc_of_folds"] = np.ma.masked_invalid(of_folds).mean(0).filled(np.nan)
-            drawn[name][kind] = {metric: np.mean([values[metric] for values in each], axis=0) for metric in each[0]}
-            if name == "null":  # from draw to draw, not from patient to patient
-                spread = {metric: np.array([values[metric][0] for values in each]) for metric in each[0]}
+
+    def measure(draws: list[Matrix], weights: Weights) -> dict[str, np.ndarray]:  # metric -> (draws, R)
+        each = [classification_metrics(tested.y, p, weights) for p in draws]
+        for values, p in zip(each, draws if len(parts) > 1 else ()):
+            of_folds = [classification_metrics(tested.y[i], p[i], weights[:, i])["auroc"] for i in parts if i.any()]
+            values["auroc_of_folds"] = np.ma.masked_invalid(of_folds).mean(0).filled(np.nan)
+        return {metric: np.stack([values[metric] for values in each]) for metric in each[0]}
+
+    drawn = {
+        name: {kind: {metric: v.mean(0) for metric, v in measure(draws, weights).items()} for kind, draws in kinds.items()}
+        for name, kinds in predictions.items()
+        if name != "null"
+    }
     own = {"slides": (slides.ids, slides.y), "patients": (slides.patients, slides.y), "tested": (tested.ids, tested.y)}
     counts = {"slides": len(slides.y), "patients": len(set(slides.patients))}
     counts["classes"] = {name: {what: len(set(ids[y == c])) for what, (ids, y) in own.items()} for c, name in enumerate(classes)}
@@ -391,8 +395,10 @@ def classification(slides: Slides, predictions: Predictions, config: EvalConfig)
         cells = (slide, patient, number, classes[label], classes[p.argmax()], *(f"{value:.6f}" for value in p))
         rows.append({"column": column} | dict(zip(keys, cells)))
     scores, differences = intervals(drawn)
-    if differences.pop("null", None):
-        scores["null"]["linear"] = {m: Interval(float(v.mean()), float(v.min()), float(v.max())) for m, v in spread.items()}
+    if "null" in predictions:  # an interval from draw to draw, not from patient to patient
+        spread = measure(predictions["null"]["linear"], weights[:1])
+        null = {"linear": {m: Interval(float(v.mean()), float(v.min()), float(v.max())) for m, v in spread.items()}}
+        scores = {name: scores.get(name, null) for name in predictions}
     return Outcome(tested, counts, scores, differences, first, rows)
 
 

@@ -54,7 +54,7 @@ from .common import (
     write_table,
 )  # fmt: skip
 from .config import TileConfig
-from .slide import Slide
+from .slide import OPENSLIDE, Slide
 from .tissue import box_fractions, draw_overlay, draw_polygons, mask_polygons, polygons_to_geojson, read_geojson, sharpness, tissue_mask
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ CHUNK = 256  # tiles read at a time
 SAMPLE = 256  # stored tiles per level that a check decodes
 
 COLUMNS = "slide_id path status tiles mpp mpp_source width height levels regions vendor reader tissue_mm2 seconds warning error".split()
-SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg .dcm .mrxs .vms .vmu .svslide .czi".split())  # what `Slide` reads
+SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split()) | {s for s in OPENSLIDE if isinstance(s, str)}
+"""Suffixes of what `Slide` reads."""
 FOREIGN = set(".isyntax .i2syntax .zvi .vsi .lif .sdpc .kfb".split())  # scans that get an error row
 SERIES = re.compile(rb"\x20\0\x0d\0(?:UI..|....)[0-9.]+\0?\x20\0\x0e\0(?:UI..|....)([0-9.]+)", re.DOTALL)
 """DICOM's StudyInstanceUID, then SeriesInstanceUID, with explicit or implicit types; nested references never have one after the other."""

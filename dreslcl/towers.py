@@ -93,8 +93,8 @@ def build_trunk(source: str, args: dict[str, Any], **weights: Any) -> nn.Module:
 
 def from_timm(
     source: str, architecture: str, args: dict[str, Any], *, pretrained: bool, file: str | None
-) -> tuple[open_clip.CLIP, dict[str, Any], dict[str, Any]]:
-    """An OpenCLIP model around timm's tower, its configuration, and the arguments that OpenCLIP has no place for.
+) -> tuple[open_clip.CLIP, dict[str, Any]]:
+    """An OpenCLIP model around timm's tower, and its configuration; its `visual.timm_args` are what OpenCLIP has no place for.
 
     Args:
         pretrained: load weights: those of `file`, else those of the source.
@@ -115,26 +115,26 @@ def from_timm(
     vision = {"timm_model_name": architecture, "timm_pool": pool if isinstance(pool, str) else getattr(pool, "pool_type", "avg")}
     cfg = {"embed_dim": shape[1], "vision_cfg": vision | {"timm_proj": "none", "image_size": edge}, "text_cfg": TEXT}
     preprocess = {key: data[key] for key in ("mean", "std", "interpolation")} | stain
-    return _hold(trunk, cfg, preprocess), cfg, args
+    return _hold(trunk, args, cfg, preprocess), cfg
 
 
-def load_held(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any], dict[str, Any]] | None:
+def load_held(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]] | None:
     """As `from_timm`, of a folder that was saved with such arguments; None: OpenCLIP can load it, or says what is wrong."""
     try:
         there = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
         cfg, args = there["model_cfg"], there["timm_args"]
     except (OSError, ValueError, KeyError):
         return None
-    clip = _hold(build_trunk(cfg["vision_cfg"]["timm_model_name"], args), cfg, there["preprocess_cfg"])
+    clip = _hold(build_trunk(cfg["vision_cfg"]["timm_model_name"], args), args, cfg, there["preprocess_cfg"])
     clip.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
-    return clip, cfg, args
+    return clip, cfg
 
 
-def _hold(trunk: nn.Module, cfg: dict[str, Any], preprocess: dict[str, Any]) -> open_clip.CLIP:
-    """OpenCLIP's model of a small tower, with this one in its place."""
+def _hold(trunk: nn.Module, args: dict[str, Any], cfg: dict[str, Any], preprocess: dict[str, Any]) -> open_clip.CLIP:
+    """OpenCLIP's model of a small tower, with this one, which needs these arguments, in its place."""
     small = cfg["vision_cfg"] | {"timm_model_name": "test_vit", "timm_pool": "token"}
     clip = open_clip.CLIP(cfg["embed_dim"], small, cfg["text_cfg"])
-    clip.visual.trunk = trunk
+    clip.visual.trunk, clip.visual.timm_args = trunk, args
     whole = open_clip.transform.PreprocessCfg(size=clip.visual.image_size)
     open_clip.model.set_model_preprocess_cfg(clip, whole.__dict__ | preprocess)
     return clip

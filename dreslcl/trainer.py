@@ -227,15 +227,14 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
     train, encoder = run.config.train, run.model.encoder
     parts = [(train.lr, dict.fromkeys(run.model.head_parameters(), 1.0))]
     if encoder is not None:
-        parts += [
-            (train.encoder_lr, encoder.learning_rates(train.layer_decay)),
-            (train.text_lr, dict.fromkeys(encoder.text_parameters(), 1.0)),
-        ]
+        parts.append((train.encoder_lr, encoder.learning_rates(train.layer_decay)))
+        parts.append((train.text_lr, dict.fromkeys(encoder.text_parameters(), 1.0)))
     groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for part, (lr, factors) in enumerate(parts):
-        for p, factor in ((p, factor) for p, factor in factors.items() if p.requires_grad):
-            new = {"params": [], "lr": lr * factor, "peak": lr * factor, "weight_decay": train.weight_decay * (p.ndim >= 2)}
-            groups.setdefault((part, factor, p.ndim >= 2), new)["params"].append(p)
+        for p, factor in factors.items():
+            if p.requires_grad:
+                new = {"params": [], "lr": lr * factor, "peak": lr * factor, "weight_decay": train.weight_decay * (p.ndim >= 2)}
+                groups.setdefault((part, factor, p.ndim >= 2), new)["params"].append(p)
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), fused=True)
 
 

@@ -63,12 +63,14 @@ def vectors(reports: dict[str, str], trained: set[str], way: dict, sentence: Sen
         parts.append({who: rows / length for who, rows in found.items()})
     if way["sentence"]:
         assert sentence is not None, "--sentence NAME is needed"
+        encoded = {}
         with h5py.File(store, "a") as file:
             for who, texts in pieces.items():
                 key = fingerprint(who, *texts)
                 if key not in file:
                     file[key] = sentence.encode(texts).numpy()
-            parts.append({who: file[fingerprint(who, *texts)][()] for who, texts in pieces.items()})
+                encoded[who] = file[key][()]
+        parts.append(encoded)
     return {who: np.concatenate([part[who] for part in parts], axis=1) for who in reports}
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from folders import refused
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 from PIL import Image
 from safetensors.torch import save_file
@@ -118,9 +119,9 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, name, pretrained, 
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     torch.save({"state_dict": Bomb(tmp_path / "ran")}, tmp_path / "weights.pth")
     file = str(tmp_path / pretrained) if pretrained == "weights.pth" else pretrained
-    with pytest.raises(ModelError, match=said) as caught:
+    with refused(ModelError, said):
         Encoder.create(EncoderConfig(name.format(at=tmp_path), file))
-    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_repository_of_the_hub_without_an_openclip_part_is_built_by_timm_and_a_gated_one_says_to_log_in(tmp_path, monkeypatch):
@@ -138,9 +139,8 @@ def test_a_repository_of_the_hub_without_an_openclip_part_is_built_by_timm_and_a
     with torch.inference_mode():
         from_hub = Encoder.create(EncoderConfig("hf-hub:some/plain")).eval().encode_tiles(tiles())
         assert torch.equal(from_hub, Encoder.create(EncoderConfig(f"local-dir:{at}")).eval().encode_tiles(tiles()))
-    with pytest.raises(ModelError, match=r"403 Client Error.*hf auth login") as caught:
+    with refused(ModelError, r"403 Client Error.*hf auth login"):
         Encoder.create(EncoderConfig("hf-hub:gated/model"))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("row", [row for row in FAMILIES if row[0].startswith("timm:")], ids=lambda row: row[0])
