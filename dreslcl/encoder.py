@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .common import ModelError, write_bytes, write_json
 from .config import EncoderConfig
-from .towers import find_timm, from_timm, load_held
+from .towers import CONFIG, find_timm, from_timm, load_held
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class Encoder(nn.Module):
     Attributes:
         dim: D, width of a tile feature.
         text_dim: width of a text vector (the same joint space in OpenCLIP, so equal to D).
-        pretrained, reads: whether weights of the image tower, and of the text tower, were loaded (else they are random).
+        pretrained: whether weights of the image tower were loaded (else they are random).
+        reads: whether the text tower has learnt to read: its weights were loaded, or it learns here. A saved folder tells.
         timm_args: arguments of timm's tower that OpenCLIP's configuration has no place for.
     """
 
@@ -129,6 +130,8 @@ class Encoder(nn.Module):
                 raise ModelError(_explain(config, error)) from error
         clip.visual.to(memory_format=torch.channels_last)  # convolutions on a CPU: 1.2 to 2 times as fast; no effect on others
         reads = pretrained and not tower and config.pretrained != DRAWN
+        if reads and name.startswith("local-dir:"):
+            reads = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG).read_text(encoding="utf-8")).get("reads", True)
         return cls(clip, tokenizer, model_cfg, name, pretrained=pretrained, reads=reads)
 
     # tiles
@@ -200,6 +203,7 @@ class Encoder(nn.Module):
         """
         for p in self.clip.parameters():
             p.requires_grad_(False)
+        self.reads = self.reads or text
         for p in self.text_parameters():
             p.requires_grad_(text)
         visual = self.clip.visual
@@ -240,7 +244,7 @@ class Encoder(nn.Module):
             self.tokenizer.save_pretrained(folder)
         preprocess = {k: v for k, v in self.preprocess_cfg.items() if k != "size"}  # the architecture says the size
         args = {"timm_args": self.timm_args} if self.timm_args else {}
-        write_json(folder / "open_clip_config.json", {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess} | args)
+        write_json(folder / CONFIG, {"model_cfg": self.model_cfg, "preprocess_cfg": preprocess, "reads": self.reads} | args)
 
 
 def _from_openclip(config: EncoderConfig) -> tuple[nn.Module, dict[str, Any]]:

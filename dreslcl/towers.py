@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .common import ModelError
 
+CONFIG = "open_clip_config.json"  # of a folder or repository that OpenCLIP loads
 CLASS_AND_PATCHES = "class+patches"  # a feature: the class token beside the mean of the patch tokens
 SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
 OPTIMUS = {"init_values": 1e-5, "dynamic_img_size": False, "mean": [0.707223, 0.578729, 0.703617], "std": [0.211883, 0.230117, 0.177517]}
@@ -64,12 +65,12 @@ def find_timm(name: str) -> tuple[str, str, dict[str, Any]] | None:
     if schema == "timm":
         return rest, rest.split(".")[0], {}
     if schema == "local-dir":
-        ours, config = Path(rest) / "open_clip_config.json", Path(rest) / "config.json"
+        ours, config = Path(rest) / CONFIG, Path(rest) / "config.json"
         if ours.exists() or not config.exists():
             return None
     elif schema == "hf-hub":
         try:
-            hf_hub_download(repo_id=rest, filename="open_clip_config.json")
+            hf_hub_download(repo_id=rest, filename=CONFIG)
             return None
         except EntryNotFoundError:
             config = Path(hf_hub_download(repo_id=rest, filename="config.json"))
@@ -121,7 +122,7 @@ def from_timm(
 def load_held(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]] | None:
     """As `from_timm`, of a folder that was saved with such arguments; None: OpenCLIP can load it, or says what is wrong."""
     try:
-        there = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         cfg, args = there["model_cfg"], there["timm_args"]
     except (OSError, ValueError, KeyError):
         return None

@@ -177,6 +177,19 @@ def test_saved_and_loaded_encoder_has_the_same_fingerprint_and_features(tiny, tm
     assert again.fingerprint() == encoder.fingerprint() and again.pretrained
 
 
+@pytest.mark.parametrize("tower", ["dreslcl-tiny", "timm:test_vit"])
+def test_a_saved_text_tower_is_pretrained_where_it_has_learnt_and_not_else(tmp_path, tower):
+    encoder = Encoder.create(EncoderConfig(tower))
+    for learns in (False, True):
+        encoder.set_trainable("all", text=learns)
+        encoder.save(tmp_path)
+        again = Encoder.create(EncoderConfig(name=f"local-dir:{tmp_path}"))
+        assert again.reads is learns and make_text("tower", again, ["benign"]).learns is not learns
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "reads"}))
+    assert Encoder.create(EncoderConfig(name=f"local-dir:{tmp_path}")).reads  # made elsewhere, with both towers
+
+
 def test_fingerprint_depends_on_weights_and_preprocessing():
     plain, shifted, other = build(VIT), build(VIT, mean=(0.1, 0.2, 0.3)), build(VIT)
     with torch.no_grad():
