@@ -53,7 +53,9 @@ class DecodeCache:
         try:
             return self.spare.pop()
         except IndexError:  # no `if`: other threads of this read take buffers too
-            return np.empty((edge[1], edge[0], 3), np.uint8)
+            room, size = np.empty(3 * edge[0] * edge[1] + 32, np.uint8), 3 * edge[0] * edge[1]
+            start = (8 - room.ctypes.data) % 32  # into rows at a multiple of 32 bytes libjpeg-turbo writes past the processor's cache
+            return room[start : start + size].reshape(edge[1], edge[0], 3)
 
     def update(self, new: dict[int, Decoded], columns: int) -> None:
         """Replace what is held of the columns in `new`; the oldest goes where more than CACHE_BYTES would be held."""
@@ -202,6 +204,23 @@ def halve(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
         mean = four.astype(np.uint8)
         for colour in range(3):
             out[y // 2 : (y + rows) // 2, :, colour] = mean[colour::6].reshape(-1, out.shape[1])
+    return out
+
+
+def shrink(pixels: UInt8[np.ndarray, "h w 3"], corner: tuple[float, float], edge: float, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """A square of `edge` pixels at `corner` (x, y) as `size` pixels, from 1 to 2 of each side in each: the pixels of Pillow's box filter,
+    three times as fast. Each is the mean of those whose middle lies in it, halves rounded up once, where Pillow rounds twice.
+    """
+    columns, rows = (np.floor(at + np.arange(size + 1) * edge / size + 0.5).astype(int) for at in corner)
+    two = pixels[rows[:-1]].astype(np.uint16)
+    two += pixels[rows[1:] - 1]  # the same row again, where it is the only one
+    flat = two.reshape(size, -1)
+    four = flat[:, 3:] + flat[:, :-3]
+    four += 2
+    four >>= 2
+    left, single = columns[:-1], np.flatnonzero(np.diff(columns) == 1)
+    out = four.astype(np.uint8).view("V3").take(left, axis=1, mode="clip").view(np.uint8).reshape(size, size, 3)
+    out[:, single] = (two[:, left[single]] + 1) >> 1
     return out
 
 

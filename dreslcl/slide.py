@@ -27,7 +27,7 @@ from PIL import Image
 from tifffile import TiffFile
 
 from .common import SlideError
-from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_openslide, from_page, halve
+from .segments import DAMAGED, JPEG2000, DecodeCache, Segments, from_image, from_openslide, from_page, shrink
 
 Real = float | int
 Parts = list[tuple[np.ndarray, Segments]]  # of a level: where the segments of each region lie, level pixels
@@ -227,19 +227,19 @@ class Slide:
         chunk = max(1, CHUNK_BYTES // (3 * reach * reach))
         windows = np.empty((min(chunk, len(order)), reach, reach, 3), np.uint8)
 
-        def shrink(item: tuple[int, np.ndarray]) -> None:
+        def resample(item: tuple[int, np.ndarray]) -> None:
             tile, window = item
             x, y = inset[tile]
-            if edge == 2 * size and x == y == 0:
-                out[tile] = halve(window[: 2 * size, : 2 * size])
-                return
-            area = (x, y, min(x + edge, reach), min(y + edge, reach))
-            out[tile] = Image.fromarray(window).resize((size, size), kernel, box=area)
+            if size < edge <= 2 * size:
+                out[tile] = shrink(window, (x, y), edge, size)
+            else:
+                area = (x, y, min(x + edge, reach), min(y + edge, reach))
+                out[tile] = Image.fromarray(window).resize((size, size), kernel, box=area)
 
         for start in range(0, len(order), chunk):
             tiles = order[start : start + chunk]
             self._fill(self._parts[level.index], low[tiles], windows[: len(tiles)], pool)
-            for _ in (pool.map if pool else map)(shrink, zip(tiles.tolist(), windows)):
+            for _ in (pool.map if pool else map)(resample, zip(tiles.tolist(), windows)):
                 pass
 
     def _fill(self, parts: Parts, corners: np.ndarray, out: np.ndarray, pool: Executor | None) -> None:

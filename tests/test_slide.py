@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import tifffile
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -84,6 +84,17 @@ def test_resampled_tiles_equal_openslide_and_a_box_filter(openslide, cmu, mpp):
         for (x, y), tile in zip(places, slide.read_tiles(np.array(places), 224, mpp, threads=2)):
             right = openslide_tile(theirs, x, y, extent).resize((224, 224), Image.Resampling.BOX)
             assert np.abs(tile - np.asarray(right).astype(float)).mean() <= 2
+
+
+@given(st.integers(1, 90), st.floats(1.001, 2), st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True), st.integers(0, 99))
+def test_shrinking_is_pillows_box_filter_but_for_its_second_rounding(size, scale, x, y, seed):
+    edge, cuts = size * scale, np.arange(size + 1) * scale
+    assume(min(np.abs((cuts + at) % 1 - 0.5).min() for at in (x, y)) > 1e-9)  # a pixel's middle on a border: rounding decides
+    reach = int(np.ceil(edge + max(x, y)))
+    pixels = np.random.default_rng(seed).integers(0, 256, (reach, reach, 3), dtype=np.uint8)
+    box = (x, y, min(x + edge, reach), min(y + edge, reach))
+    theirs = Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX, box=box)
+    assert np.abs(segments.shrink(pixels, (x, y), edge, size) - np.asarray(theirs).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (24, 96)])
@@ -171,6 +182,13 @@ def test_0_2999_and_0_3000_give_the_same_field_of_view(drawn):
                 assert slide.mpp == level0 and slide.mpp_source == "given"
                 extents.append(slide.extent(size, mpp))
         assert abs(extents[0] - extents[1]) <= 1
+
+
+@pytest.mark.parametrize("edge", [(256, 256), (240, 240), (512, 512), (31, 7)])
+def test_no_buffer_begins_where_the_decoder_would_write_past_the_cache(edge):
+    cache = segments.DecodeCache()
+    held = [cache.buffer(edge) for _ in range(4)]  # at once, so that no two share memory
+    assert all(buffer.ctypes.data % 16 == 8 and buffer.shape == (*edge[::-1], 3) and buffer.flags.c_contiguous for buffer in held)
 
 
 def test_each_segment_is_decoded_once_over_calls_in_raster_order(drawn, monkeypatch):
