@@ -211,20 +211,8 @@ class MemoryBank:
 
     # writing
 
-    def fill(
-        self,
-        slide: str,
-        features: Float[np.ndarray, "M D"] | Iterable[np.ndarray],
-        tiles: int,
-        mark: str,
-        step: int = 0,
-        *,
-        sparse: bool = False,
-    ) -> None:
-        """Write all rows of a slide, given whole or in parts (n, D) one after another; works before there is a codebook.
-
-        Args:
-            sparse: take disk space for rows as they are written, not before.
+    def fill(self, slide: str, features: np.ndarray | Iterable[np.ndarray], tiles: int, mark: str, step: int = 0) -> None:
+        """Write all rows of a slide, given whole (M, D) or in parts (n, D) one after another; works before there is a codebook.
 
         Raises StoreError: no room on the disk, a wrong number of rows or width, or features that are not finite.
         """
@@ -233,10 +221,9 @@ class MemoryBank:
         self._tiles.pop(slide, None)
         try:
             with part.open("w+b") as file:
-                if sparse or not hasattr(os, "posix_fallocate"):
-                    file.truncate(layout.itemsize)
-                else:
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, layout.itemsize)  # a mapped write to a full disk would kill the process
+                file.truncate(layout.itemsize)
                 file.seek(layout.fields["rows"][1])
                 for rows in [features] if isinstance(features, np.ndarray) else features:
                     rounded = self._rounded(slide, rows)
