@@ -59,11 +59,6 @@ def slide_layout(tiles: int, dim: int, codewords: int) -> np.dtype:
     return np.dtype([*fields, ("mean", "f4", (dim,)), ("tile", tile, (tiles,)), ("rows", "f2", (tiles, dim))])
 
 
-def bank_bytes(tiles: Iterable[int], dim: int, codewords: int) -> int:
-    """Bytes on disk of a bank for slides of so many tiles each."""
-    return sum(slide_layout(M, dim, codewords).itemsize for M in tiles)
-
-
 class SlideFile:
     """One slide's file, mapped; its fields are arrays of their names. What is changed is in the page cache at once."""
 

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from .bank import MemoryBank, Rest, bank_bytes, fit_codebook
+from .bank import MemoryBank, Rest, fit_codebook, slide_layout
 from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
 from .common import EVERY_S, ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, reason, remember, track, write_bytes
 from .config import EncoderConfig, RunConfig
@@ -317,7 +317,7 @@ def read_reports(run: Run) -> None:
 def announce(run: Run) -> None:
     """Say what the run takes: disk, memory, and time measured on a few tiles."""
     train, sizes = run.config.train, [m.tiles for m in run.cohort.members]
-    needed = bank_bytes(sizes, run.model.dim, run.config.model.codewords) / 1e9
+    needed = sum(slide_layout(M, run.model.dim, run.config.model.codewords).itemsize for M in sizes) / 1e9
     free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free / 1e9
     log.info("%d steps per epoch; the bank takes %.3g GB of %.0f GB free on its disk", run.steps_per_epoch, needed, free)
     if needed > free:

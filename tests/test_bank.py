@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreslcl.bank import BLOCKS, MemoryBank, SlideFile, bank_bytes, block_of, fit_codebook
+from dreslcl.bank import BLOCKS, MemoryBank, SlideFile, block_of, fit_codebook, slide_layout
 from dreslcl.common import ConfigError, StoreError
 from dreslcl.model import nearest_codeword
 
@@ -360,7 +360,7 @@ def test_a_sample_takes_the_same_number_from_each_slide_however_they_are_dealt(m
 
 def test_the_forecast_equals_the_files(make_bank, tmp_path):
     make_bank({"a": 30, "b": 4}, codebook=False)
-    assert bank_bytes([30, 4], D, K) == sum(f.stat().st_size for f in tmp_path.glob("bank/*.bank"))
+    assert sum(slide_layout(tiles, D, K).itemsize for tiles in (30, 4)) == sum(f.stat().st_size for f in tmp_path.glob("bank/*.bank"))
 
 
 def test_a_bank_many_times_a_memory_limit_is_used_without_rss_growing(tmp_path):
