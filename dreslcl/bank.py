@@ -13,7 +13,7 @@ process writes a file.
 Crashes. `fill` writes NAME.part and renames it: a file means a filled slide. `write` empties the codebook's fingerprint first and sets
 it last; stores into a shared mapping reach the page cache in program order and outlive the process, so after SIGKILL at any moment the
 rows are there (one may be half old, half new), and a slide without the present codebook's fingerprint gets its sums from its rows when
-it is next used. So it is with a new codebook. Power loss keeps no order: call `rebuild` then.
+it is next used. So it is with a new codebook. Power loss keeps no order: delete the bank then.
 
 Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 8 = 776 bytes a row = 233 GB, sums 32·K·(D + 1) = 394 kB a slide
 = 12 GB. A step reads T rows a slide, 4 kB each from a cold disk, and up to 128 beside them in runs of 16, to be weighed anew.
@@ -262,11 +262,8 @@ class MemoryBank:
         self.codebook = fingerprint(codewords.tobytes().hex()).encode()
         self.weigh = weigh or (lambda rows: rows.new_ones(len(rows)))
 
-    def rebuild(self, slide: str) -> None:
-        """Recompute codes, weights, sums and counts of a slide from its rows."""
-        self._rebuild(SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count))
-
     def _rebuild(self, slide: SlideFile) -> None:
+        """Recompute codes, weights, sums and counts of a slide from its rows."""
         assert self.codewords is not None, "set a codebook first"
         slide.codebook[0] = b""
         sums, counts, total = np.zeros(slide.sums.shape), np.zeros(slide.counts.shape), np.zeros(self.dim)  # float64 over many chunks
@@ -348,11 +345,6 @@ class MemoryBank:
         """Rows and codewords of some tiles of a slide, in the order asked."""
         found = self._open(slide)
         return found.gather(index), found.code[index]
-
-    def sums(self, slide: str) -> tuple[Float32[np.ndarray, "K D"], Float32[np.ndarray, "K"]]:
-        """Residual sums and counts of all tiles of a slide; no row is read."""
-        found = self._open(slide)
-        return found.sums.sum(0), found.counts.sum(0)
 
     def mean(self, slide: str) -> Float32[np.ndarray, "D"]:
         """A slide's mean feature; no row is read, and none was ever needed: `fill` and `write` keep it."""

@@ -13,6 +13,12 @@ import pytest
 from dreslcl.tiles import read_slides
 
 
+def sums_of(bank: Any, slide: str) -> tuple[np.ndarray, np.ndarray]:
+    """Residual sums and counts of all tiles of a slide in a bank."""
+    found = bank._open(slide)
+    return found.sums.sum(0), found.counts.sum(0)
+
+
 @contextmanager
 def refused(error: type[Exception], message: str | None = None) -> Iterator[None]:
     """What is done inside raises this error, whose message is one line and matches."""

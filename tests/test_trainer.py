@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import sums_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreslcl import trainer
@@ -182,7 +183,7 @@ def test_a_drawn_tile_stands_for_those_left_out(cohort, tmp_path, monkeypatch):
 def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, monkeypatch):
     run, read = open_run(cohort, tmp_path, gate=False), []
     for m in range(len(cohort)):
-        run.bank.sums(run.slide(m))  # built
+        run.bank._open(run.slide(m))  # built
     gather = SlideFile.gather
     monkeypatch.setattr(SlideFile, "gather", lambda self, index: read.append(len(index)) or gather(self, index))
     samples, plan = first_step(run)
@@ -190,10 +191,10 @@ def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, 
     assert read == [len(s.rest.tiles) for s in samples] and all(len(s.tiles) == 4 for s in samples)
     run.step = 7
     assert all((run.bank.rest(run.slide(s.member), s.tiles, 1.0, run.rng()).age == 0).all() for s in samples)
-    sums = [run.bank.sums(run.slide(s.member)) for s in samples]
+    sums = [sums_of(run.bank, run.slide(s.member)) for s in samples]
     for s, (before, counts) in zip(samples, sums):
-        run.bank.rebuild(run.slide(s.member))
-        again, again_counts = run.bank.sums(run.slide(s.member))
+        run.bank._rebuild(run.bank._open(run.slide(s.member)))
+        again, again_counts = sums_of(run.bank, run.slide(s.member))
         assert (counts == again_counts).all() and np.allclose(before, again, atol=1e-4)
 
 
@@ -220,7 +221,7 @@ def test_the_codebook_follows_the_features_and_slides_are_assigned_and_weighed_a
     assert not torch.equal(words, before)
     rows = torch.from_numpy(run.bank.read("s0", np.arange(run.bank.tiles("s0")))[0]).float()
     bag = run.model.aggregator.bag(rows)
-    sums, counts = run.bank.sums("s0")
+    sums, counts = sums_of(run.bank, "s0")
     np.testing.assert_allclose(sums, bag.sums[0].detach(), rtol=1e-2, atol=1e-2)
     np.testing.assert_allclose(counts, bag.counts[0].detach(), rtol=1e-2)  # weights as float16
     assert 1 / len(words) <= trainer.run_epoch(run)["codeword_use"] <= 1

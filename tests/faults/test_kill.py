@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from attack import durations, in_child, kill, kills, marked
-from folders import contents, tiled
+from folders import contents, sums_of, tiled
 
 from dreslcl import embedding, report, tiles, trainer
 from dreslcl.bank import MemoryBank, SlideFile, slide_layout
@@ -73,9 +73,9 @@ def assert_whole_run(out: Path, epochs: int) -> None:
         assert bank.has(path.stem, tiles, SlideFile(path, tiles, D, K).mark[0].decode())
         weights = SlideFile(path, tiles, D, K).weight.astype(np.float32)
         bank.set_codebook(words, lambda rows, weights=weights: torch.from_numpy(weights))  # as they stand beside the rows
-        sums, counts = bank.sums(path.stem)
-        bank.rebuild(path.stem)
-        again, again_counts = bank.sums(path.stem)
+        sums, counts = sums_of(bank, path.stem)
+        bank._rebuild(bank._open(path.stem))
+        again, again_counts = sums_of(bank, path.stem)
         assert np.allclose(counts, again_counts, rtol=1e-4) and np.abs(sums - again).max() <= 1e-4 * np.abs(again).max()
     assert state["epoch"] == epochs
     model = DRESLCL.load(out / "model").state_dict()
