@@ -23,7 +23,6 @@ import json
 import logging
 import mmap
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import torch
 from jaxtyping import Float, Float16, Float32, Integer, UInt16
 from torch import Tensor
 
-from .common import ConfigError, StoreError, check_id, fingerprint, write_json
+from .common import ConfigError, StoreError, atomic, check_id, fingerprint, write_json
 from .model import nearest_codeword, residual_sums
 
 log = logging.getLogger(__name__)
@@ -209,12 +208,12 @@ class MemoryBank:
     def fill(self, slide: str, features: np.ndarray | Iterable[np.ndarray], tiles: int, mark: str, step: int = 0) -> None:
         """Write all rows of a slide, given whole (M, D) or in parts (n, D) one after another; works before there is a codebook.
 
-        Raises StoreError: no room on the disk, a wrong number of rows or width, or features that are not finite.
+        Raises DiskError: it cannot be written; StoreError: a wrong number of rows or width, or features that are not finite.
         """
         path, layout = self._path(slide), slide_layout(tiles, self.dim, self.codewords_count)
-        part, first, total = path.with_name(path.name + ".part"), 0, np.zeros(self.dim)
+        first, total = 0, np.zeros(self.dim)
         self._tiles.pop(slide, None)
-        try:
+        with atomic(path) as part:
             with part.open("w+b") as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, layout.itemsize)  # a mapped write to a full disk would kill the process
@@ -231,12 +230,6 @@ class MemoryBank:
                 raise StoreError(f"{self.folder}: slide {slide}: {first} features for {tiles} tiles; tile it again")
             new = SlideFile(part, tiles, self.dim, self.codewords_count)
             new.mark[0], new.mean[:], new.step[:] = mark, total / tiles, step
-            part.replace(path)
-        except OSError as error:
-            why = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
-            raise StoreError(f"{self.folder}: cannot write the rows of slide {slide} ({why}); make room and run again") from error
-        finally:
-            part.unlink(missing_ok=True)
         self._tiles[slide] = tiles
 
     def _rounded(self, slide: str, features: np.ndarray) -> Float16[np.ndarray, "n D"]:

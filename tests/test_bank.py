@@ -318,7 +318,7 @@ def test_a_disk_full_during_fill_is_an_error_and_filling_goes_on_with_room(tmp_p
     import numpy as np
     from pathlib import Path
     from dreslcl.bank import MemoryBank
-    from dreslcl.common import StoreError
+    from dreslcl.common import DiskError
     disk = Path(sys.argv[1])
     bank = MemoryBank(disk / "bank", dim=16, codewords=5, encoder="e")
     bank.create()
@@ -330,7 +330,7 @@ def test_a_disk_full_during_fill_is_an_error_and_filling_goes_on_with_room(tmp_p
                 bank.fill(slide, rows, 10_000, "m")
     try:
         fill()
-    except StoreError as error:
+    except DiskError as error:
         print(error)
     print([bank.has(slide, 10_000, "m") for slide in "abc"])
     (disk / "ballast").unlink()
@@ -346,7 +346,7 @@ def test_a_disk_full_during_fill_is_an_error_and_filling_goes_on_with_room(tmp_p
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"cannot make a small disk here: {done.stderr.strip()}")
     lines = done.stdout.splitlines()
-    assert "cannot write the rows of slide c (No space left on device" in lines[0] and "make room" in lines[0], done.stderr
+    assert "c.bank: cannot be written (No space left on device); make room" in lines[0], done.stderr
     assert lines[1:] == ["[True, True, False]", "[True, True, True] 0.25 a.bank b.bank bank.json c.bank"]
 
 
