@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float, Float16, Float32, Integer, UInt16
 from torch import Tensor
 
-from .common import ConfigError, StoreError, atomic, check_id, fingerprint, write_json
+from .common import ConfigError, ModelError, StoreError, atomic, check_id, fingerprint, write_json
 from .model import nearest_codeword, residual_sums
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class MemoryBank:
     def fill(self, slide: str, features: np.ndarray | Iterable[np.ndarray], tiles: int, mark: str, step: int = 0) -> None:
         """Write all rows of a slide, given whole (M, D) or in parts (n, D) one after another; works before there is a codebook.
 
-        Raises DiskError: it cannot be written; StoreError: a wrong number of rows or width, or features that are not finite.
+        Raises DiskError: it cannot be written; StoreError: a wrong number of rows or width; ModelError: features that are not finite.
         """
         path, layout = self._path(slide), slide_layout(tiles, self.dim, self.codewords_count)
         first, total = 0, np.zeros(self.dim)
@@ -238,7 +238,7 @@ class MemoryBank:
         with np.errstate(over="ignore"):
             rounded = features.astype(np.float16)
         if not np.isfinite(rounded).all():
-            raise StoreError(f"{self.folder}: slide {slide}: features that are not finite, or too large for float16; is the encoder sound?")
+            raise ModelError(f"{self.folder}: slide {slide}: features that are not finite, or too large for float16; is the encoder sound?")
         return rounded
 
     def set_codebook(self, codewords: Float32[np.ndarray, "K D"], weigh: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -317,7 +317,7 @@ class MemoryBank:
 
         The new sums are the other tiles' and theirs. Returns the cosine between old and new row of each of the T: how far the encoder
         has drifted since they were written.
-        Raises StoreError: features that are not finite, or of another width.
+        Raises ModelError: features that are not finite.
         """
         slide = rest.slide
         new, T = self._rounded(slide.path.stem, features), len(features)

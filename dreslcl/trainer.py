@@ -244,30 +244,21 @@ def fill_bank(run: Run) -> None:
     Raises DreslclError: more than a tenth cannot be read.
     """
     marks: dict[int, str] = {}
-    failed: dict[int, str] = {}
+    failed: dict[str, str] = {}
     for m in run.own:
-        try:
+        with noting(failed, run.slide(m)):
             marks[m] = run.cohort.mark(m)
-        except (StoreError, OSError) as error:
-            failed[m] = reason(error)
-            log.warning("%s is left out: %s", run.slide(m), failed[m])
     missing = [m for m in marks if not run.bank.has(run.slide(m), run.cohort.members[m].tiles, marks[m])]
-    for member, parts in encode_slides(run.model.encoder, run.cohort, missing, run.config.train, "filling the bank", run.reader):
-        try:
-            run.bank.fill(run.slide(member), parts, run.cohort.members[member].tiles, marks[member], run.step)
-        except (SlideError, StoreError) as error:
-            if run.cohort.work is not None and isinstance(error, StoreError):
-                raise
-            failed[member] = reason(error)
-            log.warning("%s is left out: %s", run.slide(member), failed[member])
-    failed = {m: why for part in run.group.collect(failed) for m, why in part.items()}
-    run.failed |= {run.slide(m): why for m, why in failed.items()}
-    if len(failed) > FAILED_SHARE * len(run.cohort):
+    for m, parts in encode_slides(run.model.encoder, run.cohort, missing, run.config.train, "filling the bank", run.reader):
+        with noting(failed, run.slide(m)):
+            run.bank.fill(run.slide(m), parts, run.cohort.members[m].tiles, marks[m], run.step)
+    run.failed = {slide: why for part in run.group.collect(failed) for slide, why in part.items()}
+    if len(run.failed) > FAILED_SHARE * len(run.cohort):
         slide, why = next(iter(run.failed.items()))
-        raise DreslclError(f"{len(failed)} of {len(run.cohort)} slides cannot be read; {slide}: {why}")
-    if failed:
+        raise DreslclError(f"{len(run.failed)} of {len(run.cohort)} slides cannot be read; {slide}: {why}")
+    if run.failed:
         run.notes.append(f"left out, since they cannot be read: {', '.join(run.failed)}")
-        kept = [i for i in range(len(run.cohort)) if i not in failed]
+        kept = [i for i in range(len(run.cohort)) if run.slide(i) not in run.failed]
         run.cohort, run.rank_of = run.cohort.subset([run.cohort.members[i] for i in kept]), [run.rank_of[i] for i in kept]
         if run.reader:
             run.reader = TileReader(run.cohort, workers=run.reader.workers, cache_bytes=int(run.config.train.cache_gb * 1e9))
