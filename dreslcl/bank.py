@@ -222,8 +222,6 @@ class MemoryBank:
                 for rows in [features] if isinstance(features, np.ndarray) else features:
                     rounded = self._rounded(slide, rows)
                     first += len(rounded)
-                    if first > tiles:
-                        raise StoreError(f"{self.folder}: slide {slide}: more features than its {tiles} tiles; tile it again")
                     file.write(np.ascontiguousarray(rounded).data)
                     total += rounded.sum(0, dtype=np.float64)
             if first != tiles:
@@ -246,11 +244,8 @@ class MemoryBank:
 
         Args:
             weigh: gives rows (n, D) their weights then, on any thread; without, they weigh 1.
-
-        Raises StoreError: codewords of another number or width than the bank's.
         """
-        if codewords.shape != (self.codewords_count, self.dim):
-            raise StoreError(f"{self.folder}: a codebook of shape {codewords.shape}; the bank has K, D = {self.codewords_count, self.dim}")
+        assert codewords.shape == (self.codewords_count, self.dim)
         self.codewords = torch.from_numpy(codewords.copy())
         self.codebook = fingerprint(codewords.tobytes().hex()).encode()
         self.weigh = weigh or (lambda rows: rows.new_ones(len(rows)))
