@@ -27,7 +27,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ VERSION = 3
 BLOCKS = 8
 RUN = 16  # consecutive rows that are read together beside the drawn ones
 CHUNK = 8192  # rows in memory at a time when a slide is streamed
-SETTLED = 20_000  # rows up to which K-means looks at all of them in each round
 
 
 def block_of(tiles: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
@@ -351,21 +349,19 @@ class MemoryBank:
 def fit_codebook(
     rows: Float32[np.ndarray, "n D"], K: int, *, seed: int, start: Float32[np.ndarray, "K D"] | None = None
 ) -> Float32[np.ndarray, "K D"]:
-    """K-means of bank rows (in mini-batches above 20,000 rows) from `start`, or the best of 3 by k-means++. Logs occupancy and inertia.
+    """K-means of bank rows from `start`, or the best of 3 by k-means++. Logs occupancy and inertia.
 
     A codeword that ends without rows moves to the row farthest from its own codeword.
     Raises ConfigError: fewer than K distinct rows.
     """
-    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.cluster import KMeans
 
     distinct = len(np.unique(np.ascontiguousarray(rows).view(np.dtype((np.void, rows[:1].nbytes))))) if len(rows) else 0
     if distinct < K:
         raise ConfigError(
             f"{K} codewords asked for, but the {len(rows):,} sampled tile features have {distinct} distinct values; use fewer codewords"
         )
-    settings: dict[str, Any] = {"n_clusters": K, "random_state": seed}
-    settings |= {"init": "k-means++", "n_init": 3} if start is None else {"init": start, "n_init": 1}
-    model = KMeans(**settings) if len(rows) <= SETTLED else MiniBatchKMeans(**settings, batch_size=CHUNK)
+    model = KMeans(K, init="k-means++" if start is None else start, n_init=3 if start is None else 1, random_state=seed)
     codewords, features = torch.from_numpy(model.fit(rows).cluster_centers_.astype(np.float32)), torch.from_numpy(rows)
     for _ in range(K):
         codes = nearest_codeword(features, codewords)
