@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float, Float16, Float32, Integer, UInt16
 from torch import Tensor
 
+from .cohort import draw_tiles
 from .common import ConfigError, ModelError, StoreError, atomic, check_id, fingerprint, write_json
 from .model import nearest_codeword, residual_sums
 
@@ -59,15 +60,17 @@ def slide_layout(tiles: int, dim: int, codewords: int) -> np.dtype:
 class SlideFile:
     """One slide's file, mapped; its fields are arrays of their names. What is changed is in the page cache at once."""
 
-    def __init__(self, path: Path, tiles: int, dim: int, codewords: int):
-        self.path, self.tiles, self.layout = path, tiles, slide_layout(tiles, dim, codewords)
+    def __init__(self, path: Path, dim: int, codewords: int):
         try:
-            self.file = path.open("r+b", buffering=0)
+            self.path, self.file = path, path.open("r+b", buffering=0)
             there = os.fstat(self.file.fileno()).st_size
         except OSError as error:
             raise StoreError(f"{path}: the bank has no rows of this slide ({error.strerror}); run pretrain again") from error
-        if there != self.layout.itemsize:
-            raise StoreError(f"{path}: should hold {self.layout.itemsize:,} bytes, has {there:,}; delete it and run again")
+        empty, one = (slide_layout(tiles, dim, codewords).itemsize for tiles in (0, 1))
+        self.tiles, over = divmod(there - empty, one - empty)
+        if over or self.tiles < 1:
+            raise StoreError(f"{path}: {there:,} bytes are no whole slide; delete it and run again")
+        self.layout = slide_layout(self.tiles, dim, codewords)
         mapped = mmap.mmap(self.file.fileno(), 0)
         if hasattr(mmap, "MADV_RANDOM"):
             mapped.madvise(mmap.MADV_RANDOM)  # rows are read here and there: no read-ahead
@@ -152,7 +155,6 @@ class MemoryBank:
         self.folder, self.dim, self.codewords_count = Path(folder), dim, codewords
         self.codewords: Float[Tensor, "K D"] | None = None
         self.codebook = b""
-        self._tiles: dict[str, int] = {}
         self._header, path = {"version": VERSION, "dim": dim, "codewords": codewords, "encoder": encoder}, self.folder / "bank.json"
         if not path.exists():
             return
@@ -171,32 +173,23 @@ class MemoryBank:
         if not (self.folder / "bank.json").exists():
             write_json(self.folder / "bank.json", self._header)
 
-    @property
-    def slides(self) -> list[str]:
-        """Ids of the slides whose rows are known to be here: those that `has` was asked for or `fill` wrote."""
-        return list(self._tiles)
-
-    def tiles(self, slide: str) -> int:
-        """M of a slide."""
-        return self._tiles[slide]
-
     def _path(self, slide: str) -> Path:
         return self.folder / f"{check_id(slide, str(self.folder))}.bank"
 
     def has(self, slide: str, tiles: int, mark: str) -> bool:
         """Whether the rows of these very tiles are here; `mark` is their fingerprint. A file of another size or mark counts as none."""
         try:
-            found = SlideFile(self._path(slide), tiles, self.dim, self.codewords_count)
+            found = self._file(slide)
         except StoreError:
             return False
-        if found.mark[0] != mark.encode():
-            return False
-        self._tiles[slide] = tiles
-        return True
+        return bool(found.tiles == tiles and found.mark[0] == mark.encode())
+
+    def _file(self, slide: str) -> SlideFile:
+        return SlideFile(self._path(slide), self.dim, self.codewords_count)
 
     def _open(self, slide: str) -> SlideFile:
         """The slide's file, its sums fit for use."""
-        found = SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count)
+        found = self._file(slide)
         if self.codewords is not None and found.codebook[0] != self.codebook:
             self._rebuild(found)
         return found
@@ -210,7 +203,6 @@ class MemoryBank:
         """
         path, layout = self._path(slide), slide_layout(tiles, self.dim, self.codewords_count)
         first, total = 0, np.zeros(self.dim)
-        self._tiles.pop(slide, None)
         with atomic(path) as part:
             with part.open("w+b") as file:
                 if hasattr(os, "posix_fallocate"):
@@ -224,9 +216,8 @@ class MemoryBank:
                     total += rounded.sum(0, dtype=np.float64)
             if first != tiles:
                 raise StoreError(f"{self.folder}: slide {slide}: {first} features for {tiles} tiles; tile it again")
-            new = SlideFile(part, tiles, self.dim, self.codewords_count)
+            new = SlideFile(part, self.dim, self.codewords_count)
             new.mark[0], new.mean[:], new.step[:] = mark, total / tiles, step
-        self._tiles[slide] = tiles
 
     def _rounded(self, slide: str, features: np.ndarray) -> Float16[np.ndarray, "n D"]:
         if features.ndim != 2 or features.shape[1] != self.dim:
@@ -334,15 +325,14 @@ class MemoryBank:
 
     def mean(self, slide: str) -> Float32[np.ndarray, "D"]:
         """A slide's mean feature; no row is read, and none was ever needed: `fill` and `write` keep it."""
-        return SlideFile(self._path(slide), self._tiles[slide], self.dim, self.codewords_count).mean.copy()
+        return self._file(slide).mean.copy()
 
     def sample(self, slides: Sequence[str], per_slide: int, seed: int) -> Float32[np.ndarray, "n D"]:
         """The same number of rows of each slide (all, where it has fewer), drawn alike however slides are dealt to ranks."""
         drawn = [np.empty((0, self.dim), np.float32)]
         for slide in slides:
-            rng, M = np.random.default_rng([seed, zlib.crc32(slide.encode())]), self._tiles[slide]
-            index = np.sort(rng.choice(M, min(per_slide, M), replace=False))
-            drawn.append(SlideFile(self._path(slide), M, self.dim, self.codewords_count).gather(index).astype(np.float32))
+            rng, found = np.random.default_rng([seed, zlib.crc32(slide.encode())]), self._file(slide)
+            drawn.append(found.gather(draw_tiles(found.tiles, per_slide, rng)).astype(np.float32))
         return np.concatenate(drawn)
 
 

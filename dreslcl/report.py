@@ -315,17 +315,18 @@ def time_spent(row: Row) -> str:
     return "".join(f", {text.format(row[f'time/{what}'])}" for what, text in said.items() if f"time/{what}" in row)
 
 
-def codebook_atlas(bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Cohort, reader: TileReader, *, seed: int) -> list[Picture]:
+def codebook_atlas(
+    bank: MemoryBank, words: Float[np.ndarray, "K D"], cohort: Cohort, members: Sequence[int], reader: TileReader, *, seed: int
+) -> list[Picture]:
     """For each codeword, the most used first, a strip of the tiles nearest to it, each of another slide where there are enough.
 
-    Looks at up to ATLAS_ROWS rows, as many of each slide in the bank.
+    Looks at up to ATLAS_ROWS rows, as many of each of the slides `members`.
     """
-    rng, member_of, found = np.random.default_rng(seed), {m.slide_id: i for i, m in enumerate(cohort.members)}, []
-    per_slide = max(1, ATLAS_ROWS // len(bank.slides))
-    for slide in bank.slides:
-        tiles = draw_tiles(bank.tiles(slide), per_slide, rng)
-        rows, codes = bank.read(slide, tiles)
-        found.append((codes, ((rows.astype(np.float32) - words[codes]) ** 2).sum(1), np.full(len(tiles), member_of[slide]), tiles))
+    rng, found = np.random.default_rng(seed), []
+    for m in members:
+        tiles = draw_tiles(cohort.members[m].tiles, max(1, ATLAS_ROWS // len(members)), rng)
+        rows, codes = bank.read(cohort.members[m].slide_id, tiles)
+        found.append((codes, ((rows.astype(np.float32) - words[codes]) ** 2).sum(1), np.full(len(tiles), m), tiles))
     code, distance, member, tile = map(np.concatenate, zip(*found))
     counts, pictures = np.bincount(code, minlength=len(words)), []
     for k in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]:

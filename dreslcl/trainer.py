@@ -670,7 +670,7 @@ def write_report(run: Run) -> None:
         settings=(run.out / "config.toml").read_text(encoding="utf-8"),
         notes=[*run.notes, *(f"{slide} failed: {why}" for slide, why in run.failed.items())],
         rows=run.rows,
-        atlas=codebook_atlas(run.bank, words, run.cohort, run.reader, seed=run.config.train.seed) if run.reader else [],
+        atlas=codebook_atlas(run.bank, words, run.cohort, run.own, run.reader, seed=run.config.train.seed) if run.reader else [],
         examples=[f"Report → slide among {len(cohort)} {said}.", retrieval_examples(cohort, z, u)],
     )
 

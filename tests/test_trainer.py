@@ -219,7 +219,7 @@ def test_the_codebook_follows_the_features_and_slides_are_assigned_and_weighed_a
     trainer.set_codebook(run, refit=True)
     words = run.model.aggregator.codewords
     assert not torch.equal(words, before)
-    rows = torch.from_numpy(run.bank.read("s0", np.arange(run.bank.tiles("s0")))[0]).float()
+    rows = torch.from_numpy(run.bank.read("s0", np.arange(cohort.members[0].tiles))[0]).float()
     bag = run.model.aggregator.bag(rows)
     sums, counts = sums_of(run.bank, "s0")
     np.testing.assert_allclose(sums, bag.sums[0].detach(), rtol=1e-2, atol=1e-2)

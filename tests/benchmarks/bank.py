@@ -101,7 +101,7 @@ def resident(folder: Path, features: np.ndarray, steps: int) -> dict[str, float]
     step = Step(bank, aggregator, features, TrainConfig.bank_share)
     levels = []
     for _ in range(5 + steps):
-        slides = step.rng.choice(bank.slides, B, replace=False).tolist()
+        slides = step.rng.choice(step.slides, B, replace=False).tolist()
         step.on(slides, [step.rng.choice(tiles, T, replace=False) for _ in slides])
         levels.append(rss_mb())
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20

@@ -44,7 +44,7 @@ def sparse_bank(folder: Path, slides: int, tiles: int, words: np.ndarray, encode
     for slide in (f"s{i}" for i in range(slides)):
         with bank._path(slide).open("wb") as file:
             file.truncate(slide_layout(tiles, *words.shape[::-1]).itemsize)
-        new = SlideFile(bank._path(slide), tiles, *words.shape[::-1])
+        new = SlideFile(bank._path(slide), *words.shape[::-1])
         new.mark[0], new.weight[:], new.code[:], new.counts[:, nearest] = "m", 1, nearest, tiles / len(new.counts)
         new.sums[:, nearest] = -words[nearest] * tiles / len(new.counts)
         new.codebook[0] = bank.codebook
@@ -58,11 +58,12 @@ class Step:
     def __init__(self, bank: MemoryBank, aggregator: ResidualAggregator, features: np.ndarray, share: float, *, rows: bool = False):
         self.bank, self.aggregator, self.features, self.share, self.rows = bank, aggregator, features, share, rows
         self.rng = np.random.default_rng(0)
-        self.draws = {slide: [self.rng.choice(bank.tiles(slide), T, replace=False) for _ in range(SETS)] for slide in bank.slides}
+        self.slides = sorted(path.stem for path in bank.folder.glob("*.bank"))
+        self.draws = {s: [self.rng.choice(bank._open(s).tiles, T, replace=False) for _ in range(SETS)] for s in self.slides}
 
     def __call__(self) -> float:
         """Seconds of the step."""
-        slides = self.rng.choice(self.bank.slides, B, replace=False).tolist()
+        slides = self.rng.choice(self.slides, B, replace=False).tolist()
         return self.on(slides, [self.draws[slide][self.rng.integers(SETS)] for slide in slides])
 
     def on(self, slides: list[str], tiles: list[np.ndarray]) -> float:
@@ -90,11 +91,11 @@ class Step:
 
     def warm_up(self) -> None:
         """Write every row that is ever drawn, once, and read all others."""
-        for slide in self.bank.slides:
+        for slide in self.slides:
             deque(self.bank._open(slide).stream(), maxlen=0)
         for number in range(SETS):
-            for first in range(0, len(self.bank.slides), B):
-                some = self.bank.slides[first : first + B]
+            for first in range(0, len(self.slides), B):
+                some = self.slides[first : first + B]
                 self.on(some, [self.draws[slide][number] for slide in some])
 
 

@@ -14,7 +14,7 @@ from attack import durations, in_child, kill, kills, marked
 from folders import contents, sums_of, tiled
 
 from dreslcl import embedding, report, tiles, trainer
-from dreslcl.bank import MemoryBank, SlideFile, slide_layout
+from dreslcl.bank import MemoryBank, SlideFile
 from dreslcl.cohort import Cohort
 from dreslcl.common import ModelError, read_table
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
@@ -64,14 +64,12 @@ def assert_whole_run(out: Path, epochs: int) -> None:
     assert all(np.isfinite(float(row["loss"])) for row in rows)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     words = state["model"]["aggregator.codewords"].numpy()
-    (K, D), (empty, one) = words.shape, (slide_layout(tiles, *words.shape[::-1]).itemsize for tiles in (0, 1))
+    K, D = words.shape
     bank = MemoryBank(out / "bank", dim=D, codewords=K, encoder=json.loads((out / "bank" / "bank.json").read_text())["encoder"])
     files = list((out / "bank").glob("*.bank"))
     assert len(files) == 8
     for path in files:
-        tiles = (path.stat().st_size - empty) // (one - empty)
-        assert bank.has(path.stem, tiles, SlideFile(path, tiles, D, K).mark[0].decode())
-        weights = SlideFile(path, tiles, D, K).weight.astype(np.float32)
+        weights = SlideFile(path, D, K).weight.astype(np.float32)
         bank.set_codebook(words, lambda rows, weights=weights: torch.from_numpy(weights))  # as they stand beside the rows
         sums, counts = sums_of(bank, path.stem)
         bank._rebuild(bank._open(path.stem))
