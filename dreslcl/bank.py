@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .cohort import draw_tiles
 from .common import ConfigError, ModelError, StoreError, atomic, check_id, fingerprint, write_json
+from .formats import unit
 from .model import nearest_codeword, residual_sums
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ class SlideFile:
             raise StoreError(f"{path}: {there:,} bytes are no whole slide; delete it and run again")
         self.layout = slide_layout(self.tiles, dim, codewords)
         mapped = mmap.mmap(self.file.fileno(), 0)
-        if hasattr(mmap, "MADV_RANDOM"):
-            mapped.madvise(mmap.MADV_RANDOM)  # rows are read here and there: no read-ahead
+        mapped.madvise(mmap.MADV_RANDOM)  # rows are read here and there: no read-ahead
         record = np.frombuffer(mapped, self.layout, 1)
         self.mark, self.codebook = record["mark"], record["codebook"]  # (1,): to be assigned to
         self.sums, self.counts, self.mean = record["sums"][0], record["counts"][0], record["mean"][0]
@@ -102,33 +102,15 @@ class Rest:
     """What the bank gives of one slide beside its T drawn tiles."""
 
     slide: SlideFile
-    tiles: Integer[np.ndarray, "n"]
-    """The drawn tiles, then those whose rows were asked for beside them."""
-    old: Float16[np.ndarray, "n D"]
-    """Their rows, read this once."""
-    age: Integer[np.ndarray, "n"]
-    """The step at which each was written."""
-    total: Float32[np.ndarray, "D"]
-    """Sum of all other tiles' features."""
-    others: tuple[Float[Tensor, "G K D"], Float[Tensor, "G K"]]
-    """Residual sums and counts of all other tiles, block by block."""
-    used: Integer[np.ndarray, "g"]
-    """The blocks that this step uses."""
-
-    @property
-    def sums(self) -> Float[Tensor, "K D"]:
-        """Of the tiles used."""
-        return self.others[0][self.used].sum(0)
-
-    @property
-    def counts(self) -> Float[Tensor, "K"]:
-        """Of the tiles used."""
-        return self.others[1][self.used].sum(0)
-
-    @property
-    def left_out(self) -> Float[Tensor, ""]:
-        """How much the tiles weigh that are not used."""
-        return self.others[1].sum() - self.counts.sum()
+    tiles: Integer[np.ndarray, "n"]  # the drawn ones, then those whose rows were asked for beside them
+    old: Float16[np.ndarray, "n D"]  # their rows, read this once
+    age: Integer[np.ndarray, "n"]  # the step at which each was written
+    total: Float32[np.ndarray, "D"]  # sum of all other tiles' features
+    others: tuple[Float[Tensor, "G K D"], Float[Tensor, "G K"]]  # residual sums and counts of all other tiles, block by block
+    used: Integer[np.ndarray, "g"]  # the blocks that this step uses
+    sums: Float[Tensor, "K D"]  # of the tiles used
+    counts: Float[Tensor, "K"]  # of the tiles used
+    left_out: Float[Tensor, ""]  # how much the tiles weigh that are not used
 
     def rows(self) -> tuple[Float16[np.ndarray, "n D"], Float16[np.ndarray, "n"]]:
         """Features and weights of the tiles used, for an aggregator that needs them: reads O(M) rows."""
@@ -287,7 +269,8 @@ class MemoryBank:
         gone = counts <= 1e-6 * torch.from_numpy(found.counts)
         sums[gone] = counts[gone] = 0  # no rounding noise where nothing is left
         total = found.tiles * found.mean - old.sum(0, dtype=np.float32)
-        return Rest(found, tiles, old, found.step[tiles], total, (sums, counts), used)
+        kept = sums[used].sum(0), counts[used].sum(0)
+        return Rest(found, tiles, old, found.step[tiles], total, (sums, counts), used, *kept, counts.sum() - kept[1].sum())
 
     def write(
         self,
@@ -313,8 +296,7 @@ class MemoryBank:
         slide.sums[:], slide.counts[:] = (rest.others[0] + sums).numpy(), (rest.others[1] + counts).numpy()
         slide.mean[:] = (rest.total + rows.sum(0, dtype=np.float32)) / slide.tiles
         slide.codebook[0] = self.codebook
-        old, fresh = rest.old[:T].astype(np.float32), new.astype(np.float32)
-        return (old * fresh).sum(1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(fresh, axis=1), 1e-12)
+        return (unit(rest.old[:T].astype(np.float32)) * unit(new.astype(np.float32))).sum(1)
 
     # looking
 
