@@ -62,12 +62,10 @@ class SlideSample:
 
     member: int
     tiles: Int64[np.ndarray, "T"]
-    pixels: UInt8[Tensor, "T H W 3"] | None
-    """None: the bank's rows of the tiles are used."""
+    pixels: UInt8[Tensor, "T H W 3"] | None  # none: the bank's rows of the tiles are used
     views: Augmentation | None
     rest: Rest
-    read_s: float = 0.0
-    """What reading the pixels took, seconds of one thread."""
+    read_s: float = 0.0  # what reading the pixels took, seconds of one thread
 
 
 @dataclass(frozen=True)
@@ -89,26 +87,21 @@ class Run:
     device: torch.device
     cohort: Cohort
     held_out: Cohort
-    rank_of: list[int]
-    """The rank that owns each slide."""
+    rank_of: list[int]  # the rank that owns each slide
     model: DRESLCL
     reader: TileReader | None
     bank: MemoryBank
-    pieces: list[Any]
-    """Of each report: its texts, or their vectors (n, X) where the text does not learn."""
+    pieces: list[Any]  # of each report: its texts, or their vectors (n, X) where the text does not learn
     notes: list[str]
     journal: Journal
     optimizer: torch.optim.Optimizer | None = None
-    weigher: Aggregator | None = None
-    """The aggregator as it was when the codebook was fitted, by which slides are weighed anew, while the other one learns."""
+    weigher: Aggregator | None = None  # the aggregator as it was when the codebook was fitted: by it slides are weighed anew
     epoch: int = 0
     step: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """Those of metrics.csv."""
+    rows: list[dict[str, Any]] = field(default_factory=list)  # those of metrics.csv
     best: float = -math.inf
     failed: dict[str, str] = field(default_factory=dict)
-    orders: dict[int, np.ndarray] = field(default_factory=dict)
-    """Hilbert order of a slide's tiles, for sampling by windows."""
+    orders: dict[int, np.ndarray] = field(default_factory=dict)  # Hilbert order of a slide's tiles, for sampling by windows
 
     @property
     def encoder_learns(self) -> bool:
