@@ -1,6 +1,5 @@
 """Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
 
-import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,6 @@ from .common import ConfigError, TableError, cores, file_stamp, preview, read_li
 from .formats import patient_of, read_corners, read_patients, read_report_vectors, read_reports, report_rows
 from .tiles import TileGrid, TilePixels, grid_path, read_slides
 
-log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 

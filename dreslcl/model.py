@@ -8,7 +8,6 @@ report. All maths here is float32, also under autocast.
 """
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,8 +29,6 @@ from .formats import model_card
 from .slide import Slide
 from .text import Text
 from .tiles import find_tiles
-
-log = logging.getLogger(__name__)
 
 VERSION = 2
 HEADS = 4  # attention heads of the Transformer
