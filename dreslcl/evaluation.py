@@ -469,29 +469,23 @@ def load_model(embeddings: Embeddings) -> "DRESLCL":
 
 
 def read_labels(labels: Path | Rows, task: Task) -> tuple[list[Row], dict[str, np.ndarray]]:
-    """Rows of a table; for retrieval those of the reports, and report -> its vector (X,) where they are vectors made elsewhere."""
+    """Rows of a table; for retrieval those of the reports, and report -> its vectors (n, X) where they were made elsewhere."""
     if not isinstance(labels, Path):
         return [Row(row, f"row {n}") for n, row in enumerate(labels, 1)], {}
     if task != "retrieval":
         return read_table(labels), {}
     if labels.suffix != ".npz" and not h5py.is_hdf5(labels):
         return read_reports(labels), {}
-    vectors = {key: (f"vectors {fingerprint(array.tolist())}", array.mean(0)) for key, array in read_report_vectors(labels).items()}
+    vectors = {key: (f"vectors {fingerprint(array.tolist())}", array) for key, array in read_report_vectors(labels).items()}
     return [Row({"slide_id": key, "patient_id": key, "report": name}) for key, (name, _) in vectors.items()], dict(vectors.values())
 
 
 def report_vectors(embeddings: Embeddings, reports: Sequence[str], vectors: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n E"]:
     """Each report in the joint space of the embeddings' model; a ModelError where `vectors` have another width than it was trained on."""
     model = load_model(embeddings)
-    if not vectors:
-        return model.embed_text(reports)
-    import torch
-
-    means = np.stack([vectors[name] for name in reports])
-    if means.shape[1] != model.text.dim:
-        raise ModelError(f"report vectors have width {means.shape[1]}, the model was trained on width {model.text.dim}")
-    with torch.inference_mode():
-        return model.project_text(torch.from_numpy(means).to(model.device)).cpu().numpy()
+    if vectors and (width := vectors[reports[0]].shape[1]) != model.text.dim:
+        raise ModelError(f"report vectors have width {width}, the model was trained on width {model.text.dim}")
+    return model.embed_text([vectors[name] for name in reports] if vectors else reports)
 
 
 def prompt_vectors(prompts: Path | None, embeddings: Embeddings) -> dict[str, Float[np.ndarray, "P E"]]:

@@ -81,9 +81,9 @@ class Text(nn.Module):
         """Vectors of pieces, float32, of unit norm but for LSA's. ModelError where they are made elsewhere, or cannot be made here."""
         raise ModelError("this model was trained on report vectors made elsewhere and reads no text; use --report-embeddings")
 
-    def vector(self, report: str) -> Float[Tensor, "X"]:
-        """The one vector of a text: the mean over its pieces."""
-        return self.encode(self.pieces(report)).mean(0)
+    def vector(self, report: str | Float32[np.ndarray, "n X"]) -> Float[Tensor, "X"]:
+        """The one vector of a text: the mean over its pieces; of vectors made elsewhere: their mean."""
+        return (torch.from_numpy(report) if isinstance(report, np.ndarray) else self.encode(self.pieces(report))).mean(0)
 
     def save(self, folder: Path) -> None:
         """Write `text.json` into a folder, and `text.safetensors` where there are tensors."""

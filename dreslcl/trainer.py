@@ -590,12 +590,9 @@ def slide_and_report_vectors(
         with noting(run.failed, cohort.members[member].slide_id):
             own[member] = run.model.embed_features(parts)
     z = {m: vector for part in run.group.collect(own) for m, vector in part.items()}
-    kept, vectors = sorted(z), {}
-    with inference(run.model):
-        for number in {cohort.members[m].report for m in kept}:
-            report = cohort.reports[number]
-            vectors[number] = run.model.text.vector(report) if isinstance(report, str) else torch.from_numpy(report.mean(0))
-        u = run.model.project_text(torch.stack([vectors[cohort.members[m].report] for m in kept]).to(run.device)).cpu().numpy()
+    kept = sorted(z)
+    numbers, number = np.unique([cohort.members[m].report for m in kept], return_inverse=True)
+    u = run.model.embed_text([cohort.reports[i] for i in numbers])[number]
     return np.stack([z[m] for m in kept]), u, kept
 
 
