@@ -56,14 +56,6 @@ class Ranks:
         for p, part in zip(learning, flat.split([p.numel() for p in learning])):
             p.grad.copy_(part.view_as(p))
 
-    def mean(self, value: float, weight: int, device: torch.device) -> float:
-        """Weighted mean of a value over ranks."""
-        if self.world == 1:
-            return value
-        total = torch.tensor([weight * value, weight], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-        dist.all_reduce(total)
-        return float(total[0] / total[1])
-
     def collect(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in rank order (between the ranks of one run only)."""
         if self.world == 1:

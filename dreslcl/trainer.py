@@ -514,13 +514,12 @@ def write_back(run: Run, samples: Sequence[SlideSample], fresh: Fresh, values: d
     sizes, encoded = [len(s.rest.tiles) for s in samples], [len(s.tiles) * (s.pixels is not None) for s in samples]
     codes, weights = (np.split(kind.cpu().numpy(), np.cumsum(sizes)[:-1]) for kind in (fresh.codes, fresh.weights.detach().half()))
     new = torch.cat([rows[:T] for rows, T in zip(fresh.features.detach().split(sizes), encoded)]).half().cpu().numpy()
-    cosine, ages = [np.ones(0)], [np.ones(0)]
+    cosine, ages = [], []
     for s, T, features, code, weight in zip(samples, encoded, np.split(new, np.cumsum(encoded)[:-1]), codes, weights):
         cosine.append(run.bank.write(s.rest, features, code.astype(np.uint16), weight, run.step))
         ages.append(run.step - s.rest.age[:T])
     for name, found in (("row_cosine", cosine), ("row_age", ages)) if run.encoder_learns else ():
-        together = np.concatenate(found)
-        values[name] = run.group.mean(float(together.mean()) if len(together) else 1.0, len(together), run.device)
+        values[name] = float(np.concatenate(found).mean()) if any(encoded) else 1.0
 
 
 def stop_on_nan(run: Run, what: str, slides: list[str]) -> None:
@@ -695,6 +694,7 @@ def run_epoch(run: Run) -> dict[str, float]:
         measured.append(values)
         vectors.append(z)
         run.step += 1
+    measured = [values for part in run.group.collect(measured) for values in part]  # of all ranks
     means = {key: float(np.mean([m[key] for m in measured])) for key in measured[0]}
     means["effective_rank"], seconds = effective_rank(torch.cat(vectors)), time.monotonic() - start
     if run.encoder_learns:
