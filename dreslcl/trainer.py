@@ -53,6 +53,7 @@ ROWS_BESIDE = 128  # bank rows that are weighed anew at each step beside the enc
 PIECES = 8  # most pieces of a report read at a step by a text tower that learns: bounds the time of long reports
 RETRIEVAL_SLIDES = 200  # of the training slides, for the report page where none are held out
 FAILED_SHARE = 0.1  # a run goes on without slides that cannot be read, up to this share
+Plan = list[Int64[np.ndarray, "_"]]  # of one step: the slides of each rank
 FREE_TO_CHANGE = set("epochs lr encoder_lr text_lr weight_decay tile_batch precision workers cache_gb slides".split())
 
 
@@ -341,7 +342,7 @@ def name_limit(run: Run, read_s: float, step_s: float) -> str:
 # one step
 
 
-def plan_steps(run: Run) -> list[list[Int64[np.ndarray, "_"]]]:
+def plan_steps(run: Run) -> list[Plan]:
     """The epoch's batches, each a list with one array of slides per rank; every rank knows all of it."""
     steps = run.steps_per_epoch
     dealt = [
@@ -366,11 +367,8 @@ def draw_sample(run: Run, member: int) -> SlideSample:
     pixels, views, read_s = None, None, 0.0
     if run.encoder_learns:
         start = time.monotonic()
-        try:
+        with noting(run.failed, run.slide(member)):  # the bank's rows are used instead
             pixels = torch.from_numpy(run.reader.read(member, tiles))
-        except (DreslclError, OSError) as error:
-            log.warning("%s: tiles cannot be read (%s); its bank rows are used", run.slide(member), reason(error))
-            run.failed[run.slide(member)] = reason(error)
         read_s = time.monotonic() - start
         if run.device.type == "cuda" and pixels is not None:
             pixels = pixels.pin_memory().to(run.device, non_blocking=True)
@@ -380,7 +378,7 @@ def draw_sample(run: Run, member: int) -> SlideSample:
     return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside), read_s)
 
 
-def encode_samples(run: Run, samples: Sequence[SlideSample], plan: list[Int64[np.ndarray, "_"]]) -> tuple[Fresh, Any]:
+def encode_samples(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[Fresh, Any]:
     """The tiles at hand, with gradient where they are encoded; and what has to be called after the loss was back-propagated.
 
     While the encoder learns, the statistics by which features are standardised follow the batch.
@@ -450,7 +448,7 @@ def report_vectors(run: Run, samples: Sequence[SlideSample]) -> Float[Tensor, "B
 
 
 def compute_loss(
-    run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: list[Int64[np.ndarray, "_"]]
+    run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: Plan
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor], Float[Tensor, "B E"]]:
     """The loss over all ranks' slides, measurements, and all z."""
     group, model, sizes = run.group, run.model, [len(members) for members in plan]
@@ -476,9 +474,7 @@ def compute_loss(
     return loss, measured | {"codeword_use": perplexity}, z.detach()
 
 
-def train_step(
-    run: Run, samples: Sequence[SlideSample], plan: list[Int64[np.ndarray, "_"]]
-) -> tuple[dict[str, float], Float[Tensor, "B E"]]:
+def train_step(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[dict[str, float], Float[Tensor, "B E"]]:
     """One optimiser step on this rank's samples; `plan` holds all ranks' slides. Returns measurements and all z.
 
     Raises DreslclError: loss or gradient is not finite; nothing of this step was kept.
