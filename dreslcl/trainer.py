@@ -175,15 +175,11 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
         encoder.set_trainable(config.encoder.tune if pixels else "none", text=text.learns)
         random = pixels and config.encoder.tune != "none" and not encoder.pretrained
         if random and train.encoder_lr <= 2e-5:
-            raise ConfigError(
-                f"{config.encoder.name} starts from random weights and stays there at --encoder-lr {train.encoder_lr:g}: "
-                "give --pretrained FILE or TAG, or a rate of about 1e-3"
-            )
+            stays = f"{config.encoder.name} starts from random weights and stays there at --encoder-lr {train.encoder_lr:g}"
+            raise ConfigError(f"{stays}: give --pretrained FILE or TAG, or a rate of about 1e-3")
         if random and train.bank_share < 1:
-            log.warning(
-                "the tile encoder has random weights, from which it does not begin to learn while tiles are left out: "
-                "use --bank-share 1 (--preset tiny has it), or --pretrained"
-            )
+            why = "the tile encoder has random weights, from which it does not begin to learn while tiles are left out"
+            log.warning("%s: use --bank-share 1, or --pretrained", why)
     name = encoder.fingerprint() if pixels and encoder else f"features of width {dim}"
     bank = MemoryBank(out / "bank", dim=dim, codewords=config.model.codewords, encoder=name)
     rank_of = deal_patients(cohort.members, group.world)
@@ -492,9 +488,11 @@ def train_step(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[di
         measured["grad_encoder"] = torch.stack(grads).norm()
     measured["grad"] = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
     values = dict(zip(measured, torch.stack([v.float() for v in measured.values()]).tolist()))  # the one wait for the device
-    if not all(math.isfinite(v) for v in values.values()):
-        what = "loss" if not math.isfinite(values["loss"]) else "gradient"
-        stop_on_nan(run, what, [run.slide(s.member) for s in samples])
+    if not all(map(math.isfinite, values.values())):
+        what, slides = "gradient" if math.isfinite(values["loss"]) else "loss", ", ".join(run.slide(s.member) for s in samples[:4])
+        there = f"epoch {len(run.rows)} in checkpoint.pt is whole" if (run.out / "checkpoint.pt").exists() else "there is no checkpoint yet"
+        todo = "run again with a lower --lr or --encoder-lr, or with --precision fp32"
+        raise DreslclError(f"{run.out}: the {what} is not finite at step {run.step} (slides {slides}, ...); {there}; {todo}")
     optimizer.step()
     with torch.no_grad():
         for log_scale in (run.model.logit_scale, run.model.view_scale):
@@ -516,16 +514,6 @@ def write_back(run: Run, samples: Sequence[SlideSample], fresh: Fresh, values: d
         ages.append(run.step - s.rest.age[:T])
     for name, found in (("row_cosine", cosine), ("row_age", ages)) if run.encoder_learns else ():
         values[name] = float(np.concatenate(found).mean()) if any(encoded) else 1.0
-
-
-def stop_on_nan(run: Run, what: str, slides: list[str]) -> None:
-    """Raise the error that says where the run stands and how to go on."""
-    there = (run.out / "checkpoint.pt").exists()
-    raise DreslclError(
-        f"{run.out}: the {what} is not finite at step {run.step} (slides {', '.join(slides[:4])}, ...); "
-        f"{f'epoch {len(run.rows)} in checkpoint.pt is whole' if there else 'there is no checkpoint yet'}; "
-        "run again with a lower --lr or --encoder-lr, or with --precision fp32"
-    )
 
 
 def set_learning_rates(run: Run, position: float, step: float) -> None:
