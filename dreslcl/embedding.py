@@ -13,7 +13,7 @@ from typing import Literal
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 
 from .cohort import Cohort, TileReader, draw_tiles, prefetch
 from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, counting, fingerprint, hdf5_file, hold, reason, track
@@ -55,7 +55,6 @@ def encode_slides(
     if cohort.work is None:
         for m in track(members, title, "slides"):
             yield m, (read_features(cohort.members[i].source)[chosen(i)] for i in [m])
-    if cohort.work is None or not len(members):
         return
     assert encoder is not None, "pixels need a tile encoder"
     device, reader = encoder.mean.device, reader or TileReader(cohort, workers=settings.workers)
@@ -219,6 +218,7 @@ def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL
     return _by_patient(result, out, trained) if by == "patient" else result
 
 
+@torch.inference_mode()
 def _slide_arrays(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """What a slide's file holds: its vector, the mean of its tile features, and the sums that `by_patient` adds.
 
@@ -237,14 +237,10 @@ def _slide_arrays(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> dict[
     if trained is None:
         return {"features": unit(mean), "mean_features": mean}
     sums = {} if trained.aggregator.needs_rows else {"sums": bag.sums[0].cpu().numpy(), "counts": bag.counts[0].cpu().numpy()}
-    return {"features": _vectors(trained, bag)[0], "mean_features": mean} | sums
+    return {"features": trained.aggregator(bag)[0].cpu().numpy(), "mean_features": mean} | sums
 
 
-def _vectors(trained: DRESLCL, bag: Bag) -> Float32[np.ndarray, "B E"]:
-    with inference(trained):
-        return trained.aggregator(bag).cpu().numpy()
-
-
+@torch.inference_mode()
 def _by_patient(embeddings: Embeddings, out: Path, trained: DRESLCL | None) -> Embeddings:
     """One vector per patient: of its slides' sums added, as if all its tiles lay on one slide; of an aggregator without sums their mean."""
     result = embeddings.by_patient()
@@ -255,7 +251,7 @@ def _by_patient(embeddings: Embeddings, out: Path, trained: DRESLCL | None) -> E
         with h5py.File(slide_file(out, slide), "r") as file:
             bag = Bag(*(torch.from_numpy(file[name][()])[None].to(trained.device) for name in ("sums", "counts")))
         bags[patient] = bags[patient] + bag if patient in bags else bag
-    return replace(result, vectors=np.concatenate([_vectors(trained, bags[patient]) for patient in result.ids]))
+    return replace(result, vectors=np.concatenate([trained.aggregator(bags[patient]).cpu().numpy() for patient in result.ids]))
 
 
 def slide_file(out: Path, slide: str) -> Path:
