@@ -286,10 +286,6 @@ class DRESLCL(nn.Module):
         self.register_buffer("text_centre", torch.zeros(text.dim))
         self.logit_scale, self.view_scale = (nn.Parameter(torch.tensor(math.log(1 / temperature))) for _ in range(2))
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Everything that learns except the two towers."""
-        return [p for n, p in self.named_parameters() if not n.startswith(("encoder.", "text."))]
-
     def project_text(self, vectors: Float[Tensor, "B X"]) -> Float[Tensor, "B E"]:
         """Report vectors -> u, unit norm. Vectors that do not learn crowd in a narrow cone: centred on the training reports' mean first."""
         if self.text_head is None:

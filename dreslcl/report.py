@@ -177,13 +177,9 @@ def page(path: Path, title: str, sections: Mapping[str, Sequence[Block]], again:
     """Write one HTML file: sections (heading -> blocks; a list of pictures is a gallery), what to run it `again` with, and versions."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("dreslcl", ""), autoescape=True, undefined=jinja2.StrictUndefined)
     typed = [(heading, [(type(block).__name__, block) for block in blocks]) for heading, blocks in sections.items() if blocks]
-    write_text(path, environment.get_template("report.html").render(title=title, sections=typed, again=again, versions=versions()))
-
-
-def versions() -> str:
-    """Python and the packages that decide the numbers, with their versions."""
-    found = [f"Python {platform.python_version()}", f"dreslcl {__version__}"]
-    return ", ".join(found + [f"{name} {metadata.version(name)}" for name in PACKAGES])
+    numbered = (f"{name} {metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join([f"Python {platform.python_version()}", f"dreslcl {__version__}", *numbered])
+    write_text(path, environment.get_template("report.html").render(title=title, sections=typed, again=again, versions=versions))
 
 
 # an evaluation
@@ -374,10 +370,8 @@ def health(rows: Sequence[Row]) -> list[str]:
     return bad or ["What was measured of loss, drift, codewords, spread of slide vectors and held-out retrieval looks well."]
 
 
-def run_page(
-    out: Path, *, settings: str, notes: Sequence[str], rows: Sequence[Row], atlas: Sequence[Picture], examples: Sequence[Block]
-) -> None:
-    """Write RUN/report.html: `settings` as TOML, `notes` on what went in, `rows` of metrics.csv; no `atlas` where there are no pixels."""
+def run_page(out: Path, *, notes: Sequence[str], rows: Sequence[Row], atlas: Sequence[Picture], examples: Sequence[Block]) -> None:
+    """Write RUN/report.html: `notes` on what went in, `rows` of metrics.csv, the settings; no `atlas` where there are no pixels."""
     last = rows[-1]
     shown = {"loss": "loss", "batch_recall@1": "recall@1 within a batch", "held_out_recall@10": "held-out recall@10"}
     shown |= {"row_cosine": "cosine of an old bank row to its fresh feature (1: no drift)", "row_age": "steps since a row was written"}
@@ -389,4 +383,4 @@ def run_page(
         "Codebook": ["The tiles nearest to each codeword, from different slides where there are enough.", list(atlas)] if atlas else [],
         "Retrieval": examples,
     }
-    page(out / "report.html", "dreslcl pretraining", sections, settings)
+    page(out / "report.html", "dreslcl pretraining", sections, (out / "config.toml").read_text(encoding="utf-8"))

@@ -215,7 +215,8 @@ def load_earlier(config: RunConfig, kind: str) -> DRESLCL | None:
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW with a learning rate for each part; no decay on vectors (biases, norms, embeddings of one row)."""
     train, encoder = run.config.train, run.model.encoder
-    parts = [(train.lr, dict.fromkeys(run.model.head_parameters(), 1.0))]
+    heads = [p for n, p in run.model.named_parameters() if not n.startswith(("encoder.", "text."))]  # all but the two towers
+    parts = [(train.lr, dict.fromkeys(heads, 1.0))]
     if encoder is not None:
         parts.append((train.encoder_lr, encoder.learning_rates(train.layer_decay)))
         parts.append((train.text_lr, dict.fromkeys(encoder.text_parameters(), 1.0)))
@@ -640,7 +641,6 @@ def write_report(run: Run) -> None:
     said = "held-out slides, encoded by the kept model" if held_out else "training slides, which the model has seen"
     run_page(
         run.out,
-        settings=(run.out / "config.toml").read_text(encoding="utf-8"),
         notes=[*run.notes, *(f"{slide} failed: {why}" for slide, why in run.failed.items())],
         rows=run.rows,
         atlas=codebook_atlas(run.bank, words, run.cohort, run.own, run.reader, seed=run.config.train.seed) if run.reader else [],
