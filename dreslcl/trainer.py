@@ -33,7 +33,7 @@ from .common import EVERY_S, ConfigError, DreslclError, ModelError, SlideError, 
 from .config import EncoderConfig, RunConfig
 from .distributed import Ranks, ranks
 from .embedding import encode_slides, noting
-from .encoder import Augmentation, Encoder, autocast, cached_features, inference, pick_device
+from .encoder import Augmentation, Encoder, autocast, cached_features, pick_device
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
 from .model import DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
@@ -284,16 +284,14 @@ def slide_means(run: Run) -> Float[Tensor, "S D"]:
 def read_reports(run: Run) -> None:
     """Cut the reports into pieces; where the text does not learn, encode them once for the whole run and note their centre."""
     text, reports = run.model.text, run.cohort.reports
-    if not isinstance(reports[0], str):
-        run.pieces = [torch.from_numpy(r).to(run.device) for r in reports]
-    else:
-        run.pieces = [text.pieces(report) for report in reports]
-        if not text.learns:
-            with inference(run.model), autocast(run.device, run.config.train.precision):
-                run.pieces = [text.encode(pieces).to(run.device) for pieces in run.pieces]
-    if not text.learns:
-        run.pieces = [p.clone() for p in run.pieces]  # clones of inference tensors may enter a graph
-        run.model.text_centre.copy_(torch.stack([p.mean(0) for p in run.pieces]).mean(0))
+    run.pieces = [text.pieces(r) if isinstance(r, str) else torch.from_numpy(r).to(run.device) for r in reports]
+    if text.learns:
+        return
+    if isinstance(reports[0], str):
+        run.model.eval()
+        with torch.no_grad(), autocast(run.device, run.config.train.precision):
+            run.pieces = [text.encode(pieces).to(run.device) for pieces in run.pieces]
+    run.model.text_centre.copy_(torch.stack([p.mean(0) for p in run.pieces]).mean(0))
 
 
 def announce(run: Run) -> None:
