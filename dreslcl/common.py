@@ -152,6 +152,16 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         part.write_bytes(data)
 
 
+def encoded(picture: Any, **options: Any) -> bytes:
+    """The bytes of a matplotlib figure as PNG, or of a PIL image as JPEG."""
+    memory = io.BytesIO()
+    if hasattr(picture, "savefig"):
+        picture.savefig(memory, format="png", dpi=140, **options)
+    else:
+        picture.save(memory, "JPEG", quality=88)
+    return memory.getvalue()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())

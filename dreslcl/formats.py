@@ -61,16 +61,6 @@ def unit(vectors: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def encoded(picture: Any, **options: Any) -> bytes:
-    """The bytes of a matplotlib figure as PNG, or of a PIL image as JPEG."""
-    memory = io.BytesIO()
-    if hasattr(picture, "savefig"):
-        picture.savefig(memory, format="png", dpi=140, **options)
-    else:
-        picture.save(memory, "JPEG", quality=88)
-    return memory.getvalue()
-
-
 def read_features(path: Path) -> Features:
     """Unit-norm features of a slide's tiles, in TRIDENT's, CLAM's (.h5 and .pt) or STAMP's layout.
 

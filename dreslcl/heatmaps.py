@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .cohort import Cohort
-from .common import ConfigError, fingerprint, hold, preview, read_table, write_bytes, write_text
+from .common import ConfigError, encoded, fingerprint, hold, preview, read_table, write_bytes, write_text
 from .config import TrainConfig
 from .embedding import check_tiles, encode_slides, noting
 from .evaluation import fit_probe, load_model
-from .formats import Embeddings, encoded
+from .formats import Embeddings
 from .labels import join_labels, labelled
 from .model import Aggregator, nearest_codeword
 from .slide import Slide

@@ -26,9 +26,8 @@ from threadpoolctl import threadpool_limits
 from . import __version__
 from .bank import MemoryBank
 from .cohort import Cohort, TileReader, draw_tiles
-from .common import ConfigError, preview, write_bytes, write_table, write_text
+from .common import ConfigError, encoded, preview, write_bytes, write_table, write_text
 from .evaluation import CUTS, Interval, Outcome, Result, Task, first_hits, operating_points, resamples
-from .formats import encoded
 
 PACKAGES = ("numpy", "scikit-learn", "torch", "open-clip-torch", "tifffile", "imagecodecs")
 BAND_DRAWS = 200

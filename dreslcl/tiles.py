@@ -6,7 +6,6 @@ finished slide; `slides.csv` is put together from the rows, under a lock, which 
 in the same files. Which pixels is tile m? `TilePixels` says it: those of the pack where there is one, else those of the scan.
 """
 
-import io
 import json
 import logging
 import math
@@ -39,6 +38,7 @@ from .common import (
     atomic,
     check_id,
     counting,
+    encoded,
     file_stamp,
     fingerprint,
     hdf5_file,
@@ -522,7 +522,7 @@ def _tile(job: _Job, check: str, out: Path | None = None, pack: bool = False) ->
                 grid.save(grid_path(out, job.slide_id))
                 write_json(out / "tissue" / f"{job.slide_id}.geojson", polygons_to_geojson(tissue.polygons))
                 overlay = draw_overlay(tissue.thumbnail, tissue.polygons, grid.xy, grid.extent_px, slide.size)
-                _save_jpeg(overlay, out / "overlays" / f"{job.slide_id}.jpg")
+                write_bytes(out / "overlays" / f"{job.slide_id}.jpg", encoded(overlay))
                 if pack:
                     write_pack(slide, grid, pack_path(out, job.slide_id))
     except DiskError:  # not the scan's fault
@@ -598,9 +598,4 @@ def _contact_sheet(out: Path) -> None:
                 sheet.paste(overlay, (x, y + 12))
             draw.text((x, y), path.stem[-(cell // 6) :], fill="black")
         if paths:
-            _save_jpeg(sheet, out / "contact_sheet.jpg")
-
-
-def _save_jpeg(image: Image.Image, path: Path) -> None:
-    image.save(memory := io.BytesIO(), "JPEG", quality=85)
-    write_bytes(path, memory.getbuffer())
+            write_bytes(out / "contact_sheet.jpg", encoded(sheet))
