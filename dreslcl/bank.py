@@ -146,9 +146,7 @@ class MemoryBank:
             raise StoreError(f"{path}: cannot be read ({error}); delete the folder and run again") from error
         for key, value in self._header.items():
             if there.get(key) != value:
-                raise StoreError(
-                    f"{folder}: the bank was made with {key} {there.get(key)}, asked for {value}; use another --out, or delete it"
-                )
+                raise StoreError(f"{folder}: made with {key} {there.get(key)}, asked for {value}; use another --out, or delete it")
 
     def create(self) -> None:
         """Write bank.json where there is none."""
@@ -273,12 +271,7 @@ class MemoryBank:
         return Rest(found, tiles, old, found.step[tiles], total, (sums, counts), used, *kept, counts.sum() - kept[1].sum())
 
     def write(
-        self,
-        rest: Rest,
-        features: Float[np.ndarray, "T D"],
-        codes: UInt16[np.ndarray, "n"],
-        weights: Float16[np.ndarray, "n"],
-        step: int,
+        self, rest: Rest, features: Float[np.ndarray, "T D"], codes: UInt16[np.ndarray, "n"], weights: Float16[np.ndarray, "n"], step: int
     ) -> Float32[np.ndarray, "T"]:
         """Put fresh features in the place of the first T rows of `rest`, and new codewords and weights beside all n of them.
 
@@ -330,9 +323,8 @@ def fit_codebook(
 
     distinct = len(np.unique(np.ascontiguousarray(rows).view(np.dtype((np.void, rows[:1].nbytes))))) if len(rows) else 0
     if distinct < K:
-        raise ConfigError(
-            f"{K} codewords asked for, but the {len(rows):,} sampled tile features have {distinct} distinct values; use fewer codewords"
-        )
+        there = f"the {len(rows):,} sampled tile features have {distinct} distinct values"
+        raise ConfigError(f"{K} codewords asked for, but {there}; use fewer codewords")
     model = KMeans(K, init="k-means++" if start is None else start, n_init=3 if start is None else 1, random_state=seed)
     codewords, features = torch.from_numpy(model.fit(rows).cluster_centers_.astype(np.float32)), torch.from_numpy(rows)
     for _ in range(K):
@@ -342,8 +334,6 @@ def fit_codebook(
             break
         codewords[occupancy.argmin()] = features[distance.argmax()]
     share = occupancy / len(rows)
-    log.info(
-        "codebook: %d codewords from %d rows, mean squared distance %.4g, share of rows per codeword %.2g to %.2g",
-        *(K, len(rows), distance.mean(), share.min(), share.max()),
-    )
+    found = K, len(rows), distance.mean(), share.min(), share.max()
+    log.info("codebook: %d codewords from %d rows, mean squared distance %.4g, share of rows per codeword %.2g to %.2g", *found)
     return codewords.numpy()

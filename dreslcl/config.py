@@ -73,12 +73,8 @@ class TileConfig(Settings):
 class EncoderConfig(Settings):
     """The OpenCLIP model that encodes tiles and reports."""
 
-    name: str = setting(
-        "dreslcl-tiny", "An OpenCLIP model name, timm:NAME.TAG, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny."
-    )
-    pretrained: str | None = setting(
-        None, "OpenCLIP's tag of weights, or a weights file; none: those of the hub, folder or timm's TAG, else random."
-    )
+    name: str = setting("dreslcl-tiny", "An OpenCLIP name, timm:NAME.TAG, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny.")
+    pretrained: str | None = setting(None, "OpenCLIP's tag, or a weights file; none: those of the hub, folder or timm's TAG, else random.")
     init: str | None = setting(None, "RUN/model of an earlier run, in place of --encoder: its tile encoder and aggregator are the start.")
     tune: str = setting(
         "all",
@@ -87,8 +83,7 @@ class EncoderConfig(Settings):
     )
     text: str = setting(
         "auto",
-        "What reads the reports: lsa (their own words), tower or tower:tune (the encoder's), sentence:NAME; auto: a tower that knows "
-        "medicine, else lsa.",
+        "What reads reports: lsa (their own words), tower or tower:tune (the encoder's), sentence:NAME; auto: a medical tower, else lsa.",
     )
 
     @property
@@ -102,9 +97,7 @@ class EncoderConfig(Settings):
 class ModelConfig(Settings):
     """The aggregator: tile features of a slide -> one vector."""
 
-    aggregator: str = setting(
-        "residual", "How a slide's tiles become one vector: residual, attention, mean-mlp, or a name of your own in model.AGGREGATORS."
-    )
+    aggregator: str = setting("residual", "How tiles become one vector: residual, attention, mean-mlp, or your own in model.AGGREGATORS.")
     codewords: int = setting(16, "K, entries of the codebook.", ("be from 2 to 65,535", lambda k: 2 <= k <= 65535))
     width: int = setting(128, "Width of the aggregator's layers.", ("be a multiple of 4 (the attention heads)", lambda w: w % 4 == 0))
     depth: int = setting(2, "Layers of the aggregator's Transformer.", at_least(1))
@@ -121,9 +114,7 @@ class TrainConfig(Settings):
     batch: int = setting(16, "B, slides in a batch over all ranks.", at_least(2, " slides (a contrast needs two)"))
     tiles: int = setting(16, "T, tiles encoded with gradient per slide and step.", at_least(1))
     tile_batch: int = setting(128, "Tiles in one pass of the encoder: bounds memory, changes no result.", at_least(1))
-    bank_share: float = setting(
-        0.5, "Share of a slide's other tiles that a step takes from the bank, others each time; 0: no bank. From random weights 1.", SHARE
-    )
+    bank_share: float = setting(0.5, "Share of a slide's other tiles a step uses, drawn anew; 0: no bank. Random weights need 1.", SHARE)
     view_weight: float = setting(1.0, "Weight of the report-free objective, drawn tiles and a slide's others as a pair; 0: off.", AMOUNT)
     report_part: float = setting(0.5, "Share of a report's pieces used at a step, drawn anew each time; 1: all.", PART)
     leak_words: str = setting("", "Mask these words (commas between, * for any ending) out of the reports: how much of a score is theirs.")

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -266,14 +265,7 @@ class DRESLCL(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: Encoder | None,
-        text: Text,
-        config: ModelConfig,
-        *,
-        dim: int,
-        temperature: float = 0.07,
-        about: dict[str, Any] | None = None,
+        self, encoder: Encoder | None, text: Text, config: ModelConfig, *, dim: int, temperature: float = 0.07, about: dict | None = None
     ):
         super().__init__()
         if config.aggregator not in AGGREGATORS:

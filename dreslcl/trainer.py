@@ -340,10 +340,8 @@ def name_limit(run: Run, read_s: float, step_s: float) -> str:
 def plan_steps(run: Run) -> list[Plan]:
     """The epoch's batches, each a list with one array of slides per rank; every rank knows all of it."""
     steps = run.steps_per_epoch
-    dealt = [
-        plan_epoch(run.cohort.members, [i for i, r in enumerate(run.rank_of) if r == rank], steps, run.rng(rank))
-        for rank in range(run.group.world)
-    ]
+    owned = [[i for i, r in enumerate(run.rank_of) if r == rank] for rank in range(run.group.world)]
+    dealt = [plan_epoch(run.cohort.members, own, steps, run.rng(rank)) for rank, own in enumerate(owned)]
     return [[d[step] for d in dealt] for step in range(steps)]
 
 
@@ -597,9 +595,7 @@ def load_checkpoint(run: Run) -> None:
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
         there, here = state["config"], asdict(run.config)
-        changed = {
-            f"{part}.{key}": (there[part][key], value) for part in here for key, value in here[part].items() if there[part][key] != value
-        }
+        changed = {f"{part}.{k}": (there[part][k], v) for part in here for k, v in here[part].items() if there[part][k] != v}
         if state["slides"] != len(run.cohort):
             changed["cohort.slides"] = state["slides"], len(run.cohort)
         told = ", ".join(f"{name.split('.')[1]} {old} → {new}" for name, (old, new) in changed.items())
@@ -663,9 +659,8 @@ def run_epoch(run: Run) -> dict[str, float]:
     torch.manual_seed(hash((run.config.train.seed, run.epoch, run.group.rank)) % 2**31)
     plan, rank = plan_steps(run), run.group.rank
     workers = run.reader.workers if run.reader else 1
-    flow: Iterator[SlideSample] = prefetch(
-        partial(draw_sample, run), (int(m) for step in plan for m in step[rank]), workers, ahead=max(len(step[rank]) for step in plan)
-    )
+    mine = [step[rank] for step in plan]
+    flow: Iterator[SlideSample] = prefetch(partial(draw_sample, run), np.concatenate(mine).tolist(), workers, ahead=max(map(len, mine)))
     for number, step in enumerate(track(plan, f"epoch {run.epoch + 1}", "steps")):
         set_learning_rates(run, (run.epoch + number / len(plan)) / run.config.train.epochs, 1 / len(plan) / run.config.train.epochs)
         asked = time.monotonic()
