@@ -17,6 +17,7 @@ import h5py
 import jinja2
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.special import softmax
 from scipy.stats import hypergeom
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
@@ -249,8 +250,7 @@ def few_shot(x: np.ndarray, y: np.ndarray, groups: np.ndarray, x_test: np.ndarra
 
 def cosine_softmax(x: np.ndarray, prototypes: np.ndarray) -> Matrix:
     """Softmax over prototypes of their cosine to each row of x, at TEMPERATURE."""
-    e = np.exp((unit(x) @ unit(prototypes).T).astype(np.float64) / TEMPERATURE)
-    return e / e.sum(1, keepdims=True)
+    return softmax((unit(x) @ unit(prototypes).T).astype(np.float64) / TEMPERATURE, axis=1)
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # lbfgs steps are tiny: a second thread made them five times slower

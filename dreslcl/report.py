@@ -255,13 +255,10 @@ Row = Mapping[str, float | int]
 
 
 def curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw every quantity of a run over its epochs: one small panel per group, as PNG.
-
-    Names with the same part before a slash or an @ share a panel, and so do `loss`, `train_loss` and `val_loss`.
-    """
+    """Draw every quantity of a run over its epochs, as PNG: a small panel for those with the same part before a slash or an @."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "step")):
-        groups[re.split("[/@]", name)[0].removeprefix("train_").removeprefix("val_")].append(name)
+        groups[re.split("[/@]", name)[0]].append(name)
     across = min(4, len(groups))
     down = -(-len(groups) // across)
     figure = Figure(figsize=(3.4 * across, 2.5 * down), layout="tight")

@@ -101,7 +101,7 @@ def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():
 
 
 def test_curves_draw_one_panel_per_group_and_skip_what_is_no_number(tmp_path):
-    first, second = {"loss": 2.0, "recall@1": 0.1}, {"val_loss": 1.5, "recall@5": 0.4, "loss": np.nan}
+    first, second = {"loss": 2.0, "recall@1": 0.1}, {"recall@5": 0.4, "loss": np.nan}
     curves([{"epoch": 1, "step": 4, **first}, {"epoch": 2, "step": 8, **second}], tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert np.asarray(image.convert("L")).min() < 200
