@@ -200,9 +200,14 @@ def _plan(cohort: Cohort, out: Path, name: str, layout: Layout | None, force: bo
     return todo, marks, failed
 
 
+@torch.inference_mode()
 def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL | None, name: str, folder: str, by: str) -> Embeddings:
-    """The vectors of all slides that are done."""
+    """The vectors of all slides that are done.
+
+    Of a patient: that of its slides' sums added, as if all its tiles lay on one slide; of an aggregator without sums their mean.
+    """
     members, vectors, means = [member for member in cohort.members if member.slide_id not in failed], [], []
+    bags: dict[str, Bag] = {}
     if not members:
         slide, why = next(iter(failed.items()))
         raise DreslclError(f"none of the {len(failed)} slides could be embedded; {slide}: {why}")
@@ -210,17 +215,21 @@ def _collect(cohort: Cohort, out: Path, failed: dict[str, str], trained: DRESLCL
         with h5py.File(slide_file(out, member.slide_id), "r") as file:
             vectors.append(file["features"][()])
             means.append(file["mean_features"][()])
+            if by == "patient" and "sums" in file:
+                bag = Bag(*(torch.from_numpy(file[kind][()])[None].to(trained.device) for kind in ("sums", "counts")))
+                bags[member.patient_id] = bags[member.patient_id] + bag if member.patient_id in bags else bag
     ids, patients = tuple(m.slide_id for m in members), tuple(m.patient_id for m in members)
     about = trained.about if trained else {}
     seen, selected = (frozenset(about.get(kind, ())) for kind in ("seen", "selected"))
     salt = about.get("salt", "")
     result = Embeddings(ids, patients, np.stack(vectors), np.stack(means), seen, name, failed, folder, selected, salt)
-    return _by_patient(result, out, trained) if by == "patient" else result
+    result = result.by_patient() if by == "patient" else result
+    return replace(result, vectors=np.concatenate([trained.aggregator(bags[p]).cpu().numpy() for p in result.ids])) if bags else result
 
 
 @torch.inference_mode()
 def _slide_arrays(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """What a slide's file holds: its vector, the mean of its tile features, and the sums that `by_patient` adds.
+    """What a slide's file holds: its vector, the mean of its tile features, and the sums that `_collect` adds.
 
     Without a model the vector is that mean at unit length.
     """
@@ -238,20 +247,6 @@ def _slide_arrays(trained: DRESLCL | None, parts: Iterable[np.ndarray]) -> dict[
         return {"features": unit(mean), "mean_features": mean}
     sums = {} if trained.aggregator.needs_rows else {"sums": bag.sums[0].cpu().numpy(), "counts": bag.counts[0].cpu().numpy()}
     return {"features": trained.aggregator(bag)[0].cpu().numpy(), "mean_features": mean} | sums
-
-
-@torch.inference_mode()
-def _by_patient(embeddings: Embeddings, out: Path, trained: DRESLCL | None) -> Embeddings:
-    """One vector per patient: of its slides' sums added, as if all its tiles lay on one slide; of an aggregator without sums their mean."""
-    result = embeddings.by_patient()
-    if trained is None or trained.aggregator.needs_rows:
-        return result
-    bags: dict[str, Bag] = {}
-    for slide, patient in zip(embeddings.ids, embeddings.patients):
-        with h5py.File(slide_file(out, slide), "r") as file:
-            bag = Bag(*(torch.from_numpy(file[name][()])[None].to(trained.device) for name in ("sums", "counts")))
-        bags[patient] = bags[patient] + bag if patient in bags else bag
-    return replace(result, vectors=np.concatenate([trained.aggregator(bags[patient]).cpu().numpy() for patient in result.ids]))
 
 
 def slide_file(out: Path, slide: str) -> Path:
