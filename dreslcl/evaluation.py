@@ -11,7 +11,7 @@ from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import h5py
 import jinja2
@@ -32,9 +32,6 @@ from .common import ConfigError, ModelError, Row, TableError, fingerprint, previ
 from .config import EvalConfig
 from .formats import Embeddings, read_report_vectors, read_reports, unit
 from .labels import Fold, Slides, having, join_labels, labelled, leak_scan, leave_out_seen, patient_folds, with_folds
-
-if TYPE_CHECKING:
-    from .model import DRESLCL
 
 Rows = Sequence[Mapping[str, str]]
 Weights = Float[np.ndarray, "R n"]

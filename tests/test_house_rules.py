@@ -26,11 +26,9 @@ def tree(module):
 
 
 def imports(module):
-    """Names of our own modules that a module imports anywhere, for type checkers alone left out."""
-    body = tree(module)
-    hidden = {id(n) for i in ast.walk(body) if isinstance(i, ast.If) and ast.unparse(i.test) == "TYPE_CHECKING" for n in ast.walk(i)}
-    for node in ast.walk(body):
-        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in hidden:
+    """Names of our own modules that a module imports anywhere."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.level:
             yield from [node.module.split(".")[0]] if node.module else (a.name for a in node.names if a.name in MODULES)
 
 
