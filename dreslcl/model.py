@@ -152,10 +152,6 @@ class Aggregator(nn.Module):
         typical = spread.square().mean().sqrt()
         self.spread.copy_(torch.where(typical > 1e-6, spread.clamp_min(0.1 * typical), 1))  # without a branch: a GPU need not be asked
 
-    def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
-        """Encode B slides."""
-        raise NotImplementedError
-
 
 class ResidualAggregator(Aggregator):
     """One token per codeword: its residual sum at unit length, an embedding of the codeword, its share of the tiles. A small pre-norm
@@ -208,7 +204,6 @@ class MeanMLP(Aggregator):
         self.layers = nn.Sequential(hidden, nn.Linear(2 * config.width, joint_dim))
 
     def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
-        """Encode B slides."""
         return F.normalize(self.layers(self.mean(bag) / self.spread), dim=1)
 
 
@@ -222,7 +217,6 @@ class AttentionPooling(MeanMLP):
         self.value, self.gate, self.score = nn.Linear(dim, config.width), nn.Linear(dim, config.width), nn.Linear(config.width, 1)
 
     def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
-        """Encode B slides."""
         pooled = []
         for rows, weights in zip(bag.rows, bag.weights):
             x = self.standardised(rows.to(self.centre.dtype))
