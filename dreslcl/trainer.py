@@ -157,9 +157,8 @@ def open_run(cohort: Cohort, held_out: Cohort, config: RunConfig, out: Path, gro
     text = Text.load(out / "text", encoder) if again else make_text(config.encoder.text, encoder, cohort.reports, owners)
     reader = TileReader(cohort, workers=train.workers, cache_bytes=int(train.cache_gb * 1e9)) if pixels else None
     seen, selected = ([name for m in part.members for name in (m.slide_id, m.patient_id)] for part in (cohort, held_out))
-    about = {"tiles": "pixels" if pixels else "features", **remember(seen, selected, earlier and earlier.about)}
-    counts = {"slides": len(cohort), "patients": len(patients), "reports": len(cohort.reports)}
-    about |= counts | {"tiles_seen": sum(m.tiles for m in cohort.members)}
+    about = {"tiles": "pixels" if pixels else "features", "slides": len(cohort), "patients": len(patients), "reports": len(cohort.reports)}
+    about |= remember(seen, selected, earlier and earlier.about) | {"tiles_seen": sum(m.tiles for m in cohort.members)}
     if reader:
         grid = reader.grid(0)
         about["tile"] = json.loads(grid.settings) | {"size": grid.size, "mpp": grid.mpp}  # coordinates of another tool have their own
@@ -408,11 +407,9 @@ def make_bags(run: Run, samples: Sequence[SlideSample], fresh: Fresh) -> tuple[B
     """
     B, words, needs_rows = len(samples), run.model.aggregator.codewords, run.model.aggregator.needs_rows
     halved = [not run.config.train.bank_share or s.rest.slide.tiles < 2 * len(s.tiles) for s in samples]
-    side = []
-    for b, s in enumerate(samples):
-        drawn = torch.arange(len(s.tiles)) % 2 * halved[b]
-        side.append(b + B * torch.cat([drawn, torch.full((len(s.rest.tiles) - len(s.tiles),), 2)]))
-    side = torch.cat(side).to(run.device)
+    read = [len(s.rest.tiles) - len(s.tiles) for s in samples]  # beside the drawn ones
+    bags = [torch.cat([torch.arange(len(s.tiles)) % 2 * half, torch.full((n,), 2)]) for s, half, n in zip(samples, halved, read)]
+    side = torch.cat([b + B * bag for b, bag in enumerate(bags)]).to(run.device)
     sums, counts = residual_sums(fresh.features, fresh.codes, words, weights=fresh.weights, part_of=side, parts=3 * B)
     rows, weights = (tuple(all_[side == p] for p in range(3 * B)) if needs_rows else () for all_ in (fresh.features, fresh.weights))
     first, second, beside = (Bag(sums[i : i + B], counts[i : i + B], rows[i : i + B], weights[i : i + B]) for i in (0, B, 2 * B))
