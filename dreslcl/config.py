@@ -18,6 +18,7 @@ Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and a
 POSITIVE: Rule = ("be positive", lambda value: value > 0)
 SHARE: Rule = ("be from 0 to 1", lambda value: 0 <= value <= 1)
 PART: Rule = ("be above 0 and at most 1", lambda value: 0 < value <= 1)
+TUNE: Rule = ("be all, none or last:N", lambda tune: tune in ("all", "none") or (tune.startswith("last:") and tune[5:].isdigit()))
 FRACTION: Rule = ("be between 0 and 1", lambda value: 0 < value < 1)
 
 
@@ -76,15 +77,8 @@ class EncoderConfig(Settings):
     name: str = setting("dreslcl-tiny", "An OpenCLIP name, timm:NAME.TAG, hf-hub:ORG/NAME, local-dir:FOLDER, or the embedded dreslcl-tiny.")
     pretrained: str | None = setting(None, "OpenCLIP's tag, or a weights file; none: those of the hub, folder or timm's TAG, else random.")
     init: str | None = setting(None, "RUN/model of an earlier run, in place of --encoder: its tile encoder and aggregator are the start.")
-    tune: str = setting(
-        "all",
-        "Which part of the tile encoder learns: all, last:N (its last N blocks and what follows them) or none.",
-        ("be all, none or last:N", lambda tune: tune in ("all", "none") or (tune.startswith("last:") and tune[5:].isdigit())),
-    )
-    text: str = setting(
-        "auto",
-        "What reads reports: lsa (their own words), tower or tower:tune (the encoder's), sentence:NAME; auto: a medical tower, else lsa.",
-    )
+    tune: str = setting("all", "Which part of the tile encoder learns: all, last:N (its last N blocks and what follows) or none.", TUNE)
+    text: str = setting("auto", "Reports are read by lsa, tower, tower:tune (of --encoder) or sentence:NAME; auto: medical tower or lsa.")
 
     @property
     def has_weights(self) -> bool:

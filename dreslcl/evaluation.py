@@ -85,11 +85,8 @@ def classification_metrics(y: Int[np.ndarray, "n"], probability: Float[np.ndarra
     counts = (weights @ np.eye(classes**2)[y * classes + probability.argmax(1)]).reshape(-1, classes, classes)  # label, most probable
     hits, labelled, predicted = np.diagonal(counts, axis1=1, axis2=2), counts.sum(2), counts.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        result = {
-            "auroc": np.stack([auroc for auroc, _ in pairs], axis=1),
-            "macro_f1": 2 * hits / (labelled + predicted),
-            "balanced_accuracy": hits / labelled,
-        }
+        f1, recall = 2 * hits / (labelled + predicted), hits / labelled
+    result = {"auroc": np.stack([auroc for auroc, _ in pairs], axis=1), "macro_f1": f1, "balanced_accuracy": recall}
     result = {name: np.ma.masked_invalid(values).mean(1).filled(np.nan) for name, values in result.items()}
     return result | ({"auprc": pairs[0][1]} if classes == 2 else {})
 

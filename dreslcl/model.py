@@ -322,10 +322,7 @@ class DRESLCL(nn.Module):
             return self.embed_features(self.embed_tiles(slide.read_tiles(xy, grid.size, grid.mpp)) for xy in corners)
 
     def embed_text(self, texts: str | Sequence[str | np.ndarray]) -> Float32[np.ndarray, "*N E"]:
-        """Joint-space vector of a text, or of each of several texts, or reports' vectors (n, X) made elsewhere.
-
-        Raises ModelError: a text, where the model was trained on such vectors.
-        """
+        """Joint-space vectors of texts, or of reports' vectors (n, X) made elsewhere. ModelError: a text, to a model of such vectors."""
         many = [texts] if isinstance(texts, str) else list(texts)
         with inference(self):
             vectors = self.project_text(torch.stack([self.text.vector(text) for text in many]).to(self.device)).cpu().numpy()
