@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .common import ConfigError, TableError, read_text, write_text
 
+SCHEMAS = ("hf-hub:", "local-dir:")  # of encoders that come with their weights
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 POSITIVE: Rule = ("be positive", lambda value: value > 0)
 SHARE: Rule = ("be from 0 to 1", lambda value: 0 <= value <= 1)
@@ -84,7 +85,7 @@ class EncoderConfig(Settings):
     def has_weights(self) -> bool:
         """Whether weights are loaded; else they are random."""
         timm_tag = self.name.startswith("timm:") and "." in self.name
-        return bool(self.pretrained or self.init) or timm_tag or self.name.startswith(("hf-hub:", "local-dir:"))
+        return bool(self.pretrained or self.init) or timm_tag or self.name.startswith(SCHEMAS)
 
 
 @dataclass(frozen=True)

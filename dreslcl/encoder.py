@@ -26,14 +26,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .common import ModelError, write_bytes, write_json
-from .config import EncoderConfig
+from .config import SCHEMAS, EncoderConfig
 from .towers import CONFIG, find_timm, from_timm, load_held
 
 log = logging.getLogger(__name__)
 
 TINY, DRAWN = "dreslcl-tiny", "drawn"  # the embedded model, and the tag of its weights: an image tower that knows drawn tissue
 CPU_PIXELS = 1 << 18  # in one pass; with more, a CPU waits for memory: EfficientNet-Lite0 at 128 px fell to a quarter of its speed
-_SCHEMAS = ("hf-hub:", "local-dir:")
 _BLOCKS = re.compile(r"(transformer\.resblocks|trunk\.(blocks|stages|layers))$")
 _STAGES = re.compile(r"(trunk\.)?layer\d$")  # a ResNet's
 _AFTER_BLOCKS = re.compile(r"(trunk\.)?(proj|ln_post|norm|fc_norm|head|attn_?pool|final_conv|conv_head)\b")
@@ -77,8 +76,7 @@ class Encoder(nn.Module):
     """An OpenCLIP model as tile and text encoder. Make one with `Encoder.create`.
 
     Attributes:
-        dim: D, width of a tile feature.
-        text_dim: width of a text vector (the same joint space in OpenCLIP, so equal to D).
+        dim: D, width of a tile feature (and of a text vector: OpenCLIP has one joint space).
         pretrained: whether weights of the image tower were loaded (else they are random).
         reads: whether the text tower has learnt to read: its weights were loaded, or it learns here. A saved folder tells.
         timm_args: arguments of timm's tower that OpenCLIP's configuration has no place for.
@@ -97,7 +95,7 @@ class Encoder(nn.Module):
         size = visual.image_size
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.preprocess_cfg: dict[str, Any] = dict(visual.preprocess_cfg)
-        self.dim = self.text_dim = int(model_cfg["embed_dim"])
+        self.dim = int(model_cfg["embed_dim"])
         self.context: int = tokenizer.context_length
         self.register_buffer("mean", torch.tensor(visual.image_mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(visual.image_std)[:, None, None], persistent=False)
@@ -249,7 +247,7 @@ class Encoder(nn.Module):
 
 def _from_openclip(config: EncoderConfig) -> tuple[nn.Module, dict[str, Any]]:
     """OpenCLIP's model and its configuration."""
-    if config.pretrained and config.name.startswith(_SCHEMAS):
+    if config.pretrained and config.name.startswith(SCHEMAS):
         raise ModelError(f"{config.name} comes with its weights: leave --pretrained out")
     model_cfg, drawn = open_clip.get_model_config(config.name), (config.name, config.pretrained) == (TINY, DRAWN)
     tag = open_clip.get_pretrained_cfg(config.name, config.pretrained) if config.pretrained else {}
@@ -287,7 +285,7 @@ def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
     config = EncoderConfig(name.split(".")[0] if name.startswith("timm:") else name)
     _register_tiny()
     _check_name(config)
-    if name.startswith(_SCHEMAS):
+    if name.startswith(SCHEMAS):
         raise ModelError(f"{name} is described by what is in it; `dreslcl encoders` lists the best known")
     with torch.device("meta"), _quiet_open_clip():
         if tower := find_timm(config.name):
@@ -315,7 +313,7 @@ def _check_name(config: EncoderConfig) -> None:
             raise ModelError(f"timm has no model {architecture!r}; {_near(architecture, timm.list_models())}")
         if (tag and tag not in tags) or (given and not Path(given).is_file()):
             raise ModelError(f"{name} has no weights {given or tag!r}; write timm:{architecture}.TAG; tags: {', '.join(tags) or 'none'}")
-    elif not name.startswith(_SCHEMAS):
+    elif not name.startswith(SCHEMAS):
         known = list_encoders()
         if name not in known:
             raise ModelError(
