@@ -81,14 +81,6 @@ class Bag:
         rows, weights = (tuple(map(torch.cat, zip(*pair))) for pair in ((self.rows, other.rows), (self.weights, other.weights)))
         return Bag(self.sums + other.sums, self.counts + other.counts, rows, weights)
 
-    def or_else(self, other: "Bag") -> "Bag":
-        """The same, with `other`'s tiles for a slide that has none here."""
-        empty = self.counts.sum(1) == 0
-        sums = torch.where(empty[:, None, None], other.sums, self.sums)
-        counts = torch.where(empty[:, None], other.counts, self.counts)
-        pairs = ((self.rows, other.rows), (self.weights, other.weights))
-        return Bag(sums, counts, *(tuple(a if len(a) else b for a, b in zip(*pair)) for pair in pairs))
-
     def times(self, factor: Float[Tensor, "B"]) -> "Bag":
         """The same with each slide's tiles weighing `factor` times as much."""
         weights = tuple(w * f for w, f in zip(self.weights, factor))

@@ -451,8 +451,10 @@ def compute_loss(
     scale, view_scale = (group.own_share(log_scale).exp() for log_scale in (model.logit_scale, model.view_scale))
     loss = contrastive_loss(z, u, reports, scale)
     if run.config.train.view_weight:
-        views = first, (second + others).or_else(first)  # a slide of one tile is its own other part
-        one, other = (group.gather_rows(model.aggregator(bag), sizes) for bag in views)
+        others = second + others
+        one, other = model.aggregator(first), model.aggregator(others)
+        other = torch.where(others.counts.sum(1, keepdim=True) > 0, other, one)  # a slide of one tile is its own other part
+        one, other = group.gather_rows(one, sizes), group.gather_rows(other, sizes)
         each_its_own = torch.arange(len(z), device=run.device)
         loss = loss + run.config.train.view_weight * contrastive_loss(one, other, each_its_own, view_scale)
     similar, hit = (z @ u.T).detach(), reports[:, None] == reports
