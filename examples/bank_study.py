@@ -3,15 +3,14 @@
     bank_study.py WAYS demo FOLDER --out OUT [study.py's arguments]
 
 WAYS, with commas between: `plain`, as it is; `clean`, rows from tiles without augmentation (a second pass of the encoder);
-`average`, rows and embeddings from a moving average of the tile encoder (half-life 34 steps); `moments`, the bank's sums moved and
-scaled, dimension by dimension, as the step's old rows turned into its fresh features. One OUT for each WAYS.
+`moments`, the bank's sums moved and scaled, dimension by dimension, as the step's old rows turned into its fresh features. One OUT for each
+WAYS.
 
 metrics.csv gets three more columns: `shift`, the length of the mean change of a slide's drawn rows; `change`, the root mean square of
 what is left of it; `spread`, that of the rows about their mean.
 """
 
 import sys
-from copy import deepcopy
 from dataclasses import replace
 
 import study
@@ -20,28 +19,21 @@ import torch
 from dreslcl import trainer
 from dreslcl.encoder import autocast
 
-DECAY = 0.98
 WAYS = sys.argv.pop(1).split(",")
-averages: dict[str, torch.nn.Module] = {}
-write_back, compute_loss, pretrain = trainer.write_back, trainer.compute_loss, study.pretrain
+write_back, compute_loss = trainer.write_back, trainer.compute_loss
 
 
 def write_other(run, samples, fresh, values):
     """As trainer.write_back, of rows encoded anew."""
     encoder = run.model.encoder
-    if "average" in WAYS:
-        encoder = averages.setdefault(str(run.out), deepcopy(encoder))
-        for mean, now in zip(encoder.tower_parameters(), run.model.encoder.tower_parameters()):
-            mean.data.lerp_(now.data, 1 - DECAY)
     rows = list(fresh.features.detach().split([len(s.rest.tiles) for s in samples]))
     measured = []
     for i, s in enumerate(samples):
         if s.pixels is None:
             continue
-        if WAYS != ["plain"] and WAYS != ["moments"]:
-            views = None if "clean" in WAYS else s.views
+        if "clean" in WAYS:
             with torch.no_grad(), autocast(run.device, run.config.train.precision):
-                rows[i] = torch.cat([encoder.encode_tiles(s.pixels, views), rows[i][len(s.tiles) :]])
+                rows[i] = torch.cat([encoder.encode_tiles(s.pixels), rows[i][len(s.tiles) :]])
         old = torch.from_numpy(s.rest.old[: len(s.tiles)]).float()
         change = rows[i][: len(s.tiles)].float() - old
         about = (change - change.mean(0)).square().sum(1).mean().sqrt(), (old - old.mean(0)).square().sum(1).mean().sqrt()
@@ -61,23 +53,16 @@ def move_sums(run, samples, fresh, plan):
         sums, counts = (kind.to(new) for kind in s.rest.others)
         n = counts[..., None]
         sums = scale * (sums + n * (words - old.mean(0))) + n * (new.mean(0) - words)
-        moved.append(replace(s, rest=replace(s.rest, others=(sums, counts))))
+        used = s.rest.used
+        rest = replace(s.rest, others=(sums, counts), sums=sums[used].sum(0), counts=counts[used].sum(0))
+        moved.append(replace(s, rest=rest))
     return compute_loss(run, moved, fresh, plan)
 
 
-def pretrain_averaged(cohort, out, config):
-    """As pretrain, the averaged tower in the place of the last one."""
-    model = pretrain(cohort, out, config)
-    if "average" in WAYS:
-        model.encoder.clip.visual.load_state_dict(averages.pop(str(out)).clip.visual.state_dict())
-    return model
-
-
 if __name__ == "__main__":
-    if unknown := set(WAYS) - {"plain", "clean", "average", "moments"}:
+    if unknown := set(WAYS) - {"plain", "clean", "moments"}:
         raise SystemExit(f"no way {', '.join(unknown)}")
     trainer.write_back = write_other
-    study.pretrain = pretrain_averaged
     if "moments" in WAYS:
         trainer.compute_loss = move_sums
     study.main()
