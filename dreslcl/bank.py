@@ -316,7 +316,7 @@ def fit_codebook(
 ) -> Float32[np.ndarray, "K D"]:
     """K-means of bank rows from `start`, or the best of 3 by k-means++. Logs occupancy and inertia.
 
-    A codeword without rows moves to a row far from its own codeword (scikit-learn sees to it).
+    A codeword that ends without rows moves to the row farthest from its own codeword.
     Raises ConfigError: fewer than K distinct rows.
     """
     from sklearn.cluster import KMeans
@@ -326,7 +326,14 @@ def fit_codebook(
         there = f"the {len(rows):,} sampled tile features have {distinct} distinct values"
         raise ConfigError(f"{K} codewords asked for, but {there}; use fewer codewords")
     model = KMeans(K, init="k-means++" if start is None else start, n_init=3 if start is None else 1, random_state=seed)
-    share = np.bincount(model.fit(rows).labels_, minlength=K) / len(rows)
-    found = K, len(rows), model.inertia_ / len(rows), share.min(), share.max()
+    codewords, features = torch.from_numpy(model.fit(rows).cluster_centers_.astype(np.float32)), torch.from_numpy(rows)
+    for _ in range(K):
+        codes = nearest_codeword(features, codewords)
+        occupancy, distance = torch.bincount(codes, minlength=K), (features - codewords[codes]).square().sum(1)
+        if occupancy.all():
+            break
+        codewords[occupancy.argmin()] = features[distance.argmax()]
+    share = occupancy / len(rows)
+    found = K, len(rows), distance.mean(), share.min(), share.max()
     log.info("codebook: %d codewords from %d rows, mean squared distance %.4g, share of rows per codeword %.2g to %.2g", *found)
-    return model.cluster_centers_.astype(np.float32)
+    return codewords.numpy()
