@@ -22,7 +22,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import simplejpeg
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, UInt8, UInt16
 from PIL import Image
 
 from .common import SlideError
@@ -197,14 +197,18 @@ def halve(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
     out = pixels[: len(pixels) // 2, : pixels.shape[1] // 2]
     rows = 2 * max(1, HALVE_BYTES // (2 * pixels[0].nbytes))
     for y in range(0, len(pixels), rows):
-        two = np.add(pixels[y : y + rows : 2], pixels[y + 1 : y + rows : 2], dtype=np.uint16).ravel()
-        four = two[3:] + two[:-3]  # every second pixel's is of use; to pick them first would take three times as long
-        four += 2
-        four >>= 2
-        mean = four.astype(np.uint8)
+        mean = _means(np.add(pixels[y : y + rows : 2], pixels[y + 1 : y + rows : 2], dtype=np.uint16).ravel())
         for colour in range(3):
             out[y // 2 : (y + rows) // 2, :, colour] = mean[colour::6].reshape(-1, out.shape[1])
     return out
+
+
+def _means(two: UInt16[np.ndarray, "*h w3"]) -> UInt8[np.ndarray, "*h w3-3"]:
+    """From sums of two rows the mean of each pixel and its right neighbour, halves rounded up."""
+    four = two[..., 3:] + two[..., :-3]  # every second is of use; to pick them first would take three times as long
+    four += 2
+    four >>= 2
+    return four.astype(np.uint8)
 
 
 def shrink(pixels: UInt8[np.ndarray, "h w 3"], corner: tuple[float, float], edge: float, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -214,12 +218,8 @@ def shrink(pixels: UInt8[np.ndarray, "h w 3"], corner: tuple[float, float], edge
     columns, rows = (np.floor(at + np.arange(size + 1) * edge / size + 0.5).astype(int) for at in corner)
     two = pixels[rows[:-1]].astype(np.uint16)
     two += pixels[rows[1:] - 1]  # the same row again, where it is the only one
-    flat = two.reshape(size, -1)
-    four = flat[:, 3:] + flat[:, :-3]
-    four += 2
-    four >>= 2
     left, single = columns[:-1], np.flatnonzero(np.diff(columns) == 1)
-    out = four.astype(np.uint8).view("V3").take(left, axis=1, mode="clip").view(np.uint8).reshape(size, size, 3)
+    out = _means(two.reshape(size, -1)).view("V3").take(left, axis=1, mode="clip").view(np.uint8).reshape(size, size, 3)
     out[:, single] = (two[:, left[single]] + 1) >> 1
     return out
 
