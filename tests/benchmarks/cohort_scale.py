@@ -38,6 +38,7 @@ class Stub(nn.Module):
     dim, context, name, pretrained = D, 77, "stub", True
     save, set_trainable, train = (lambda *_, **__: None,) * 3
     fingerprint, tower_parameters, text_parameters = lambda _: "stub", lambda self: [self.move], lambda _: []
+    learning_rates = lambda self, _: {self.move: 1.0}  # noqa: E731
 
     def __init__(self):
         super().__init__()
@@ -79,7 +80,8 @@ def measure(work: Path, slides: int, visits: int) -> dict[str, float]:
     trainer.read_reports(run)
     run.model.aggregator.codewords.copy_(words)
     run.model.aggregator.set_statistics(trainer.slide_means(run))
-    trainer.set_codebook(run, refit=True)
+    run.weigher.load_state_dict(run.model.aggregator.state_dict())
+    trainer.set_codebook(run, refit=False)  # rows that are all zero have no codewords
     plan, peak = trainer.plan_steps(run), 0.0
 
     def step(members: list[np.ndarray]) -> None:
