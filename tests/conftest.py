@@ -62,6 +62,15 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """The embedded encoder, with random weights."""
+    from dreslcl.config import EncoderConfig
+    from dreslcl.encoder import Encoder
+
+    return Encoder.create(EncoderConfig()).eval()
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """A model folder as `pretrain` writes it, with random weights."""
     import numpy as np
@@ -94,11 +103,38 @@ def loggers():
 
 
 @pytest.fixture
+def spy(monkeypatch):
+    """`spy(owner, name)` is the list of all calls' arguments of a function, which works as before."""
+
+    def watch(owner, name: str) -> list[tuple]:
+        calls, original = [], getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: calls.append(args) or original(*args, **options))
+        return calls
+
+    return watch
+
+
+@pytest.fixture(scope="session")
 def cohort(work):
     """Those scans with their reports."""
     from dreslcl.cohort import Cohort
 
     return Cohort.load(work).with_reports(work / "reports.csv")
+
+
+@pytest.fixture
+def features(tmp_path) -> Path:
+    """Files of tile features of eight slides, and vectors of a report of each beside their folder, in vectors.npz."""
+    import h5py
+    import numpy as np
+
+    rng, folder = np.random.default_rng(0), tmp_path / "features"
+    folder.mkdir()
+    for i in range(8):
+        with h5py.File(folder / f"s{i}.h5", "w") as file:
+            file["features"] = rng.normal(size=(40, 24)).astype(np.float32)
+    np.savez(tmp_path / "vectors.npz", **{f"s{i}": rng.normal(size=(3, 32)).astype(np.float32) for i in range(8)})
+    return folder
 
 
 @pytest.fixture

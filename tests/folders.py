@@ -1,6 +1,10 @@
-"""What a folder of results holds, to compare with what another one does; errors of one line; and a file that does harm."""
+"""What a folder of results holds, to compare with what another one does; errors of one line; several ranks; a file that does harm."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
+import dreslcl
 from dreslcl.tiles import read_slides
 
 
@@ -52,6 +57,30 @@ def tiled(work: Path) -> dict[str, Any]:
         found[name] = json.loads(found[name])
         found[name]["row"]["seconds"] = 0
     return found | {"slides.csv": [row | {"seconds": 0} for row in read_slides(work)]}
+
+
+def stamps(folder: Path, pattern: str) -> dict[str, int]:
+    """When files were written, by their names without suffix."""
+    return {path.stem: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+def torchrun(ranks: int, program: str, *arguments: Path, gpus: str = "") -> None:
+    """Run a Python program on so many ranks."""
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": str(Path(dreslcl.__file__).parents[1])}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(program)
+        file.flush()
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            "--standalone",
+            file.name,
+            *map(str, arguments),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class Bomb:
