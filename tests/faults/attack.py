@@ -8,15 +8,14 @@ import ctypes
 import io
 import multiprocessing
 import os
-import random
+import pkgutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import wraps
-from itertools import islice
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +39,6 @@ def started(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
     process.start()
     theirs.close()
     return process, ours
-
-
-def told(pipe: Any) -> Iterator[Any]:
-    """What a process sends until it ends."""
-    with suppress(EOFError):
-        while True:
-            yield pipe.recv()
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = 300) -> Any:
@@ -130,60 +122,37 @@ def command(name: str, work: Path, whole: Path) -> list:
     }[name]
 
 
+def before(place: str, act: Callable[[int], Any]) -> None:
+    """Have `act` called, with the number of the call, before each call of a function of the package, like `bank.MemoryBank.write`."""
+    where, name = f"dreslcl.{place}".rsplit(".", 1)
+    owner, numbers = pkgutil.resolve_name(where), count()
+    original = getattr(owner, name)
+
+    def wrapper(*args: Any, **options: Any) -> Any:
+        act(next(numbers))
+        return original(*args, **options)
+
+    setattr(owner, name, wrapper)
+
+
 # killing
 
 
-def marked(pipe: Any, phases: dict[str, tuple[type | Any, str]], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Run `function` and tell through the pipe when each phase (a function, by its owner and name) begins and ends."""
-    import torch
-
-    torch.set_num_threads(1)
-
-    def mark(phase: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def wrapper(*args: Any, **options: Any) -> Any:
-            pipe.send((phase, "begins", time.monotonic()))
-            value = original(*args, **options)
-            pipe.send((phase, "ends", time.monotonic()))
-            return value
-
-        return wrapper
-
-    for phase, (owner, name) in phases.items():
-        setattr(owner, name, mark(phase, getattr(owner, name)))
-    mark("whole", function)(*arguments)
+def moments(places: list[str], *arguments: Any) -> list[tuple[str, int, float]]:
+    """Each call of these functions in an undisturbed run: its place, which call of it, and the seconds until the next, or the end."""
+    begun: list[tuple[str, int, float]] = []
+    for place in places:
+        before(place, lambda n, place=place: begun.append((place, n, time.monotonic())))
+    assert dreslcl(*arguments).code == 0
+    ends = [*(start for *_, start in begun[1:]), time.monotonic()]
+    return [(place, n, end - start) for (place, n, start), end in zip(begun, ends)]
 
 
-def durations(target: Callable[..., None], *arguments: Any) -> dict[str, list[float]]:
-    """Seconds that each call of each phase takes in an undisturbed run; `target(pipe, *arguments)` calls `marked`."""
-    process, pipe = started(target, *arguments)
-    begun: dict[str, float] = {}
-    found: dict[str, list[float]] = {}
-    for phase, what, moment in told(pipe):
-        if what == "begins":
-            begun[phase] = moment
-        else:
-            found.setdefault(phase, []).append(moment - begun[phase])
-    process.join()
-    assert process.exitcode == 0
-    return found
-
-
-def kill(phase: str, nth: int, delay: float, target: Callable[..., None], *arguments: Any) -> bool:
-    """SIGKILL a run `delay` seconds after its phase began for the n-th time. Returns whether it was still in that call."""
-    process, pipe = started(target, *arguments)
-    begins = (moment for name, what, moment in told(pipe) if (name, what) == (phase, "begins"))
-    time.sleep(max(0.0, next(islice(begins, nth, None)) + delay - time.monotonic()))
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    return all(said[:2] != (phase, "ends") for said in told(pipe))
-
-
-def kills(phases: dict[str, list[float]], times: int, seed: int) -> list[tuple[str, int, float]]:
-    """`times` random moments of each phase: (phase, which call of it, seconds after it began)."""
-    draw = random.Random(seed)
-    chosen = [(phase, draw.randrange(len(taken)), draw.random()) for phase, taken in phases.items() for _ in range(times)]
-    return [(phase, nth, share * phases[phase][nth]) for phase, nth, share in chosen]
+def doomed(place: str, nth: int, seconds: float, *arguments: Any) -> None:
+    """The command in a process that a signal without a handler ends, so many seconds after the n-th call of a function began."""
+    before(place, lambda n: n == nth and signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6)))
+    dreslcl(*arguments)
+    signal.pause()  # it was faster
 
 
 # forbidding

@@ -1,6 +1,5 @@
 """A full disk, a read-only one, files that may not be read or written, inputs that vanish, clocks that lie."""
 
-import importlib
 import os
 import resource
 import shutil
@@ -8,28 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import TILE, Done, Forbidden, command, dreslcl, forget_root, in_child, resize, small_disk
-from folders import contents, hdf5, tiled
-from test_kill import assert_whole_run
+from attack import TILE, Done, Forbidden, before, command, dreslcl, forget_root, in_child, resize, small_disk
+from folders import hdf5
+from test_kill import assert_like_whole
 
 from dreslcl.common import read_table
 
 ROOM = 1 << 20  # kB
 every_command = pytest.mark.parametrize("name", ["tile", "pretrain", "embed", "eval"])
-
-
-def assert_like_whole(name: str, out: Path, whole: Path) -> None:
-    """The results are those of an undisturbed run."""
-    assert not list(out.rglob("*.part"))
-    if name == "pretrain":
-        assert_whole_run(out, 2)
-    elif name == "tile":
-        assert tiled(out) == tiled(whole / "tile")
-    elif name == "embed":
-        assert contents(out) == contents(whole / "embed")
-    else:
-        assert {p.name for p in out.iterdir()} == {".lock", "metrics.json", "predictions.csv", "report.html"}
-        assert (out / "metrics.json").read_bytes() == (whole / "eval" / "metrics.json").read_bytes()
 
 
 def starved(limit: int, *arguments) -> Done:
@@ -144,33 +129,20 @@ def test_a_scan_that_may_not_be_read_gets_its_row(own, tmp_path):
 # inputs that vanish or are cut while they are read
 
 
-def vanishing(scan: Path, module: str, name: str, cut: bool, arguments: list) -> Done:
-    """The command where `scan` is deleted, or cut to a tenth, just before the function `name` is called for the first time."""
-    owner, (*path, name), calls = importlib.import_module(module), name.split("."), []
-    for step in path:
-        owner = getattr(owner, step)
-    original = getattr(owner, name)
-
-    def wrapper(*args, **options):
-        calls.append(1)
-        if len(calls) == 1:
-            os.truncate(scan, scan.stat().st_size // 10) if cut else scan.unlink()
-        return original(*args, **options)
-
-    setattr(owner, name, wrapper)
+def vanishing(scan: Path, place: str, cut: bool, arguments: list) -> Done:
+    """The command where `scan` is deleted, or cut to a tenth, just before a function is called for the first time."""
+    size = scan.stat().st_size // 10
+    before(place, lambda n: n or (os.truncate(scan, size) if cut else scan.unlink()))
     return dreslcl(*arguments)
 
 
 @pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize(
-    "name, module, function",
-    [("tile", "tiles", "_tile"), ("pretrain", "trainer", "MemoryBank.fill"), ("embed", "model", "DRESLCL.bag_of")],
-)
-def test_a_scan_that_vanishes_is_named_and_the_next_run_completes(own, whole, tmp_path, name, module, function, cut):
+@pytest.mark.parametrize("name, place", [("tile", "tiles._tile"), ("pretrain", "bank.MemoryBank.fill"), ("embed", "model.DRESLCL.bag_of")])
+def test_a_scan_that_vanishes_is_named_and_the_next_run_completes(own, whole, tmp_path, name, place, cut):
     scan, out = own.parent / "slides" / "s6.svs", tmp_path / "out"
     data, stamp = scan.read_bytes(), scan.stat()
     arguments = command(name, own, whole)
-    done = in_child(vanishing, scan, f"dreslcl.{module}", function, cut, [*arguments, out])
+    done = in_child(vanishing, scan, place, cut, [*arguments, out])
     if name == "pretrain":
         if cut or done.code:  # a deleted scan that is open already can be read to the end
             *warnings, line = done.err.splitlines()  # one slide in eight is more than a run goes on without

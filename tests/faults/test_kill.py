@@ -1,7 +1,7 @@
-"""SIGKILL at random moments; the next run ends where an undisturbed one does."""
+"""Killed at random moments; the next run ends where an undisturbed one does."""
 
 import json
-import os
+import random
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -10,53 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attack import durations, in_child, kill, kills, marked
+from attack import Crash, command, doomed, dreslcl, in_child, moments
 from folders import contents, sums_of, tiled
 
-from dreslcl import embedding, report, tiles, trainer
+from dreslcl import trainer
 from dreslcl.bank import MemoryBank, SlideFile
-from dreslcl.cohort import Cohort
 from dreslcl.common import ModelError, read_table
-from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TileConfig, TrainConfig
 from dreslcl.model import DRESLCL
+from dreslcl.tiles import TileGrid
 
-TRIES = [1, pytest.param(20, marks=pytest.mark.slow)]
-SETTINGS = RunConfig(
-    EncoderConfig(),
-    ModelConfig(codewords=4, width=16, depth=1),
-    TrainConfig(epochs=2, batch=4, tiles=4, tile_batch=64, encoder_lr=1e-3, bank_share=1.0),
-)
-
-
-def tile(work: Path, out: Path) -> None:
-    tiles.tile_slides(work.parent / "slides", out, TileConfig(size=64, mpp=2.0), workers=2)
-
-
-def pretrain(work: Path, out: Path, held_out: bool = False) -> None:
-    report.curves = lambda _, path: path.write_bytes(b"\x89PNG")  # half of the time of such a small run
-    cohort = Cohort.load(work).with_reports(work / "reports.csv")
-    kept, val = cohort.split("split=val" if held_out else None, work / "reports.csv")
-    trainer.pretrain(kept, out, SETTINGS, held_out=val)
-
-
-def embed(work: Path, out: Path, model: Path) -> None:
-    embedding.embed(Cohort.load(work), out, model=model, tile_features=True, settings=TrainConfig(workers=1))
-
-
-STEPS = {"fill": "fill_bank", "step": "train_step", "checkpoint": "save_checkpoint", "epoch end": "end_epoch"}
-COMMANDS = {
-    "tile": (tile, {}),
-    "pretrain": (pretrain, {phase: (trainer, name) for phase, name in STEPS.items()}),
-    "embed": (embed, {"write": (embedding, "write_tiles")}),
+PLACES = {  # functions after whose calls a command is killed
+    "tile": ["cli.main"],
+    "pretrain": ["trainer.fill_bank", "trainer.train_step", "bank.MemoryBank.write", "trainer.save_checkpoint", "trainer.end_epoch"],
+    "embed": ["cli.main", "embedding.write_tiles"],
 }
 
 
-def run(pipe, name: str, *arguments) -> None:
-    function, phases = COMMANDS[name]
-    marked(pipe, phases, function, arguments)
-
-
-def assert_whole_run(out: Path, epochs: int) -> None:
+def assert_whole_run(out: Path, epochs: int = 2) -> None:
     """The log goes on without a gap, the bank's sums are those of its rows, and model and checkpoint belong together."""
     rows = read_table(out / "metrics.csv")
     assert [row["epoch"] for row in rows] == [str(e + 1) for e in range(epochs)]
@@ -81,55 +51,53 @@ def assert_whole_run(out: Path, epochs: int) -> None:
     assert not list(out.rglob("*.part"))
 
 
-@pytest.mark.parametrize("times", TRIES)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, tmp_path, name, times):
-    rest = (whole / "pretrain" / "model",) if name == "embed" else ()
-    phases = durations(run, name, work, tmp_path / "whole", *rest)
+def assert_like_whole(name: str, out: Path, whole: Path) -> None:
+    """The results are those of an undisturbed run."""
+    assert not list(out.rglob("*.part"))
     if name == "pretrain":
-        phases.pop("whole")
-        assert phases.keys() == STEPS.keys()
-    look = {"tile": tiled, "pretrain": lambda out: assert_whole_run(out, 2), "embed": contents}[name]
-    expected = look(tmp_path / "whole")
+        assert_whole_run(out)
+    elif name == "tile":
+        assert tiled(out) == tiled(whole / "tile")
+    elif name == "embed":
+        assert contents(out) == contents(whole / "embed")
+    else:
+        assert {p.name for p in out.iterdir()} == {".lock", "metrics.json", "predictions.csv", "report.html"}
+        assert (out / "metrics.json").read_bytes() == (whole / "eval" / "metrics.json").read_bytes()
 
-    def attack(n: int, moment: tuple[str, int, float]) -> bool:
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_command_killed_at_any_moment_ends_as_an_undisturbed_run(work, whole, tmp_path, name, times):
+    arguments, draw = command(name, work, whole), random.Random(times)
+    calls = in_child(moments, PLACES[name], *arguments, tmp_path / "whole")
+    chosen = [draw.choice([call for call in calls if call[0] == place]) for place in PLACES[name] for _ in range(times)]
+    chosen = [(place, nth, draw.random() * seconds) for place, nth, seconds in chosen]
+
+    def attack(n: int) -> None:
         out = tmp_path / f"killed{n}"
-        cut = kill(*moment, run, name, work, out, *rest)
+        with pytest.raises(Crash, match=f"ended with {-signal.SIGALRM}"):
+            in_child(doomed, *chosen[n], *arguments, out)
         for path in out.glob("tiles/*.h5"):
-            tiles.TileGrid.load(path)  # what is there is whole
-        in_child(COMMANDS[name][0], work, out, *rest)
-        assert look(out) == expected
+            TileGrid.load(path)  # what is there is whole
+        assert in_child(dreslcl, *arguments, out).code == 0
+        assert_like_whole(name, out, whole)
         shutil.rmtree(out)
-        return cut
 
-    moments = kills(phases, times, seed=times)
     with ThreadPoolExecutor(2) as pool:  # two at once
-        cut = sum(pool.map(attack, range(len(moments)), moments))
-    print(f"\n{len(moments)} killed, {cut} within {', '.join(phases)}")
-    assert name != "pretrain" or cut >= times  # most kills hit their phase: else this shows nothing
+        list(pool.map(attack, range(len(chosen))))
 
 
-def _pretrain_killed_in_second_save(work: Path, out: Path) -> None:
+def _killed_in_second_save(*arguments) -> None:
     """Dies between the encoder's weights and the aggregator's, of the second model it saves."""
-    from dreslcl import model
-
-    save, calls = model.save, []
-
-    def dies(weights):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return save(weights)
-
-    model.save = dies
     trainer.held_out_retrieval = lambda run: {"held_out_mrr": run.epoch / 10}  # each epoch is better
-    pretrain(work, out, True)
+    doomed("model.save", 1, 0, *arguments)
 
 
 def test_a_model_killed_while_it_replaces_an_older_one_is_never_a_mix(work, tmp_path):
-    with pytest.raises(AssertionError, match=f"ended with {-signal.SIGKILL}"):
-        in_child(_pretrain_killed_in_second_save, work, tmp_path)
+    arguments = [*command("pretrain", work, tmp_path), tmp_path, "--held-out", "split=val"]
+    with pytest.raises(Crash, match=f"ended with {-signal.SIGALRM}"):
+        in_child(_killed_in_second_save, *arguments)
     with pytest.raises(ModelError, match="not a whole dreslcl model folder"):
         DRESLCL.load(tmp_path / "model")
-    in_child(pretrain, work, tmp_path, True)
+    assert in_child(dreslcl, *arguments).code == 0
     assert DRESLCL.load(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Load: many slides, long tables, a grid of half a million tiles; `-m slow -s` prints figures. The bank: tests/benchmarks/bank.py."""
+"""Load: many slides, long tables; `-m slow -s` prints figures. The bank: tests/benchmarks/bank.py."""
 
 import os
 import resource
@@ -11,7 +11,6 @@ from attack import dreslcl, in_child
 from dreslcl.common import read_table, write_table
 from dreslcl.demo import write_scan
 from dreslcl.embedding import Embeddings
-from dreslcl.tiles import TileGrid, grid_corners, hilbert_order
 
 pytestmark = pytest.mark.slow
 
@@ -65,13 +64,3 @@ def test_a_table_of_200_000_rows_is_evaluated(tmp_path):
     assert done.code == 0 and "198000 of 200000 ids have no embedding" in done.err, done
     print(f"\n200,000 rows, {(tmp_path / 'labels.csv').stat().st_size / 1e6:.0f} MB: eval takes {seconds:.0f} s, {mb:.0f} MB more memory")
     assert mb < 800
-
-
-def test_a_grid_of_half_a_million_tiles_is_saved_loaded_and_ordered(tmp_path):
-    xy = grid_corners((1000 * 512, 500 * 512), 512, 512)
-    grid = TileGrid("a", xy, np.ones(len(xy), np.float32), 512, 256, 0.5, 0.25, "x", (512_000, 256_000), "f")
-    start = time.monotonic()
-    grid.save(tmp_path / "a.h5")
-    order = hilbert_order(TileGrid.load(tmp_path / "a.h5").xy, 512)
-    print(f"\ngrid of {len(xy):,} tiles: saved, loaded and ordered along a Hilbert curve in {time.monotonic() - start:.1f} s")
-    assert len(xy) == len(np.unique(order)) == 500_000

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from attack import command, dreslcl, in_child, started
 from folders import tiled
-from test_kill import tile
 
-from dreslcl.common import BusyError, hold
+from dreslcl.common import hold
 from dreslcl.tiles import TileGrid
 
 
@@ -41,21 +40,18 @@ def race(work: Path, out: Path, start: float) -> list[str]:
     """Tile at a given moment; who was told to wait, tries again. Every grid that another process can see is whole."""
     time.sleep(max(0, start - time.monotonic()))
     told = []
-    while True:
-        try:
-            tile(work, out)
-            return told
-        except BusyError as error:
-            told.append(str(error))
-            for path in out.glob("tiles/*.h5"):
-                TileGrid.load(path)
-            time.sleep(0.02)
+    while (done := dreslcl(*command("tile", work, work), out)).code:
+        done.says("BusyError")
+        told.append(done.err)
+        for path in out.glob("tiles/*.h5"):
+            TileGrid.load(path)
+        time.sleep(0.02)
+    return told
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_two_runs_of_tile_on_one_folder_at_once_leave_no_broken_file(work, tmp_path, times):
-    in_child(tile, work, tmp_path / "whole")
-    expected, told = tiled(tmp_path / "whole"), 0
+def test_two_runs_of_tile_on_one_folder_at_once_leave_no_broken_file(work, whole, tmp_path, times):
+    expected, told = tiled(whole / "tile"), 0
     for n in range(times):
         start = time.monotonic() + 0.5
         with ThreadPoolExecutor(2) as pool:
