@@ -31,7 +31,7 @@ def test_tiled_slides_are_joined_with_their_reports_and_patients(work):
     assert len(cohort.grid(0)) == cohort.members[0].tiles == len(cohort.coordinates(0))
 
 
-def test_join_says_what_matched_and_what_did_not(tmp_path):
+def test_join_says_what_matched_and_what_did_not_and_no_match_shows_both_sides(tmp_path):
     reports = table(tmp_path / "r.csv", "slide_id report", ("a.svs", "One."), ("b", "One."), ("z", "Nobody."))
     cohort = cohort_of("a", "b", "c").with_reports(reports)
     assert [(m.slide_id, m.report) for m in cohort.members] == [("a", 0), ("b", 0)]  # one text: positives of each other
@@ -40,18 +40,8 @@ def test_join_says_what_matched_and_what_did_not(tmp_path):
         "2 of 3 reports have a slide; without: 'z'",
         "1 distinct reports, 1 of them of several slides; 2 patients",
     )
-
-
-def test_reports_by_patient_reach_all_slides_of_the_patient(tmp_path):
-    reports = table(tmp_path / "r.csv", "patient_id report", ("TCGA-05-4382", "One."))
-    cohort = cohort_of("TCGA-05-4382-01Z-00-DX1.76b4", "TCGA-05-4382-01Z-00-DX2.99", "TCGA-05-4384-01").with_reports(reports)
-    assert [m.report for m in cohort.members] == [0, 0] and {m.patient_id for m in cohort.members} == {"TCGA-05-4382"}
-
-
-def test_no_match_shows_both_sides(tmp_path):
-    reports = table(tmp_path / "r.csv", "slide_id report", ("x1", "One."))
-    with pytest.raises(TableError, match="slides are 'a', 'b'; reports are 'x1'"):
-        cohort_of("a", "b").with_reports(reports)
+    with pytest.raises(TableError, match="slides are 'x', 'y'; reports are 'a.svs', 'b', 'z'"):
+        cohort_of("x", "y").with_reports(reports)
     with pytest.raises(ConfigError, match="--reports TABLE or --report-embeddings FILE"):
         cohort_of("a").with_reports(None)
 
@@ -60,10 +50,14 @@ def test_tables_of_tcga_and_histgen_are_read(tmp_path):
     rows = ("TCGA-CQ-7063.be787b58-3a45", 0, "One."), ("TCGA-AA-0001.x", 0, " ")
     tcga = table(tmp_path / "t.csv", "patient_filename label text", *rows)
     assert read_reports(tcga) == [{"slide_id": "", "patient_id": "TCGA-CQ-7063", "report": "One."}]
-    (tmp_path / "a.json").write_text(
-        json.dumps({"train": [{"id": "a", "report": "One.", "image_path": []}], "test": [{"id": "b", "report": "Two."}]})
-    )
-    assert [(row["slide_id"], row["report"]) for row in read_reports(tmp_path / "a.json")] == [("a", "One."), ("b", "Two.")]
+    cohort = cohort_of("TCGA-CQ-7063-01Z-00-DX1.76b4", "TCGA-CQ-7063-01Z-00-DX2.99", "TCGA-CQ-7064-01").with_reports(tcga)
+    assert [(m.patient_id, m.report) for m in cohort.members] == 2 * [("TCGA-CQ-7063", 0)]
+    odd = "page\x0cone\u2028\x85two"
+    train = [{"id": "a", "report": "One.", "image_path": []}, {"id": "c", "report": None}, {"id": "d", "report": float("nan")}]
+    text = json.dumps({"train": train, "test": [{"id": "b.svs", "report": odd}]}, ensure_ascii=False)
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a.json").write_text(text, encoding=encoding)
+        assert [(row["slide_id"], row["report"]) for row in read_reports(tmp_path / "a.json")] == [("a", "One."), ("b.svs", odd)]
     kept, gone = cohort_of("a", "b").with_reports(tmp_path / "a.json").split("split=test", tmp_path / "a.json")
     assert [m.slide_id for m in kept.members] == ["a"] and [m.slide_id for m in gone.members] == ["b"]
 
@@ -125,8 +119,11 @@ def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
     cohort = cohort_of("a", "b", "c").with_reports(reports)
     kept, gone = cohort.split("part=x", reports)
     assert [m.slide_id for m in kept.members] == ["c"] and [m.slide_id for m in gone.members] == ["a", "b"]
-    (tmp_path / "ids.txt").write_text("b.svs\n\n")
-    assert [m.slide_id for m in cohort.split(str(tmp_path / "ids.txt"), None)[0].members] == ["c"]
+    (tmp_path / "ids.txt").write_text("\ufeffb.SVS\r\n\r\nz\r\n")
+    kept, gone = cohort.split(str(tmp_path / "ids.txt"), None)
+    assert [m.slide_id for m in kept.members] == ["c"] and kept.notes[-1].endswith("1 of 2 names match no slide and no patient: 'z'")
+    (tmp_path / "ids.txt").write_text("q")
+    assert [m.slide_id for m in cohort.split(str(tmp_path / "ids.txt"), None)[1].members] == ["c"]
     assert cohort.split(None, None)[0] is cohort
     with refused(TableError, "no column 'prat'"):
         cohort.split("prat=x", reports)
@@ -134,15 +131,6 @@ def test_a_patient_with_one_slide_taken_out_is_out_with_all(tmp_path):
         cohort.split("part=w", reports)
     with refused(ConfigError, "neither a file of ids nor column=value"):
         cohort.split("nothing.txt", reports)
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_list_of_held_out_patients_is_read_as_windows_saves_it_and_names_that_match_nothing_are_told(tmp_path, encoding):
-    cohort = cohort_of(*(f"0d2a__TCGA-05-{4000 + i}-01Z-00-DX1.x" for i in range(4)), "e\u0301")
-    (tmp_path / "l.txt").write_bytes("TCGA-05-4000\r\n\r\nTCGA-05-4002-01Z-00-DX1.x.SVS\r\nTCGA-05-9999\r\n\u00e9.svs\r\n".encode(encoding))
-    kept, gone = cohort.split(str(tmp_path / "l.txt"), None)
-    assert [m.patient_id for m in kept.members] == ["TCGA-05-4001", "TCGA-05-4003"] and len(gone.members) == 3
-    assert kept.notes[-1].endswith("l.txt: 1 of 4 names match no slide and no patient: 'TCGA-05-9999'")
 
 
 # batches

@@ -5,27 +5,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from folders import Bomb
+from folders import Bomb, refused
 from PIL import Image
 
 from dreslcl.common import ModelError
 from dreslcl.config import EncoderConfig
-from dreslcl.encoder import Augmentation, Encoder, autocast, cached_features, describe_encoder, list_encoders
+from dreslcl.encoder import Augmentation, Encoder, autocast, cached_features
 from dreslcl.text import make_text
 
 REPORT = " ".join(f"Finding {i}: the margin measures {i} mm, free of tumour." for i in range(40))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return Encoder.create(EncoderConfig()).eval()
-
-
-@pytest.fixture(scope="module")
-def saved(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save(folder)
-    return folder
 
 
 def tiles(n=3, height=96, width=96, seed=0):
@@ -60,12 +48,9 @@ def test_preprocessing_equals_openclips_transform_within_one_grey_level(interpol
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**encoder.preprocess_cfg), is_train=False)
     theirs = torch.stack([transform(Image.fromarray(tile.numpy())) for tile in batch])
     assert ours.shape == theirs.shape
+    if shape == encoder.image_size:
+        assert torch.equal(encoder.preprocess(batch), batch.permute(0, 3, 1, 2).float() / 255), "not touched"
     assert ((ours - theirs) * encoder.std).abs().max() <= (1.01 if shape[0] == shape[1] else 2.01) / 255  # tiles are square
-
-
-def test_tiles_of_the_towers_size_are_not_touched(tiny):
-    batch = tiles(2, *tiny.image_size)
-    assert torch.equal(tiny.preprocess(batch), batch.permute(0, 3, 1, 2).float() / 255)
 
 
 def test_tile_features_are_unit_norm_and_do_not_depend_on_the_batch(tiny):
@@ -94,14 +79,6 @@ def test_augmentation_lays_tiles_all_eight_ways_and_stains_as_told():
     assert len(found) == 8
     darker = Augmentation(torch.zeros(1, 3, dtype=torch.bool), torch.full((1, 3), 2.0))(images)
     assert torch.allclose(-darker.log(), -2 * images.log(), atol=1e-4)
-
-
-def test_augmentation_in_parts_equals_the_whole():
-    views = Augmentation.draw(5, torch.Generator().manual_seed(0), 0.15)
-    images = torch.rand(5, 3, 8, 8)
-    parts = [views.part(0, 2), views.part(2, 5)]
-    assert torch.equal(torch.cat([parts[0](images[:2]), parts[1](images[2:])]), views(images))
-    assert torch.equal(Augmentation.join(parts, torch.device("cpu"))(images), views(images))
 
 
 # what learns
@@ -156,25 +133,18 @@ def test_batch_norm_keeps_its_statistics_in_training():
 # files
 
 
-def test_saved_folder_gives_the_same_features_in_openclip_itself(tiny, saved, no_network):
-    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{saved}")
-    batch = tiles(3, 100, 100)
-    with torch.inference_mode():
-        ours = tiny.encode_tiles(batch)
-        theirs = model.eval().encode_image(torch.stack([transform(Image.fromarray(t.numpy())) for t in batch]), normalize=True)
-        text = model.encode_text(open_clip.get_tokenizer(f"local-dir:{saved}")(["benign"]), normalize=True)
-    assert (ours - theirs).abs().max() < 2e-3
-    assert torch.allclose(text, make_text("tower", tiny, ["benign"]).encode(["benign"]), atol=1e-5)
-
-
-@pytest.mark.parametrize("ours", [True, False])
-def test_saved_and_loaded_encoder_has_the_same_fingerprint_and_features(tiny, tmp_path, ours):
-    encoder = tiny if ours else build(VIT, mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+@pytest.mark.parametrize("kind", ["tiny", "vit"])
+def test_a_saved_encoder_has_the_same_fingerprint_and_features_here_and_in_openclip_itself(tiny, tmp_path, no_network, kind):
+    encoder, name, batch = tiny if kind == "tiny" else build(VIT, mean=(0.1, 0.2, 0.3)), f"local-dir:{tmp_path}", tiles(3, 100, 100)
     encoder.save(tmp_path)
-    again = Encoder.create(EncoderConfig(name=f"local-dir:{tmp_path}")).eval()
+    again, (model, transform) = Encoder.create(EncoderConfig(name)).eval(), open_clip.create_model_from_pretrained(name)
     with torch.inference_mode():
-        assert torch.equal(again.encode_tiles(tiles()), encoder.encode_tiles(tiles()))
+        ours = encoder.encode_tiles(batch)
+        theirs = model.eval().encode_image(torch.stack([transform(Image.fromarray(t.numpy())) for t in batch]), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer(name)(["benign"]), normalize=True)
+        assert torch.equal(again.encode_tiles(batch), ours) and (ours - theirs).abs().max() < 2e-3
     assert again.fingerprint() == encoder.fingerprint() and again.pretrained
+    assert torch.allclose(text, make_text("tower", encoder, ["benign"]).encode(["benign"]), atol=1e-5)
 
 
 @pytest.mark.parametrize("tower", ["dreslcl-tiny", "timm:test_vit"])
@@ -198,17 +168,18 @@ def test_fingerprint_depends_on_weights_and_preprocessing():
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth", "zipped.bin", "weights.pt"])
-def test_pickled_code_in_a_local_folder_or_a_weights_file_is_never_run(saved, tmp_path, name):
-    (tmp_path / "open_clip_config.json").write_text((saved / "open_clip_config.json").read_text())
+def test_pickled_code_in_a_local_folder_or_a_weights_file_is_never_run(tiny, tmp_path, name):
+    tiny.save(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
     code = {"state_dict": Bomb(tmp_path / "ran")}
     if name in ("zipped.bin", "weights.pt"):
         torch.save(code, tmp_path / name)
     else:
         (tmp_path / name).write_bytes(pickle.dumps(code))
     file = name == "weights.pt"
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+    with refused(ModelError, "cannot be loaded"):
         Encoder.create(EncoderConfig(pretrained=str(tmp_path / name)) if file else EncoderConfig(f"local-dir:{tmp_path}"))
-    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -228,9 +199,8 @@ DAMAGE = {
 def test_damaged_local_folder_is_refused_in_one_line(tiny, tmp_path, how):
     tiny.save(tmp_path)
     DAMAGE[how](tmp_path)
-    with pytest.raises(ModelError, match=r"needs open_clip_config\.json and open_clip_model\.safetensors") as caught:
+    with refused(ModelError, r"needs open_clip_config\.json and open_clip_model\.safetensors"):
         Encoder.create(EncoderConfig(name=f"local-dir:{tmp_path}"))
-    assert "\n" not in str(caught.value)
 
 
 # names
@@ -241,6 +211,7 @@ def test_damaged_local_folder_is_refused_in_one_line(tiny, tmp_path, how):
     [
         (EncoderConfig("ViT-B/32"), "near names: ViT-B-32"),
         (EncoderConfig("ViT-B-32", "opeanai"), "no weights 'opeanai'; tags: openai"),
+        (EncoderConfig(pretrained="draw"), "tags: drawn"),
     ],
 )
 def test_an_unknown_name_or_tag_is_told_with_those_there_are(config, message):
@@ -255,9 +226,8 @@ def test_failed_download_says_what_to_do_offline(config, monkeypatch):
 
     for where in ("download_pretrained", "download_pretrained_from_hf"):
         monkeypatch.setattr(f"open_clip.factory.{where}", fail)
-    with pytest.raises(ModelError, match="without a network, copy") as caught:
+    with refused(ModelError, "without a network, copy"):
         Encoder.create(config)
-    assert "\n" not in str(caught.value)
 
 
 def test_text_tower_of_transformers_asks_for_the_package():
@@ -301,12 +271,6 @@ def test_tag_of_quick_gelu_weights_switches_the_activation(monkeypatch):
         assert seen["force_quick_gelu"] == (tag == "openai")
 
 
-def test_encoders_are_described_without_building_weights(no_network):
-    assert list_encoders()[0] == "dreslcl-tiny" and "ViT-S-16" in list_encoders()
-    row = describe_encoder("ViT-S-16")
-    assert (row["width"], row["image_px"]) == (384, 224) and 21 < row["millions"] < 23
-
-
 # how the towers compute
 
 
@@ -339,5 +303,3 @@ def test_the_embedded_model_has_weights_that_know_drawn_tissue_and_a_text_tower_
     drawn = Encoder.create(EncoderConfig(pretrained="drawn"))
     assert drawn.pretrained and drawn.fingerprint() != Encoder.create(EncoderConfig()).fingerprint()
     assert make_text("tower", drawn, ["a report", "another"]).learns and "random weights" in caplog.text
-    with pytest.raises(ModelError, match="tags: drawn"):
-        Encoder.create(EncoderConfig(pretrained="draw"))

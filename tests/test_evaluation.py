@@ -1,6 +1,5 @@
 """Metrics against scikit-learn, protocols against their rules, planted leaks, and every refusal's message."""
 
-import csv
 import json
 import unicodedata
 from dataclasses import replace
@@ -18,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dreslcl import evaluation
-from dreslcl.common import ConfigError, ModelError, TableError, remember
+from dreslcl.common import ConfigError, ModelError, TableError, read_table, remember
 from dreslcl.config import EvalConfig
 from dreslcl.evaluation import classification_metrics, evaluate, few_shot, first_hits, fit_probe, interval, load_model, resamples
 from dreslcl.formats import Embeddings
@@ -273,7 +272,7 @@ def test_retrieval_counts_reports_of_the_same_patient_and_the_same_words_as_hits
     assert outcome.scores["embedding"]["report → slide"]["recall@1"].value == 1
     assert outcome.scores["chance"]["slide → report"]["recall@1"].value == pytest.approx((36 / 21 + 4 * 2 / 21) / 40)
     result.save(tmp_path)
-    table = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    table = read_table(tmp_path / "predictions.csv")
     assert len(table) == 61 and set(table[0]) == {"direction", "query", "patient_id", "rank", "first"}
     texts |= dict(zip(texts, np.random.default_rng(99).normal(size=(len(texts), 16))))
     score = run(embeddings, rows, "retrieval").outcomes[0].scores
@@ -425,13 +424,9 @@ def test_class_words_in_pretraining_reports_are_found_with_counts_and_an_example
     (warning,) = [text for text in result.warnings if "leak scan" in text]
     around = "for example s000_0: “…Sheets of cells. Squamous-cell carcinoma"
     assert "'squamous cell' stands in 1 of 2 pretraining reports" in warning and around in warning
-
-
-def test_the_leak_scan_looks_for_gene_names_and_not_for_yes_and_no():
-    embeddings, rows = cohort(20, ("0", "1"))
-    genes, reports = [row | {"TP53": row["subtype"]} for row in rows], [{"slide_id": "x", "report": "TP53 mutated, 1 of 0 nodes"}]
-    (warning,) = run(embeddings, genes, "mutation", columns=["TP53"], texts=reports).warnings
-    assert warning.startswith("leak scan: 'TP53' stands in 1 of 1 p")
+    genes, texts = [row | {"TP53": "01"[row["subtype"] == "adeno"]} for row in rows], [{"slide_id": "x", "report": "TP53, 1 of 0 nodes"}]
+    (warning,) = run(replace(embeddings, seen=frozenset()), genes, "mutation", columns=["TP53"], texts=texts).warnings
+    assert warning.startswith("leak scan: 'TP53' stands in 1 of 1 p"), "a gene's name, not 0 and 1"
 
 
 # ---- refusals
@@ -514,7 +509,7 @@ def test_saved_files_hold_every_held_out_prediction_and_plain_json(tmp_path):
     result = run(embeddings, labels)
     assert result.table() == run(embeddings, labels).table()  # two runs of one seed are equal
     result.save(tmp_path / "out")
-    table = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    table = read_table(tmp_path / "out" / "predictions.csv")
     assert [row["slide_id"] for row in table] == list(result.outcomes[0].slides.ids) and len(table) == 38
     assert {row["label"] for row in table} == {"'=cmd()", "B"}
     assert float(table[0]["p_=cmd()"]) + float(table[0]["p_B"]) == pytest.approx(1, abs=1e-5)

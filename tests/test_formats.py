@@ -1,4 +1,3 @@
-import json
 import logging
 import pickle
 
@@ -141,14 +140,6 @@ def test_a_slide_and_its_patient_may_have_a_report_each_and_the_same_report_may_
     (tmp_path / "p.csv").write_text("slide_id,patient_id\na,P1\na.tif,P2\n")
     with pytest.raises(TableError, match=r"'P1' \(line 2\) and 'P2' \(line 3\)"):
         read_patients(tmp_path / "p.csv")
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_json_of_reports_is_read_with_marks_missing_reports_and_any_separator(tmp_path, encoding):
-    reports = {"e\u0301.svs": "page\x0cone\u2028\x85two", "b": None, "c": float("nan")}
-    records = [{"id": name, "report": report} for name, report in reports.items()]
-    (tmp_path / "r.json").write_bytes(json.dumps({"train": records}, ensure_ascii=False).encode(encoding))
-    assert [(row["slide_id"], row["report"]) for row in read_reports(tmp_path / "r.json")] == [("é.svs", "page\x0cone\u2028\x85two")]
 
 
 def test_a_barcode_names_the_patient_wherever_it_stands():

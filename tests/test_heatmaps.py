@@ -11,7 +11,6 @@ from sklearn.pipeline import Pipeline
 from test_model import features, make_aggregator
 
 from dreslcl import heatmaps
-from dreslcl.cohort import Cohort
 from dreslcl.common import ConfigError, ModelError, TableError, write_table
 from dreslcl.embedding import embed
 from dreslcl.heatmaps import class_targets, contributions, draw_heatmaps
@@ -33,9 +32,8 @@ def test_a_contribution_is_the_finite_difference_of_the_score_when_the_tiles_wei
 
 
 @pytest.fixture(scope="module")
-def embedded(work, model, tmp_path_factory):
+def embedded(cohort, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("maps")
-    cohort = Cohort.load(work).with_reports(work / "reports.csv")
     return cohort, out / "heatmaps", embed(cohort, out, model=model)
 
 
@@ -66,14 +64,13 @@ def test_maps_show_every_tile_and_are_drawn_once(embedded, model):
     assert all(p.stat().st_mtime_ns > times[p] for p in times)
 
 
-def test_the_map_is_painted_where_the_tile_lies(embedded, monkeypatch):
+def test_the_map_is_painted_where_the_tile_lies(embedded, spy):
     cohort, out, result = embedded
-    drawn, paint = [], heatmaps.draw_overlay
-    monkeypatch.setattr(heatmaps, "draw_overlay", lambda *a: drawn.append(a[-1]) or paint(*a))
+    drawn = spy(heatmaps, "draw_overlay")
     draw_heatmaps(cohort.subset(cohort.members[:1]), result, out, text="red and blue")
     found = json.loads((out / "geojson" / "s0.geojson").read_text())["features"]
     values = [feature["properties"]["measurements"]["contribution"] for feature in found]
-    red, _, blue, _ = drawn[0].astype(int).T
+    red, _, blue, _ = drawn[0][-1].astype(int).T
     assert red[np.argmax(values)] > blue[np.argmax(values)] and red[np.argmin(values)] < blue[np.argmin(values)]
 
 

@@ -1,6 +1,5 @@
 """A page is one escaped file with nothing from outside; the figures draw every kind of result; the journal holds all of a run."""
 
-import csv
 import re
 from dataclasses import replace
 
@@ -13,20 +12,8 @@ from test_trainer import SMALL
 from dreslcl import report
 from dreslcl.bank import MemoryBank
 from dreslcl.cohort import Cohort, SlideRecord, TileReader
-from dreslcl.common import ConfigError
+from dreslcl.common import ConfigError, read_table
 from dreslcl.evaluation import evaluate
-from dreslcl.report import (
-    Journal,
-    Picture,
-    Table,
-    codebook_atlas,
-    curves,
-    evaluation_page,
-    health,
-    in_words,
-    page,
-    retrieval_examples,
-)
 from dreslcl.trainer import pretrain
 
 EVIL = '<script>alert("x")</script>'
@@ -42,8 +29,8 @@ def read(path):
 def test_every_text_is_escaped(tmp_path):
     png = tmp_path / "p.png"
     Image.new("RGB", (4, 4)).save(png)
-    blocks = [EVIL, Table([EVIL], [[EVIL]], EVIL), Picture(png, EVIL), [Picture(png, EVIL)]]
-    page(tmp_path / "a.html", EVIL, {EVIL: blocks, "Warnings": [EVIL]}, EVIL)
+    blocks = [EVIL, report.Table([EVIL], [[EVIL]], EVIL), report.Picture(png, EVIL), [report.Picture(png, EVIL)]]
+    report.page(tmp_path / "a.html", EVIL, {EVIL: blocks, "Warnings": [EVIL]}, EVIL)
     html = read(tmp_path / "a.html")
     assert re.search(r"<p>Python 3\.\S+, dreslcl \S+, numpy ", html)
     assert html.count("&lt;script&gt;") == 13  # the title stands twice, a picture's caption twice, all else once
@@ -52,43 +39,34 @@ def test_every_text_is_escaped(tmp_path):
 def test_an_evaluation_with_hostile_ids_and_classes_is_one_file_without_outside_resources(tmp_path):
     embeddings, rows = cohort(24, (EVIL, "$x^$ _b", "_c"), mean=True, seen=["s000_0"])
     result = evaluate((embeddings, embeddings), rows, "subtype", config=QUICK)
-    evaluation_page(result, tmp_path / "report.html", command="dreslcl eval <EMB>")
+    report.evaluation_page(result, tmp_path / "report.html", command="dreslcl eval <EMB>")
     html = read(tmp_path / "report.html")
     assert html.count("data:image/png") == 5 and "dreslcl eval &lt;EMB&gt;" in html
     for text in ("Protocol", "StratifiedGroupKFold", "scikit-learn", "seen in pretraining", "mean-pool", "embedding − compared"):
         assert text in html
 
 
-def test_examples_show_the_pictures_that_there_are(tmp_path):
-    embeddings, rows = cohort(24)
-    Image.new("RGB", (2000, 1000), "pink").save(tmp_path / "map.png")
-    result = evaluate(embeddings, rows, "subtype", config=QUICK)
-    evaluation_page(result, tmp_path / "r.html", command="x", pictures=dict.fromkeys(embeddings.ids[:30], tmp_path / "map.png"))
-    html = read(tmp_path / "r.html")
-    assert 2 <= html.count("data:image/jpeg") <= 6 and "probability of A" in html
-
-
 def test_a_page_starts_with_the_result_in_words(tmp_path, texts):  # noqa: F811
     embeddings, rows = cohort(24, ("nonMSIH", "MSIH"), mean=True)
     result = evaluate((embeddings, embeddings), rows, "mutation", columns=["subtype"], config=QUICK)
-    said = in_words(result.outcomes[0], "mutation")
+    said = report.in_words(result.outcomes[0], "mutation")
     start = (
         r"The slide embedding separates MSIH from nonMSIH \(subtype\) with AUROC 0\.\d\d \(0\.\d\d to \d\.\d\d\); the second embedding 0"
     )
     assert re.match(start, said) and said.endswith(" on 48 slides.")
     assert "difference +0.00 (+0.00 to +0.00): not told apart on 48 slides; mean pooling 0." in said
-    evaluation_page(result, tmp_path / "r.html", command="x")
+    report.evaluation_page(result, tmp_path / "r.html", command="x")
     html = read(tmp_path / "r.html")
     assert html.index(said) < html.index("data:image/png") < html.index("<table") and "subtype (positive: MSIH)" in html
     assert all("(positive: MSIH)" in row[0] for row in result.table()[1])
     (three,) = evaluate(*cohort(24, ("a", "b", "c"), signal=9), "subtype", config=QUICK).outcomes
     many = "tells 'a', 'b', 'c' apart (subtype; mean of each class against the rest) with AUROC 1.00"
-    assert many in in_words(three, "subtype")
+    assert many in report.in_words(three, "subtype")
     texts |= dict(zip(embeddings.ids, embeddings.vectors))
     result = evaluate(embeddings, [{"slide_id": i, "report": i} for i in embeddings.ids], "retrieval", config=QUICK)
-    said = in_words(result.outcomes[0], "retrieval")
+    said = report.in_words(result.outcomes[0], "retrieval")
     assert said == "Given a report, its slide is among the first 10 of 48 with frequency 1.00 (1.00 to 1.00); a random order gives 0.38."
-    evaluation_page(result, tmp_path / "r.html", command="x")
+    report.evaluation_page(result, tmp_path / "r.html", command="x")
     assert "recall@10" in read(tmp_path / "r.html")
 
 
@@ -102,7 +80,7 @@ def test_a_precision_curve_starts_at_the_first_hit_not_at_zero():
 
 def test_curves_draw_one_panel_per_group_and_skip_what_is_no_number(tmp_path):
     first, second = {"loss": 2.0, "recall@1": 0.1}, {"recall@5": 0.4, "loss": np.nan}
-    curves([{"epoch": 1, "step": 4, **first}, {"epoch": 2, "step": 8, **second}], tmp_path / "curves.png")
+    report.curves([{"epoch": 1, "step": 4, **first}, {"epoch": 2, "step": 8, **second}], tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert np.asarray(image.convert("L")).min() < 200
         assert image.width == pytest.approx(2 * 3.4 * 140, abs=2)  # two panels: loss and recall
@@ -118,10 +96,10 @@ def events(out):
 
 def test_tensorboard_holds_every_quantity_of_metrics_csv_and_what_a_killed_run_logged_beyond_its_checkpoint_is_void(tmp_path):
     rows = [{"epoch": epoch, "step": 10 * epoch, "loss": float(epoch)} for epoch in (1, 2, 3)]
-    killed = Journal(tmp_path, tensorboard=True)
+    killed = report.Journal(tmp_path, tensorboard=True)
     for n in (1, 2, 3):
         killed.write(rows[:n], picture=False)
-    resumed = Journal(tmp_path, tensorboard=True)  # from the checkpoint of epoch 1, with other steps per epoch
+    resumed = report.Journal(tmp_path, tensorboard=True)  # from the checkpoint of epoch 1, with other steps per epoch
     rows[1:] = [{"epoch": epoch, "step": 10 + 7 * (epoch - 1), "loss": 9.0, "lr": 0.5} for epoch in (2, 3)]
     for n in (2, 3):
         resumed.write(rows[:n], picture=n == 3)
@@ -132,78 +110,58 @@ def test_tensorboard_holds_every_quantity_of_metrics_csv_and_what_a_killed_run_l
 
 def test_a_journal_without_tensorboard_writes_no_events_and_needs_no_package(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
-    Journal(tmp_path).write([{"epoch": 1, "step": 1, "loss": 2.0}], picture=True)
+    report.Journal(tmp_path).write([{"epoch": 1, "step": 1, "loss": 2.0}], picture=True)
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv", "curves.png"}
     with pytest.raises(ConfigError, match=r"pip install 'dreslcl\[tensorboard\]'"):
-        Journal(tmp_path, tensorboard=True)
+        report.Journal(tmp_path, tensorboard=True)
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_the_page_of_a_run_tells_about_it_in_one_escaped_file(cohort, work, tmp_path, held):
+def test_the_page_of_a_run_tells_about_it_in_one_escaped_file(cohort, work, tmp_path):
     hostile = replace(cohort, reports=tuple(f"{EVIL} {r}" for r in cohort.reports), notes=(*cohort.notes, EVIL))
-    kept, held_out = hostile.split("split=val" if held else None, work / "reports.csv")
+    kept, held_out = hostile.split("split=val", work / "reports.csv")
     pretrain(kept, tmp_path, replace(SMALL, train=replace(SMALL.train, epochs=1)), held_out=held_out)
     html = read(tmp_path / "report.html")
     assert "&lt;script&gt;alert" in html and html.count("data:image/") == 1 + 4, "curves and a strip per codeword"
-    which = "2 held-out slides, encoded by the kept model" if held else "8 training slides, which the model has seen"
-    for text in ("8 of 8 slides have a report", which, "codewords = 4"):
-        assert text in html, text
-    assert not held or ("<td>s6</td>" in html and "<td>s7</td>" in html and "<td>s0</td>" not in html)
-    with (tmp_path / "metrics.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 1
-
-
-class Bank(MemoryBank):
-    """Rows and codes of slides, as MemoryBank gives them."""
-
-    def __init__(self, rows, words):
-        self.rows = rows
-        self.nearest = {slide: ((x[:, None] - words) ** 2).sum(2).argmin(1).astype(np.uint16) for slide, x in rows.items()}
-
-    def read(self, slide, index):
-        return self.rows[slide][index].astype(np.float16), self.nearest[slide][index]
-
-
-class Reader(TileReader):
-    """Tiles of one colour each; keeps what was asked."""
-
-    def __init__(self):
-        self.shown = []
-
-    def read(self, member, index):
-        self.shown.append((member, int(index[0])))
-        return np.full((1, 8, 8, 3), 7 * member + int(index[0]), np.uint8)
+    which = "2 held-out slides, encoded by the kept model"
+    for text in ("8 of 8 slides have a report", which, "codewords = 4", "<td>s6</td>", "<td>s7</td>"):
+        assert text in html and "<td>s0</td>" not in html, text
+    (row,) = read_table(tmp_path / "metrics.csv")
+    assert float(row["held_out_recall@5"]) == 1 and 0.5 <= float(row["held_out_mrr"]) <= 1
 
 
 def test_a_run_that_went_badly_is_told_what_to_try_and_a_good_one_is_told_so():
     good = {"loss": 1.0, "row_cosine": 0.95, "codeword_use": 0.6, "effective_rank": 30.0, "held_out_mrr": 0.5}
-    assert "looks well" in health([good] * 20)[0] and "looks well" in health([{"loss": 1.0}])[0]
+    assert "looks well" in report.health([good] * 20)[0] and "looks well" in report.health([{"loss": 1.0}])[0]
     bad = {"row_cosine": 0.5, "codeword_use": 0.06, "effective_rank": 1.2, "held_out_mrr": 0.1}
     for name, value in bad.items():
-        (said,) = health([good] * 19 + [good | {name: value}])
+        (said,) = report.health([good] * 19 + [good | {name: value}])
         assert f"{value / 0.5 if name == 'held_out_mrr' else value:.2f}. Try" in said
-    (said,) = health([good | {"loss": 2.0 - i / 20} for i in range(20)])
+    (said,) = report.health([good | {"loss": 2.0 - i / 20} for i in range(20)])
     assert "the loss still falls" in said and "--epochs" in said
 
 
-def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_size(tmp_path):
+def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_size(cohort, tmp_path, spy):
     rng, words = np.random.default_rng(0), np.eye(4, 6, dtype=np.float32)
     rows = {f"s{i}": rng.integers(-8, 9, (20, 6)).astype(np.float16) / 8 for i in range(8)}  # exact in float16
     rows["s0"][0] = 9 * words[3]
     for slide in rows:
         rows[slide][:, 3] -= 9 * (np.arange(20) + (slide != "s0") > 0)  # codeword 3 has a single tile
-    bank, reader = Bank(rows, words), Reader()
-    members = Cohort(tuple(SlideRecord(slide, slide, 20, tmp_path) for slide in rows))
-    pictures = codebook_atlas(bank, words, members, range(8), reader, seed=0)
+    bank, reader = MemoryBank(tmp_path, dim=6, codewords=4, encoder="e"), TileReader(cohort)
+    bank.create()
+    for slide, features in rows.items():
+        bank.fill(slide, features, 20, "mark")
+    bank.set_codebook(words)
+    calls = spy(reader, "read")
+    pictures = report.codebook_atlas(bank, words, cohort, range(8), reader, seed=0)
     assert len(pictures) == 4 and len({p.shown.size for p in pictures}) == 1
     numbers = [int(re.search(r"codeword (\d+)", p.caption)[1]) for p in pictures]
     shares = [float(re.search(r"([\d.]+)%", p.caption)[1]) for p in pictures]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3) and numbers[-1] == 3
-    shown = iter(reader.shown)
+    shown = iter((member, int(tile[0])) for member, tile in calls)
     for k in numbers:
         nearest = []
         for m, (slide, features) in enumerate(rows.items()):
-            own = np.flatnonzero(bank.nearest[slide] == k)
+            own = np.flatnonzero(bank.read(slide, np.arange(20))[1] == k)
             distance = ((features[own].astype(np.float32) - words[k]) ** 2).sum(1)
             nearest += [(float(distance.min()), (m, int(own[distance.argmin()])))] if len(own) else []
         assert [next(shown) for _ in nearest[:6]] == [place for _, place in sorted(nearest)[:6]]
@@ -215,9 +173,9 @@ def test_examples_run_from_the_best_rank_to_the_worst(tmp_path):
     reports = Cohort(members, tuple(f"Report {i} " + "long " * 40 for i in range(12)))
     z = np.eye(12, dtype=np.float32)
     u = np.tril(np.ones((12, 12), np.float32), -1) + z / 2  # report i finds i other slides before its own
-    table = retrieval_examples(reports, z, u)
+    table = report.retrieval_examples(reports, z, u)
     assert [row[:2] for row in table.rows] == [[f"s{i}", f"{i + 1} of 12"] for i in (0, 2, 4, 6, 8, 11)]
     assert {row[2] for row in table.rows} == {"s0"} and table.caption == "Median rank 6.5."
     assert table.rows[0][3].startswith("Report 0 long") and table.rows[0][3].endswith("…")
     vectors = replace(reports, reports=tuple(np.ones((1, 4), np.float32) for _ in members))
-    assert retrieval_examples(vectors, z, u).rows[0][3] == "(a vector)"
+    assert report.retrieval_examples(vectors, z, u).rows[0][3] == "(a vector)"

@@ -4,8 +4,7 @@ import os
 import pickle
 import random
 import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import tifffile
+from folders import refused
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -58,21 +58,39 @@ def openslide_tile(scan: Any, x: int, y: int, size: int, level: int = 0) -> Imag
     return white
 
 
+def check_levels(slide: Slide, theirs: Any, places: list[tuple[int, int]], size: int, threads: int) -> None:
+    """Tiles and regions at places of every level, in its own pixels, equal openslide's."""
+    for level in slide.levels:
+        step = int(level.downsample)
+        tiles = slide.read_tiles(np.array(places) * step, size, slide.mpp * step, threads=threads)
+        for (x, y), tile in zip(places, tiles):
+            assert np.array_equal(tile, openslide_tile(theirs, x * step, y * step, size, level.index)), (level, x, y)
+            assert np.array_equal(tile, slide.read_region((x * step, y * step), level.index, (size, size)))
+
+
 ALIGNED = [(0, 0), (240, 480), (1200, 1200)]
 SHIFTED = [(7, 13), (239, 241), (1001, 2003)]
 EDGES = [(-100, -50), (2120, 100), (100, 2900), (2219, 2966), (-256, 0), (5000, 5000)]
 
 
+FACTS = {  # of real scans: vendor, size, downsamples (no macro, no map)
+    "CMU-1-Small-Region.svs": ("aperio", (2220, 2967), "Aperio MPP", [1]),
+    "test3-TRITC 2 (560).ndpi": ("hamamatsu", (3968, 4864), "TIFF resolution", [1, 2, 4, 8]),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
 @pytest.mark.parametrize("threads, places", [(1, ALIGNED), (3, SHIFTED), (1, EDGES), (3, EDGES)])
-def test_level_0_pixels_equal_openslide(openslide, cmu, places, threads):
-    with openslide.OpenSlide(cmu) as theirs, Slide.open(cmu) as slide:
-        assert (slide.size, slide.mpp, slide.mpp_source) == ((2220, 2967), 0.499, "Aperio MPP")
-        assert (slide.vendor, len(slide.levels)) == ("aperio", 1) and cmu.name in repr(slide)
+def test_pixels_of_every_level_equal_openslides(openslide, test_data, name, places, threads):
+    path, (vendor, extent, source, downsamples) = test_data / "slides" / name, FACTS[name]
+    with openslide.OpenSlide(path) as theirs, Slide.open(path) as slide:
+        assert (slide.vendor, slide.size, slide.mpp_source) == (vendor, extent, source) and name in repr(slide)
+        assert (
+            slide.mpp == pytest.approx(float(theirs.properties["openslide.mpp-x"]))
+            and [level.downsample for level in slide.levels] == downsamples
+        )
         for size in (256, 240, 37):
-            tiles = slide.read_tiles(np.array(places), size, slide.mpp, threads=threads)
-            for (x, y), tile in zip(places, tiles):
-                assert np.array_equal(tile, openslide_tile(theirs, x, y, size))
-                assert np.array_equal(tile, slide.read_region((x, y), 0, (size, size)))
+            check_levels(slide, theirs, places, size, threads)
 
 
 @pytest.mark.parametrize("mpp", [0.6, 0.998, 1.0, 1.37, 2.0])
@@ -114,22 +132,6 @@ def test_tiles_at_half_the_resolution_are_means_of_two_by_two_pixels_wherever_th
             for (x, y), tile in zip(places, slide.read_tiles(np.array(places), 70, 0.5, threads=2)):
                 window = white[100 + y :, 100 + x :][:140, :140]
                 assert np.array_equal(tile, (window.reshape(70, 2, 70, 2, 3).sum((1, 3)) + 2) // 4)
-
-
-def test_real_ndpi_equals_openslide_on_every_level(openslide, test_data):
-    path = test_data / "slides/test3-TRITC 2 (560).ndpi"
-    with openslide.OpenSlide(path) as theirs, Slide.open(path) as slide:
-        assert (slide.vendor, slide.mpp_source) == ("hamamatsu", "TIFF resolution")
-        assert slide.mpp == pytest.approx(float(theirs.properties["openslide.mpp-x"]))
-        assert [level.downsample for level in slide.levels] == [1.0, 2.0, 4.0, 8.0]  # no macro, no map
-        for level in slide.levels:
-            step = int(level.downsample)
-            xy = np.array([(160 * step, 100 * step), (0, 0)])
-            tiles = slide.read_tiles(xy, 200, slide.mpp * step)
-            for (x, y), tile in zip(xy.tolist(), tiles):
-                reference = np.asarray(openslide_tile(theirs, x, y, 200, level.index))
-                assert np.array_equal(tile, reference) and reference.max() > 0
-                assert np.array_equal(slide.read_region((x, y), level.index, (200, 150)), reference[:150])
 
 
 @settings(deadline=None, max_examples=40)
@@ -174,16 +176,6 @@ def test_thumbnails_and_regions_are_the_tiles_they_consist_of(drawn, monkeypatch
             assert whole.astype(float).mean() == pytest.approx(image.mean(), abs=1)
 
 
-def test_0_2999_and_0_3000_give_the_same_field_of_view(drawn):
-    for size, mpp in [(256, 0.5), (256, 1.2), (224, 0.3), (512, 2.4)]:
-        extents = []
-        for level0 in (0.2999, 0.3000):
-            with Slide.open(drawn[0], mpp=level0) as slide:
-                assert slide.mpp == level0 and slide.mpp_source == "given"
-                extents.append(slide.extent(size, mpp))
-        assert abs(extents[0] - extents[1]) <= 1
-
-
 @pytest.mark.parametrize("edge", [(256, 256), (240, 240), (512, 512), (31, 7)])
 def test_no_buffer_begins_where_the_decoder_would_write_past_the_cache(edge):
     cache = segments.DecodeCache()
@@ -191,18 +183,18 @@ def test_no_buffer_begins_where_the_decoder_would_write_past_the_cache(edge):
     assert all(buffer.ctypes.data % 16 == 8 and buffer.shape == (*edge[::-1], 3) and buffer.flags.c_contiguous for buffer in held)
 
 
-def test_each_segment_is_decoded_once_over_calls_in_raster_order(drawn, monkeypatch):
-    decoded, load = [], segments.Segments.load
-    monkeypatch.setattr(segments.Segments, "load", lambda self, fd, index, buffer: decoded.append(index) or load(self, fd, index, buffer))
+def test_each_segment_is_decoded_once_over_calls_in_raster_order(drawn, spy):
+    loads = spy(segments.Segments, "load")
     rows = [np.array([(x, y) for x in range(0, 1250, 50)]) for y in range(0, 950, 50)]
     with Slide.open(drawn[0]) as slide:
         for row in rows:
             slide.read_tiles(row, 50, 0.5)
-        assert sorted(decoded) == sorted(set(decoded)) and decoded == sorted(decoded)
+        decoded = [index for _, _, index, _ in loads]
+        assert decoded == sorted(set(decoded))
         assert len(slide._caches[0][1].decoded) <= slide._caches[0][0].grid[0]  # what is kept stays small
-        decoded.clear()
+        loads.clear()
         slide.read_tiles(np.concatenate(rows[::-1]), 50, 0.5, threads=2)
-        assert len(decoded) == len(set(decoded))
+        assert len(loads) == len({index for _, _, index, _ in loads})
 
 
 def test_what_cannot_be_read_as_asked_is_refused_with_the_next_step(drawn, tmp_path):
@@ -228,24 +220,21 @@ def test_what_cannot_be_read_as_asked_is_refused_with_the_next_step(drawn, tmp_p
 @pytest.mark.parametrize("count", [800, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_8_threads_share_a_slide_without_a_wrong_pixel(drawn, count):
     path, image = drawn
-    padded, wrong = np.pad(image, ((64, 64), (64, 64), (0, 0)), constant_values=255), []
-    with Slide.open(path) as slide:
+    padded = np.pad(image, ((64, 64), (64, 64), (0, 0)), constant_values=255)
+    with Slide.open(path) as slide, ThreadPoolExecutor(8) as pool:
 
-        def work(seed: int) -> None:
-            rng = np.random.default_rng(seed)
+        def wrong(seed: int) -> list:
+            rng, places = np.random.default_rng(seed), []
             for _ in range(count // 8 // 5):
                 xy = rng.integers(0, (1236, 936), (5, 2))
                 if seed % 2:  # half of the threads read neighbours, which share and keep segments
                     xy = xy[0] + np.array([(0, 0), (32, 0), (64, 0), (0, 32), (32, 32)]) - 64
                 tiles = slide.read_tiles(xy, 64, 0.5, threads=1 + seed % 3)
                 right = [padded[y + 64 : y + 128, x + 64 : x + 128] for x, y in xy.tolist()]
-                wrong.extend(place for place, tile, good in zip(xy.tolist(), tiles, right) if not np.array_equal(tile, good))
+                places.extend(place for place, tile, good in zip(xy.tolist(), tiles, right) if not np.array_equal(tile, good))
+            return places
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for step in (threading.Thread.start, threading.Thread.join):
-            for thread in threads:
-                step(thread)
-    assert not wrong
+        assert list(pool.map(wrong, range(8))) == 8 * [[]]
 
 
 def first_tile(slide: Slide) -> np.ndarray:
@@ -320,9 +309,8 @@ def test_a_damaged_jpeg_tile_is_named_and_its_neighbours_are_read(tmp_path, dama
             with pytest.raises(SlideError, match="stored tile 1 "):
                 slide.check(most)
         for threads in (1, 2):
-            with pytest.raises(SlideError, match=r"a.tif: level 0: stored tile 1 .*copy it again") as caught:
+            with refused(SlideError, r"a.tif: level 0: stored tile 1 .*copy it again"):
                 slide.read_tiles(np.array([(0, 0), (200, 0)]), 256, 0.5, threads=threads)
-            assert "\n" not in str(caught.value)
 
 
 def test_a_file_cut_after_it_was_opened_is_noticed(drawn, tmp_path):

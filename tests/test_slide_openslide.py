@@ -4,14 +4,14 @@ import os
 import pickle
 import subprocess
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scanners
+from folders import refused, stamps
 from scanners import write_dicom
-from test_slide import openslide_tile
+from test_slide import check_levels, openslide_tile
 from test_slide_vendors import picture
 
 from dreslcl.common import SlideError
@@ -46,14 +46,7 @@ def test_every_level_equals_openslides_and_level_0_the_picture(openslide, tmp_pa
         if kind == "mrxs":  # the photo that is missing, without what its neighbours show of it
             shown[128:224, 128:224] = 255
         assert np.abs(whole.astype(int) - shown).mean() < 2.5 if kind == "vms" else np.array_equal(whole, shown)
-        for level in slide.levels:
-            step, places = int(level.downsample), [(0, 0), (64, 96), (-32, 640), (832, 672)]
-            tiles = slide.read_tiles(np.array(places), 100, 0.5 * step, threads=2)
-            for (x, y), tile in zip(places, tiles):
-                reference = np.asarray(openslide_tile(theirs, x, y, 100, level.index))
-                aligned = x % step == y % step == 0
-                assert np.array_equal(tile, reference) or not aligned, (level, x, y)
-                assert np.array_equal(slide.read_region((x, y), level.index, (100, 60)), tile[:60])
+        check_levels(slide, theirs, [(0, 0), (64, 96), (-32, 640), (20, 11)], 100, threads=2)
         slide.check()
 
 
@@ -89,15 +82,11 @@ def test_children_forked_while_threads_read_do_so_too(openslide, tmp_path):
     subprocess.run([sys.executable, "-c", FORK, path, tmp_path / "right.npy"], check=True)
 
 
-def first_tile(slide: Slide) -> np.ndarray:
-    return slide.read_tiles(np.array([(300, 200)]), 90, 0.5)[0]
-
-
-def test_another_process_reads_a_pickled_slide_and_nobody_a_closed_one(openslide, tmp_path):
-    with Slide.open(scanners.dicom(tmp_path, IMAGE)) as slide, get_context("spawn").Pool(1) as processes:
-        assert np.array_equal(processes.apply(first_tile, (pickle.loads(pickle.dumps(slide)),)), IMAGE[200:290, 300:390])
+def test_a_pickled_slide_reads_and_a_closed_one_does_not(openslide, tmp_path):
+    with Slide.open(scanners.dicom(tmp_path, IMAGE)) as slide, pickle.loads(pickle.dumps(slide)) as again:
+        assert np.array_equal(again.read_region((300, 200), 0, (90, 90)), IMAGE[200:290, 300:390])
     with pytest.raises(SlideError, match="closed"):
-        first_tile(slide)
+        slide.read_region((300, 200), 0, (90, 90))
 
 
 def test_a_damaged_or_vanished_file_is_named_and_the_rest_still_read(openslide, tmp_path):
@@ -108,9 +97,8 @@ def test_a_damaged_or_vanished_file_is_named_and_the_rest_still_read(openslide, 
         right = slide.read_region((512, 512), 0, (128, 128))
         data.write_bytes(bytes(64) + whole[64:])  # the first photo
         for call in (lambda: slide.read_region((0, 0), 0, (64, 64)), slide.check):
-            with pytest.raises(SlideError, match=r"a.mrxs: level 0: stored tile 0 .*copy it again") as caught:
+            with refused(SlideError, r"a.mrxs: level 0: stored tile 0 .*copy it again"):
                 call()
-            assert "\n" not in str(caught.value)
             slide.release()
             assert np.array_equal(slide.read_region((512, 512), 0, (128, 128)), right)
         data.unlink()
@@ -134,16 +122,12 @@ def test_many_files_are_one_slide_in_ids_and_fingerprints(openslide, tmp_path):
         "dicom__case": "0.dcm", "mrxs__a": "a.mrxs", "other": "other.dcm", "vms__a": "a.vms",
     }  # fmt: skip
     assert {row["status"] for row in rows.values()} == {"ok"} and rows["dicom__case"]["levels"] == "3"
-
-    def made() -> dict[str, int]:
-        return {path.stem: path.stat().st_mtime_ns for path in (work / "rows").glob("*.json")}
-
     parts = {"dicom__case": "dicom/case/2.dcm", "mrxs__a": "mrxs/a/Index.dat", "vms__a": "vms/a 1.jpg"}
     for name, part in parts.items():
-        before = made()
+        before = stamps(work, "rows/*.json")
         os.utime(source / part)
         tile_slides(source, work, SMALL)
-        assert [stem for stem, time in made().items() if time != before[stem]] == [name]
+        assert [stem for stem, time in stamps(work, "rows/*.json").items() if time != before[stem]] == [name]
         beside = source / (part if name != "mrxs__a" else "mrxs/a.mrxs")
         [row] = tile_slides(beside, tmp_path / "single", SMALL)  # any file of it that lies beside the one to open
         assert row["slide_id"] == name.split("__")[1] and row["tiles"] == int(rows[name]["tiles"])
@@ -167,6 +151,5 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
     for kind in KINDS:
         (tmp_path / kind).mkdir()
         path = getattr(scanners, kind)(tmp_path / kind, IMAGE)
-        with pytest.raises(SlideError, match=r"which openslide reads; install it with: pip install 'dreslcl\[openslide\]'$") as caught:
+        with refused(SlideError, rf"^{path.name}: a .*which openslide reads; install it with: pip install 'dreslcl\[openslide\]'$"):
             Slide.open(path)
-        assert str(caught.value).startswith(f"{path.name}: a ") and "\n" not in str(caught.value)

@@ -1,6 +1,5 @@
 """Every layout and colour `Slide` promises. All vendor files here are synthetic: written with tifffile after the format's description."""
 
-import base64
 import re
 import struct
 from pathlib import Path
@@ -393,21 +392,10 @@ def test_jpeg2000_as_ycbcr_and_as_rgb(tmp_path, compression, caplog):
     assert "JPEG 2000 decodes 9-18 times slower" in caplog.text
 
 
-SUBSAMPLED_J2K = base64.b85decode(  # 64 x 64 px, YCbCr 4:2:2 (studio range): red, green, blue and grey quarters; written with ffmpeg
-    "|4;u>051Rl0000$0000$00000000000003100031000000000000RdB0S5vB2Lb{AQUDA9000311_A;A0RLP7DI$L$e&BxKexP>ncJOw<ZvbxqZs2E7XHaKoPz6v0P)A"
-    "qOSJPKw|6~9V00B&4c4Ia(E-@}KFf#v;015yA0007k00IA#!}$XVlYhbc0RRQH!}$ULW5f9afIgroKVUEe8eav!11EpO`2qk8!}$USNyGF8gYgD|_yYh7{n)Q`ObhVtH"
-    "^3hYw;Q1`U&HnUhvEqX>jMliR&xq(7C#HY-^cO`2j&L{<^~1M)*XKU*6#{9dBg4ygYFN2`UQX(YA7)EL<7`slE*@4!O%Y+%dMTKFoA6`bfip?sIV3^T#+s<hS7aP@5Am"
-    "0hvE|f@`V~U*G!FQ`}qu|?3Z>V!`4$4heW7S$LJLgxE2T25Ecj3K6p!!FP_g2RP9Fg4%IPdqd|^;!|N7@)+Yny5K44Ndq-yv#8-JH^g8EA{V53B!3e)D{@BPi7hvz%=o"
-    "vpT4;@ksl_w-Al>RV%{eQvq4~Nh$1LO=WTt)P19+=Yvsxl+*ug?Igv=a+`_ye@>?;4ibyRQ4g>lKIA8w2GK7uQ1qoE5qbUr%Xt9QnVm8J|&Fbpu(ob4@s`3lx|9a^D%`"
-    "avs_Qo;S~+lzjzY!jokFPIX(Q`w2bB6iQUs(wcvT8z>}f8aMNOhRyha%rh|`?uqqxgA~WmQa({II52Y70Oa(*m;(WHMjvJT+5)dp|9?JW2U#i2fkpgH<iF3He0-x}@`f"
-    "TA^PHUyLx?y9C8kXDEj^=`0pry`3Q(}#r+G~@K~iqt;$goSm|@{~U&I{1^dMgQ#9sTwh?xTeOW+Y}Gp(%Z_<x?KDCt>_!L6_1F+UJ|KM4#6p@24?LBBShLF0Xi51p2tp"
-    "1TKZf29w9<M9WMi-+PI!RT;^Hl9J_eTfe?(P0Gzova>f$^cZf(?7<A^!KGCUpDvu*#"
-)
-
-
 def test_jpeg2000_with_subsampled_chroma_is_converted_once(tmp_path):
+    stored = Path(__file__).with_name("subsampled_chroma.j2k").read_bytes()  # YCbCr 4:2:2 (studio range), written with ffmpeg
     options = {"shape": (64, 64, 3), "dtype": np.uint8, "compression": 33003, "compressionargs": {}, "tile": (64, 64)}
-    tifffile.imwrite(tmp_path / "a.svs", iter([SUBSAMPLED_J2K]), photometric="rgb", metadata=None, **options)
+    tifffile.imwrite(tmp_path / "a.svs", iter([stored]), photometric="rgb", metadata=None, **options)
     with Slide.open(tmp_path / "a.svs", mpp=0.5) as slide:
         tile = slide.read_region((0, 0), 0, (64, 64)).astype(int)
     colours = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (220, 220, 220)]

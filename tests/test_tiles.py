@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from folders import tiled
+from folders import stamps, tiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
@@ -319,15 +318,11 @@ def test_a_second_run_does_only_what_is_missing_or_changed(scans, tmp_path):
     os.utime(source / "1.svs")
     grid_path(work, "2").unlink()
     write_scan(source / "bad.svs", picture())
-
-    def times() -> dict[str, int]:
-        return {p.stem: p.stat().st_mtime_ns for p in (work / "rows").glob("*.json")}
-
     others = {"1", "2", "bad", "new"}
     for config, fresh in ((SMALL, others), (SMALL, set()), (TileConfig(size=64, min_tissue=0.5), others | {"0", "3"})):
-        before = times()
+        before = stamps(work, "rows/*.json")
         assert len(tile_slides(source, work, config)) == 6
-        assert {name for name, time in times().items() if time != before.get(name)} == fresh
+        assert {name for name, time in stamps(work, "rows/*.json").items() if time != before.get(name)} == fresh
         assert {row["status"] for row in read_slides(work)} == {"ok"}
 
 
@@ -341,18 +336,10 @@ def test_rows_of_earlier_folders_stay_but_failures_of_scans_that_are_gone_go(sca
     assert [row["slide_id"] for row in read_slides(tmp_path / "w")] == ["0", "1"]
 
 
-RUN = """
-import sys, pathlib
-from dreslcl.tiles import tile_slides, TileConfig
-tile_slides(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), TileConfig(size=64), workers=2)
-"""
-
-
 def test_shards_running_at_once_do_what_one_run_does(scans, tmp_path):
     tile_slides(scans, tmp_path / "whole", SMALL)
-    env = [os.environ | {"RANK": str(i), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"} for i in range(3)]
-    processes = [subprocess.Popen([sys.executable, "-c", RUN, scans, tmp_path / "w"], env=e) for e in env]
-    assert [p.wait() for p in processes] == [0, 0, 0]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda i: tile_slides(scans, tmp_path / "w", SMALL, workers=2, shard=(i, 3)), range(3)))
     assert tiled(tmp_path / "w") == tiled(tmp_path / "whole")
     assert [row["slide_id"] for row in tile_slides(scans, tmp_path / "w", SMALL, shard=(1, 4))] == ["a__1", "b__1"]
     with pytest.raises(ConfigError, match="numbered from 0 to 2"):

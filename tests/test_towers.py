@@ -14,7 +14,7 @@ from test_encoder import Bomb, tiles
 
 from dreslcl.common import ModelError
 from dreslcl.config import EncoderConfig
-from dreslcl.encoder import Encoder, cached_features, describe_encoder
+from dreslcl.encoder import Encoder, describe_encoder
 from dreslcl.towers import CLASS_AND_PATCHES, FAMILIES, SWIGLU, build_trunk
 
 SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -89,20 +89,6 @@ def test_real_weights_from_a_file_give_timms_features(tmp_path, no_network):
     with torch.inference_mode():
         theirs = trunk.eval()(torch.stack([transform(Image.fromarray(tile.numpy())) for tile in batch]))
         assert torch.nn.functional.cosine_similarity(encoder.encode_tiles(batch), theirs).min() > 0.9999
-
-
-def test_gradient_caching_and_last_n_work_with_a_timm_tower():
-    encoder = Encoder.create(EncoderConfig("timm:test_vit")).double()
-    encoder.set_trainable("last:1", text=False)
-    learning, gradients = [p for p in encoder.tower_parameters() if p.requires_grad], []
-    assert 0 < len(learning) < len(encoder.tower_parameters())
-    for tile_batch in (2, 5):
-        encoder.zero_grad()
-        features, again = cached_features(lambda i, j: encoder.encode_tiles(tiles(5)[i:j]), 5, tile_batch)
-        features[:, 0].sum().backward()
-        again()
-        gradients.append(torch.cat([p.grad.flatten() for p in learning]))
-    assert gradients[0].norm() > 0 and torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

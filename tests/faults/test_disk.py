@@ -118,14 +118,6 @@ def test_an_input_that_may_not_be_read_is_named_in_one_line(own, whole, name, pl
     done.says("pretrain/model" if "/model/" in place else Path(place).stem)
 
 
-def test_a_scan_that_may_not_be_read_gets_its_row(own, tmp_path):
-    arguments = ["tile", own.parent / "slides", *TILE, "--out", tmp_path / "out"]
-    done = in_child(forbidden, own.parent / "slides" / "s3.svs", 0, arguments)
-    assert done.code == 1 and "1 of 8 slides failed" in done.err
-    bad = [(r["slide_id"], r["error"]) for r in read_table(tmp_path / "out" / "slides.csv") if r["status"] != "ok"]
-    assert bad == [("s3", "s3.svs: cannot be opened (Permission denied)")]
-
-
 # inputs that vanish or are cut while they are read
 
 

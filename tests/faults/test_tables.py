@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from attack import dreslcl, in_child
@@ -90,13 +89,3 @@ def test_html_of_hostile_texts_runs_nothing_in_a_browser(hostile, tmp_path):
     assert "<title>dreslcl evaluation: mutation</title>" in page and "document.title='RAN'" in page
     for tag in ("<script", "<iframe", "<svg", '<img src="x'):
         assert tag not in page, tag
-
-
-def test_formulas_in_ids_survive_the_way_through_stamps_table(tmp_path):
-    for i, name in enumerate(("=1+1", "-a", "007")):
-        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
-            file["features"] = np.eye(3, 4, dtype=np.float32)[[i]]
-    done = in_child(dreslcl, "embed", "--features", tmp_path, "--layout", "stamp", "--out", tmp_path / "emb")
-    assert done.code == 0, done
-    assert {r["FILENAME"] for r in read_table(tmp_path / "emb" / "stamp_slides.csv")} == {"'=1+1.h5", "'-a.h5", "007.h5"}
-    assert Embeddings.load(tmp_path / "emb").ids == ("-a", "007", "=1+1")
