@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 
 
-def _shrunk(image: np.ndarray, factor: int) -> np.ndarray:
+def shrunk(image: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).reduce(factor))
 
 
@@ -57,7 +57,7 @@ def write_dicom(path: Path, image: np.ndarray, *, series: str = "1.2.3", instanc
 def dicom(folder: Path, image: np.ndarray) -> Path:
     """Three levels in three files."""
     for n, factor in enumerate((4, 1, 2)):
-        write_dicom(folder / "case" / f"{n}.dcm", _shrunk(image, factor), instance=n, mpp=0.5 * factor)
+        write_dicom(folder / "case" / f"{n}.dcm", shrunk(image, factor), instance=n, mpp=0.5 * factor)
     return folder / "case" / "0.dcm"
 
 
@@ -65,7 +65,7 @@ def mrxs(folder: Path, image: np.ndarray) -> Path:
     """Photos of 128 px that overlap by 16, at two levels; photo (1, 1) is missing from level 0, and none reaches beyond the picture."""
     columns, rows = ((side - 16) // 112 // 2 * 2 for side in image.shape[1::-1])
     photos = {(x, y): image[112 * y : 112 * y + 128, 112 * x : 112 * x + 128] for y in range(rows) for x in range(columns)}
-    halves = {place: _shrunk(photo, 2) for place, photo in photos.items()}
+    halves = {place: shrunk(photo, 2) for place, photo in photos.items()}
     fours = {
         (x, y): np.vstack([np.hstack([halves[x + i, y + j] for i in (0, 1)]) for j in (0, 1)]) for x, y in photos if not (x % 2 or y % 2)
     }
@@ -110,7 +110,7 @@ def trestle(folder: Path, image: np.ndarray) -> Path:
 
 def vms(folder: Path, image: np.ndarray) -> Path:
     """One JPEG with restart markers, and a map, in files that the .vms names."""
-    for name, picture in (("a 1.jpg", image), ("map.jpg", _shrunk(image, 4))):
+    for name, picture in (("a 1.jpg", image), ("map.jpg", shrunk(image, 4))):
         Image.fromarray(picture).save(folder / name, quality=95, subsampling=0, restart_marker_rows=1)
     size = "".join(f"Physical{side}={500 * pixels}\n" for side, pixels in (("Width", image.shape[1]), ("Height", image.shape[0])))
     names = "NoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile=a 1.jpg\nMapFile=map.jpg\n"

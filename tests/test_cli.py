@@ -1,4 +1,3 @@
-import logging
 import os
 import re
 import signal
@@ -23,8 +22,7 @@ def dreslcl(monkeypatch, capsys):
             cli.main()
         return (ended.value.code, *capsys.readouterr())
 
-    yield call
-    logging.getLogger("dreslcl").setLevel(logging.NOTSET)
+    return call
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_join_says_what_matched_and_what_did_not_and_no_match_shows_both_sides(t
         "2 of 3 reports have a slide; without: 'z'",
         "1 distinct reports, 1 of them of several slides; 2 patients",
     )
-    with pytest.raises(TableError, match="slides are 'x', 'y'; reports are 'a.svs', 'b', 'z'"):
+    with pytest.raises(TableError, match=r"slides are 'x', 'y'; reports are 'a\.svs', 'b', 'z'"):
         cohort_of("x", "y").with_reports(reports)
     with pytest.raises(ConfigError, match="--reports TABLE or --report-embeddings FILE"):
         cohort_of("a").with_reports(None)

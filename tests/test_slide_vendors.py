@@ -10,6 +10,7 @@ import pytest
 import simplejpeg
 import tifffile
 from PIL import Image
+from scanners import shrunk
 
 from dreslcl.common import SlideError
 from dreslcl.slide import Slide
@@ -24,10 +25,6 @@ def picture(width: int, height: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     red, green, blue = 40 + 160 * x / width, 120 + 80 * np.sin(x / 37) * np.cos(y / 53), 20 + 140 * y / height
     return np.stack([red, green, blue], axis=2).astype(np.uint8)
-
-
-def shrunk(image: np.ndarray, factor: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).reduce(factor))
 
 
 def write(path: Path, *pages: tuple[np.ndarray, dict], **kwargs) -> Path:
