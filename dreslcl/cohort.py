@@ -1,12 +1,12 @@
 """Slides x reports x patients, the batches of an epoch, and a loader that reads tiles ahead of the encoder."""
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -14,9 +14,6 @@ from jaxtyping import Int64, UInt8
 from .common import ConfigError, TableError, cores, file_stamp, preview, read_list, same_name
 from .formats import patient_of, read_corners, read_patients, read_report_vectors, read_reports, report_rows
 from .tiles import TileGrid, TilePixels, grid_path, read_slides
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Cohort:
                 first = of.setdefault(same_name(name), number)
                 if vectors and not np.array_equal(report, rows[first][2]):  # `read_reports` has seen to this in a table
                     raise TableError(f"{vectors}: {name!r} has more than one report; keep one for each slide or patient")
-        members, bare, numbers, texts = [], [], {}, []
+        members, bare, distinct = [], [], {}
         for m in self.members:
             number = by_slide.get(same_name(m.slide_id), by_patient.get(same_name(m.patient_id)))
             if number is None:
@@ -109,11 +106,8 @@ class Cohort:
                 continue
             used.add(number)
             _, patient, report = rows[number]
-            key = report if isinstance(report, str) else report.tobytes()
-            if key not in numbers:
-                numbers[key] = len(texts)
-                texts.append(report)
-            members.append(replace(m, patient_id=m.patient_id if vectors else patient or m.patient_id, report=numbers[key]))
+            place, _ = distinct.setdefault(report if isinstance(report, str) else report.tobytes(), (len(distinct), report))
+            members.append(replace(m, patient_id=m.patient_id if vectors else patient or m.patient_id, report=place))
         lost = [slide or patient for number, (slide, patient, _) in enumerate(rows) if number not in used]
         if not members:
             raise TableError(f"{vectors or reports}: no report matches a slide; slides are {preview(bare)}; reports are {preview(lost)}")
@@ -122,9 +116,9 @@ class Cohort:
             *self.notes,
             f"{len(members)} of {len(self)} slides have a report" + (f"; without: {preview(bare)}" if bare else ""),
             f"{len(used)} of {len(rows)} reports have a slide" + (f"; without: {preview(lost)}" if lost else ""),
-            f"{len(texts)} distinct reports, {shared} of them of several slides; {len({m.patient_id for m in members})} patients",
+            f"{len(distinct)} distinct reports, {shared} of them of several slides; {len({m.patient_id for m in members})} patients",
         )
-        return replace(self, members=tuple(members), reports=tuple(texts), notes=notes)
+        return replace(self, members=tuple(members), reports=tuple(report for _, report in distinct.values()), notes=notes)
 
     def grid(self, member: int) -> TileGrid:
         """Where a member's tiles lie."""
@@ -206,12 +200,7 @@ def plan_epoch(
     patients = sorted({members[i].patient_id for i in which})
     place = dict(zip(patients, rng.permutation(len(patients))))
     order = sorted(rng.permutation(np.asarray(which)), key=lambda i: place[members[i].patient_id])  # a patient's slides side by side
-    taken: Counter[str] = Counter()
-    dealt = []
-    for i in order:
-        taken[members[i].patient_id] += 1
-        if taken[members[i].patient_id] <= batches:
-            dealt.append(i)
+    dealt = [i for _, own in groupby(order, key=lambda i: members[i].patient_id) for i in islice(own, batches)]
     shuffled = [np.array(dealt[j::batches], dtype=np.int64) for j in range(batches)]
     return [shuffled[j] for j in rng.permutation(batches)]
 
@@ -268,17 +257,3 @@ class TileReader:
             store[missing] = self._open(member).read(missing)
             have[missing] = True
         return store[index]
-
-
-def prefetch(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ahead: int) -> Iterator[Result]:
-    """Results of `work` on each job, in order, computed on threads up to `ahead` jobs early."""
-    pool, queue = ThreadPoolExecutor(workers), deque[Future[Result]]()
-    try:
-        for job in jobs:
-            queue.append(pool.submit(work, job))
-            if len(queue) > ahead:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -18,12 +18,14 @@ import socket
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -32,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 _warn_once = cache(log.warning)
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
@@ -72,9 +75,10 @@ class BusyError(DreslclError):
 
 
 def reason(error: Exception) -> str:
-    """Why a slide failed, in one line."""
-    text = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error) or "not enough memory"
-    return " ".join(text.split())
+    """Why something failed, in one line of at most 500 characters."""
+    other = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+    text = f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error) or other
+    return shorten(text, 500, placeholder=" ...")
 
 
 @contextmanager
@@ -381,3 +385,17 @@ def track(items: Iterable[Item], title: str, unit: str, total: int | None = None
         for item in items:
             yield item
             done()
+
+
+def prefetch(work: Callable[[Item], Result], jobs: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """Results of `work` on each job, in order, computed on threads up to `ahead` jobs early."""
+    pool, queue = ThreadPoolExecutor(workers), deque[Future[Result]]()
+    try:
+        for job in jobs:
+            queue.append(pool.submit(work, job))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

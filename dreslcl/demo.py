@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections import defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from jaxtyping import Float, UInt8
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-from .cohort import Cohort, prefetch
-from .common import ConfigError, StoreError, atomic, read_table, track, write_table
+from .cohort import Cohort
+from .common import ConfigError, StoreError, atomic, cores, prefetch, read_table, track, write_table
 from .config import PRESETS, EvalConfig, TileConfig, updated
 from .embedding import embed
 from .evaluation import Result, evaluate
@@ -317,7 +316,7 @@ def write_cohort(out: Path, slides: int = 72, seed: int = 0, *, side: tuple[int,
     """
     if slides < 6:
         raise ConfigError(f"a synthetic cohort needs at least 6 slides (two splits of three classes), got {slides}")
-    out, threads = Path(out), min(8, os.cpu_count() or 1)
+    out, threads = Path(out), min(8, cores())
     cases = _plan(slides, np.random.default_rng([seed, 0]))
     counts = {"train": min(5, 1 + slides // 16), "test": min(4, 1 + slides // 20)}
     jobs = [(split, kind, n) for split, count in counts.items() for kind in KINDS for n in range(count)]

@@ -15,8 +15,21 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from .cohort import Cohort, TileReader, draw_tiles, prefetch
-from .common import ConfigError, DreslclError, ModelError, SlideError, StoreError, counting, fingerprint, hdf5_file, hold, reason, track
+from .cohort import Cohort, TileReader, draw_tiles
+from .common import (
+    ConfigError,
+    DreslclError,
+    ModelError,
+    SlideError,
+    StoreError,
+    counting,
+    fingerprint,
+    hdf5_file,
+    hold,
+    prefetch,
+    reason,
+    track,
+)
 from .config import EncoderConfig, TrainConfig
 from .distributed import ranks
 from .encoder import Encoder, autocast, inference, pick_device
@@ -256,11 +269,9 @@ def slide_file(out: Path, slide: str) -> Path:
 
 def _mark(path: Path) -> str:
     """What made the slide's file; "" where there is none or it cannot be read."""
-    try:
-        with h5py.File(path, "r") as file:
-            return str(file.attrs.get("fingerprint", ""))
-    except OSError:
-        return ""
+    with suppress(OSError), h5py.File(path, "r") as file:
+        return str(file.attrs.get("fingerprint", ""))
+    return ""
 
 
 def load(folder: Path) -> DRESLCL:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
@@ -131,11 +132,9 @@ def class_targets(embedded: Embeddings, labels: Path, column: str) -> Mapping[st
 
 def _drawn(out: Path, slide: str) -> str:
     """What the slide's maps were drawn from; "" where there are none. The codeword map is written last."""
-    try:
-        with Image.open(out / "codewords" / f"{slide}.png") as image:
-            return str(image.info.get("fingerprint", ""))
-    except OSError:
-        return ""
+    with suppress(OSError), Image.open(out / "codewords" / f"{slide}.png") as image:
+        return str(image.info.get("fingerprint", ""))
+    return ""
 
 
 def _draw(folder: Path, scan: Slide, grid: TileGrid, found: Found, codewords: int, target: Target | None, mark: str) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .common import ConfigError, ModelError, SlideError, fingerprint, write_bytes, write_json, write_text
+from .common import ConfigError, ModelError, SlideError, fingerprint, reason, write_bytes, write_json, write_text
 from .config import EncoderConfig, ModelConfig, TileConfig
 from .encoder import Encoder, inference
 from .formats import model_card
@@ -364,8 +364,8 @@ class DRESLCL(nn.Module):
             model = cls(encoder, text, ModelConfig(**header["model"]), dim=header["dim"], about=header["about"])
             missing, extra = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"{folder}: not a whole dreslcl model folder ({reason}); give RUN/model of a finished pretrain") from error
+            why = reason(error)
+            raise ModelError(f"{folder}: not a whole dreslcl model folder ({why}); give RUN/model of a finished pretrain") from error
         if extra or any(not k.startswith(("encoder.", "text.")) for k in missing):
             raise ModelError(f"{folder}: weights.safetensors does not fit config.json; was one of them replaced?")
         return model.eval()

@@ -15,7 +15,7 @@ import math
 import re
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -63,7 +63,7 @@ class Level:
     downsample: float  # level-0 pixels per pixel of this level
 
 
-class Slide:
+class Slide(AbstractContextManager["Slide"]):
     """A scan, open for reading. Places are level-0 pixels (x, y), resolutions µm per pixel, pixels 8-bit RGB, white outside the scan.
 
     Reads may run in many threads at once. A pickled slide opens its file again; a forked one reads on.
@@ -118,9 +118,6 @@ class Slide:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).open, (self.path, *(self.mpp if self.mpp_source == source else None for source in ("given", "default")))
-
-    def __enter__(self) -> "Slide":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

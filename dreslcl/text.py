@@ -23,7 +23,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
-from .common import ConfigError, ModelError, write_bytes, write_json
+from .common import ConfigError, ModelError, reason, write_bytes, write_json
 from .encoder import Encoder
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Text(nn.Module):
                     return Text(dim)
             why = "something is missing"
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            why = str(error).splitlines()[0]
+            why = reason(error)
         raise ModelError(f"{file}: no whole description of report vectors ({why})")
 
 

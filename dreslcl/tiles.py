@@ -14,7 +14,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,18 +36,20 @@ from .common import (
     TableError,
     atomic,
     check_id,
-    counting,
+    cores,
     encoded,
     file_stamp,
     fingerprint,
     hdf5_file,
     hold,
     one_value,
+    prefetch,
     rank_and_world,
     read_table,
     reason,
     same_name,
     slide_id,
+    track,
     write_bytes,
     write_json,
     write_table,
@@ -67,7 +68,7 @@ SAMPLE = 256  # stored tiles per level that a check decodes
 COLUMNS = "slide_id path status tiles mpp mpp_source width height levels regions vendor reader tissue_mm2 seconds warning error".split()
 SCANS = set(".svs .tif .tiff .ndpi .scn .bif .qptiff .png .jpg .jpeg".split()) | {s for s in OPENSLIDE if isinstance(s, str)}
 """Suffixes of what `Slide` reads."""
-FOREIGN = set(".isyntax .i2syntax .zvi .vsi .lif .sdpc .kfb".split())  # scans that get an error row
+UNREAD = set(".isyntax .i2syntax .zvi .vsi .lif .sdpc .kfb".split())  # scans that get an error row
 SERIES = re.compile(rb"\x20\0\x0d\0(?:UI..|....)[0-9.]+\0?\x20\0\x0e\0(?:UI..|....)([0-9.]+)", re.DOTALL)
 """DICOM's StudyInstanceUID, then SeriesInstanceUID, with explicit or implicit types; nested references never have one after the other."""
 OVERRIDES: dict[str, Callable[[str], Any]] = {  # what a table may set per slide: the scan's own mpp, and settings of TileConfig
@@ -262,11 +263,9 @@ def pack_path(work: Path, slide_id: str) -> Path:
 
 def packed_fingerprint(path: Path) -> str:
     """The fingerprint of the grid that a pack was written for; empty where there is no whole pack."""
-    try:
-        with TiffFile(path) as tif:
-            return str(json.loads(tif.pages.first.description)["fingerprint"])
-    except Exception:  # a broken header makes tifffile raise anything
-        return ""
+    with suppress(Exception), TiffFile(path) as tif:  # a broken header makes tifffile raise anything
+        return str(json.loads(tif.pages.first.description)["fingerprint"])
+    return ""
 
 
 def _pitch(grid: TileGrid) -> int:
@@ -381,7 +380,7 @@ def _find_scans(source: Path, out: Path) -> tuple[list[tuple[str, list[Path]]], 
     for folder, subfolders, names in os.walk(source, followlinks=True):
         subfolders[:] = [s for s in sorted(subfolders) if not s.startswith(".") and os.path.realpath(Path(folder, s)) not in seen]
         seen.update(os.path.realpath(Path(folder, s)) for s in subfolders)  # no folder twice, nor the output folder
-        found += _group_files(Path(folder, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SCANS | FOREIGN)
+        found += _group_files(Path(folder, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in SCANS | UNREAD)
     if not found:
         raise ConfigError(f"{source}: no scan in there; scans end in {' '.join(sorted(SCANS))}")
     root, by_id = source if source.is_dir() else source.parent, defaultdict(list)
@@ -425,11 +424,9 @@ def _group_files(paths: Iterable[Path]) -> list[list[Path]]:
 
 def _head(path: Path) -> bytes:
     """The first 64 kB of a file; nothing of one that cannot be read, which opening the scan tells."""
-    try:
-        with path.open("rb") as file:
-            return file.read(1 << 16)
-    except OSError:
-        return b""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(1 << 16)
+    return b""
 
 
 def _id(files: list[Path], root: Path) -> str:
@@ -488,17 +485,12 @@ def _named(folder: Path | None, *patterns: str) -> dict[str, Path]:
 def _run(jobs: list[_Job], workers: int, work: Callable[[_Job], dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the jobs. On threads, since nearly all work releases the interpreter's lock: processes were no faster."""
     rows = []
-    with counting("tiling", len(jobs), "slides") as count, ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        try:
-            for done in as_completed([pool.submit(work, job) for job in jobs]):
-                rows.append(row := done.result())
-                for text in filter(None, (row["error"] if row["status"] == "error" else "", row["warning"])):
-                    log.warning("%s (%s)", text, row["path"])
-                log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
-                count()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return sorted(rows, key=lambda row: row["slide_id"])
+    for row in track(prefetch(work, jobs, workers or min(8, cores()), len(jobs)), "tiling", "slides", len(jobs)):
+        for text in filter(None, (row["error"] if row["status"] == "error" else "", row["warning"])):
+            log.warning("%s (%s)", text, row["path"])
+        log.debug("%s: %s, %d tiles", row["slide_id"], row["status"], row["tiles"])
+        rows.append(row)
+    return rows
 
 
 def _tile(job: _Job, check: str, out: Path | None = None, pack: bool = False) -> dict[str, Any]:
@@ -593,7 +585,6 @@ def _contact_sheet(out: Path) -> None:
         for n, path in enumerate(paths):
             x, y = n % columns * cell, n // columns * (cell + 12)
             with suppress(OSError), Image.open(path) as overlay:  # a damaged one stays blank
-                overlay.draft("RGB", (cell, cell))
                 overlay.thumbnail((cell - 4, cell - 4))
                 sheet.paste(overlay, (x, y + 12))
             draw.text((x, y), path.stem[-(cell // 6) :], fill="black")

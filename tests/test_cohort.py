@@ -8,8 +8,8 @@ from folders import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreslcl.cohort import Cohort, SlideRecord, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
-from dreslcl.common import ConfigError, TableError, write_table
+from dreslcl.cohort import Cohort, SlideRecord, TileReader, deal_patients, draw_tiles, plan_epoch, window_tiles
+from dreslcl.common import ConfigError, TableError, prefetch, write_table
 from dreslcl.formats import read_report_vectors, read_reports
 from dreslcl.slide import Slide
 

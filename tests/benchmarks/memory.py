@@ -20,7 +20,8 @@ import torch
 from train_overhead import make_run, write_reports
 
 from dreslcl import trainer
-from dreslcl.cohort import Cohort, prefetch
+from dreslcl.cohort import Cohort
+from dreslcl.common import prefetch
 from dreslcl.config import TileConfig
 from dreslcl.tiles import tile_slides
 
