@@ -374,21 +374,14 @@ next, with your own scans, reports.csv and labels.csv:
 
 
 @command(panel="Help")
-def encoders(
-    names: Annotated[list[str] | None, typer.Argument(help="Names to describe; none: all are listed, without their parameters.")] = None,
-) -> None:
+def encoders() -> None:
     """List the encoders that --encoder takes: feature width, input edge (px), parameters of the image tower, licence of the weights."""
     from .encoder import describe_encoder, list_encoders
     from .towers import FAMILIES
 
-    rows = [] if names else [(*found, licence) for *found, licence in FAMILIES]
-    for name in names or list_encoders():
-        row = describe_encoder(name, build=bool(names))
-        rows.append((name, row["width"], row["image_px"], row["millions"], "" if names else "of the weights chosen"))
-    shown = [[name, str(width), str(edge), f"{size:,.1f}" if size else "?", licence] for name, width, edge, size, licence in rows]
-    print_table(["encoder", "width", "input px", "10⁶ parameters", "licence"], shown)
-    if not names:
-        print("and any timm:NAME.TAG, hf-hub:ORG/NAME or local-dir:FOLDER; `dreslcl encoders NAME` counts parameters", file=sys.stderr)
+    rows = [*FAMILIES, *((name, *describe_encoder(name), "?", "of the weights chosen") for name in list_encoders())]
+    print_table(["encoder", "width", "input px", "10⁶ parameters", "licence"], [list(map(str, row)) for row in rows])
+    print("and any timm:NAME.TAG, hf-hub:ORG/NAME or local-dir:FOLDER", file=sys.stderr)
 
 
 def main() -> None:

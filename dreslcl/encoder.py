@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import v2 as transforms
 
 from .common import ModelError, write_bytes, write_json
 from .config import SCHEMAS, EncoderConfig
 from .towers import CONFIG, find_timm, from_timm, load_held
-
-log = logging.getLogger(__name__)
 
 TINY, DRAWN = "dreslcl-tiny", "drawn"  # the embedded model, and the tag of its weights: an image tower that knows drawn tissue
 CPU_PIXELS = 1 << 18  # in one pass; with more, a CPU waits for memory: EfficientNet-Lite0 at 128 px fell to a quarter of its speed
@@ -108,7 +108,6 @@ class Encoder(nn.Module):
         download that failed (with what to do offline).
         """
         name = config.name
-        _register_tiny()
         _check_name(config)
         pretrained = config.has_weights
         with torch.random.fork_rng(devices=[]), _quiet_open_clip():
@@ -136,24 +135,15 @@ class Encoder(nn.Module):
 
     def preprocess(self, tiles: UInt8[Tensor, "N H W 3"]) -> Float[Tensor, "N 3 h w"]:
         """Resize and crop to the tower's input as OpenCLIP's inference transform does; values from 0 to 1."""
-        images = tiles.permute(0, 3, 1, 2)
-        (h, w), (height, width) = self.image_size, images.shape[2:]
-        if (height, width) != (h, w):
-            longest = self.preprocess_cfg["resize_mode"] == "longest"
-            if self.preprocess_cfg["resize_mode"] == "squash":
-                new = (h, w)
-            else:
-                scale = min(h / height, w / width) if longest else max(h / height, w / width)
-                # OpenCLIP rounds the longest edge's partner, torchvision cuts the shortest's
-                new_h, new_w = (round(n * scale) if longest else int(n * scale + 1e-6) for n in (height, width))
-                new = (new_h, new_w)
-            mode = "bilinear" if self.preprocess_cfg["interpolation"] == "bilinear" else "bicubic"
-            source = images if images.device.type == "cpu" else images.float()  # uint8 resizing exists on the CPU only
-            resized = F.interpolate(source, new, mode=mode, antialias=True)
-            images = resized.float().round_().clamp_(0, 255)  # OpenCLIP resizes 8-bit pictures, so values are whole
-            middle = int if longest else round
-            top, left = middle((new[0] - h) / 2), middle((new[1] - w) / 2)  # negative padding crops
-            images = F.pad(images, (-left, left + w - new[1], -top, top + h - new[0]), value=self.preprocess_cfg["fill_color"])
+        images, cfg = tiles.permute(0, 3, 1, 2), self.preprocess_cfg
+        if images.shape[2:] != self.image_size:
+            ratios, longest = [new / old for new, old in zip(self.image_size, images.shape[2:])], cfg["resize_mode"] == "longest"
+            scale = min(ratios) if longest else max(ratios)
+            # OpenCLIP rounds the longest edge's partner, torchvision cuts the shortest's
+            kept = [round(n * scale) if longest else int(n * scale + 1e-6) for n in images.shape[2:]]
+            how = transforms.InterpolationMode.BILINEAR if cfg["interpolation"] == "bilinear" else transforms.InterpolationMode.BICUBIC
+            images = transforms.functional.resize(images, self.image_size if cfg["resize_mode"] == "squash" else kept, how)
+            images = open_clip.transform.center_crop_or_pad(images, self.image_size, cfg["fill_color"])
         return images.float() / 255
 
     def encode_tiles(self, tiles: UInt8[Tensor, "N H W 3"], views: Augmentation | None = None) -> Float[Tensor, "N D"]:
@@ -199,18 +189,14 @@ class Encoder(nn.Module):
 
         Raises ModelError: the tower has no blocks to count for last:N.
         """
-        for p in self.clip.parameters():
-            p.requires_grad_(False)
+        self.clip.requires_grad_(False)
         self.reads = self.reads or text
-        for p in self.text_parameters():
-            p.requires_grad_(text)
-        visual = self.clip.visual
-        chosen = list(visual.parameters()) if tune == "all" else []
+        chosen = (self.text_parameters() if text else []) + (self.tower_parameters() if tune == "all" else [])
         if tune.startswith("last:"):
             last, blocks = int(tune[5:]), self.blocks()
             if last and not blocks:
                 raise ModelError(f"{self.name}: cannot tell the tower's blocks apart; use --tune all or none")
-            chosen = [p for n, p in visual.named_parameters() if _AFTER_BLOCKS.match(n)]
+            chosen += [p for n, p in self.clip.visual.named_parameters() if _AFTER_BLOCKS.match(n)]
             chosen += [p for block in blocks[-last:] for p in block.parameters()] if last else []
         for p in chosen:
             p.requires_grad_(True)
@@ -265,64 +251,36 @@ def _from_openclip(config: EncoderConfig) -> tuple[nn.Module, dict[str, Any]]:
     return clip, model_cfg
 
 
-def _register_tiny() -> None:
+def list_encoders() -> list[str]:
+    """Names of all OpenCLIP architectures that `--encoder` takes without a schema, the embedded one first: it is made known to OpenCLIP."""
     if TINY not in open_clip.list_models():
         open_clip.add_model_config(Path(__file__).with_name(f"{TINY}.json"))
-
-
-def list_encoders() -> list[str]:
-    """Names of all OpenCLIP architectures that `--encoder` takes without a schema, the embedded one first."""
-    _register_tiny()
     return [TINY, *(n for n in open_clip.list_models() if n != TINY)]
 
 
-def describe_encoder(name: str, *, build: bool = True) -> dict[str, Any]:
-    """Width D, input edge (px), with `build` parameters of the image tower (millions). Nothing is downloaded.
-
-    The parameters of an architecture that needs a package which is not installed are None.
-    Raises ModelError: unknown name, or one that only its repository or folder describes.
-    """
-    config = EncoderConfig(name.split(".")[0] if name.startswith("timm:") else name)
-    _register_tiny()
-    _check_name(config)
-    if name.startswith(SCHEMAS):
-        raise ModelError(f"{name} is described by what is in it; `dreslcl encoders` lists the best known")
-    with torch.device("meta"), _quiet_open_clip():
-        if tower := find_timm(config.name):
-            clip, cfg = from_timm(*tower, pretrained=False, file=None)
-        else:
-            clip, cfg = None, open_clip.get_model_config(name)
-            try:
-                clip = open_clip.create_model(name, device="meta", pretrained_text=False) if build else None
-            except Exception as error:  # as in Encoder.create; here it only leaves a number out
-                log.debug("%s: %s", name, error)
-    millions = sum(p.numel() for p in clip.visual.parameters()) / 1e6 if clip else None
-    return {"name": name, "width": cfg["embed_dim"], "image_px": cfg["vision_cfg"].get("image_size", 224), "millions": millions}
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    return f"near names: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or 'none'}"
+def describe_encoder(name: str) -> tuple[int, int]:
+    """Width D and input edge (px) of one of `list_encoders`."""
+    cfg = open_clip.get_model_config(name)
+    return cfg["embed_dim"], cfg["vision_cfg"].get("image_size", 224)
 
 
 def _check_name(config: EncoderConfig) -> None:
-    name, given = config.name, config.pretrained
-    if name.startswith("timm:"):
-        architecture, _, tag = name.removeprefix("timm:").partition(".")
-        tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
-        if not timm.is_model(architecture):
-            raise ModelError(f"timm has no model {architecture!r}; {_near(architecture, timm.list_models())}")
-        if (tag and tag not in tags) or (given and not Path(given).is_file()):
-            raise ModelError(f"{name} has no weights {given or tag!r}; write timm:{architecture}.TAG; tags: {', '.join(tags) or 'none'}")
-    elif not name.startswith(SCHEMAS):
-        known = list_encoders()
-        if name not in known:
-            raise ModelError(
-                f"encoder {name!r} is unknown; {_near(name, known)}; or use timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER; "
-                "`dreslcl encoders` lists all"
-            )
-        tags = [DRAWN] if name == TINY else open_clip.list_pretrained_tags_by_model(name)
-        if given and not Path(given).is_file() and given not in tags:
-            raise ModelError(f"encoder {name} has no weights {given!r}; tags: {', '.join(tags) or 'none'}; or name a file")
+    if config.name.startswith(SCHEMAS):
+        return
+    name, given, by_timm = config.name.removeprefix("timm:"), config.pretrained, config.name.startswith("timm:")
+    if by_timm:
+        name, _, tag = name.partition(".")
+        there, known, how = timm.is_model(name), timm.list_models(), f"; write timm:{name}.TAG"
+        tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{name}.*")]
+    else:
+        tag, known, how = "", list_encoders(), ""
+        there, tags = name in known, [DRAWN] if name == TINY else open_clip.list_pretrained_tags_by_model(name)
+    if not there:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
+        others = "or use timm:NAME, hf-hub:ORG/NAME, local-dir:FOLDER; `dreslcl encoders` lists all"
+        raise ModelError(f"encoder {config.name!r} is unknown; near names: {near}; {others}")
+    if (tag and tag not in tags) or (given and not Path(given).is_file() and (by_timm or given not in tags)):
+        raise ModelError(f"encoder {config.name} has no weights {given or tag!r}{how}; tags: {', '.join(tags) or 'none'}; or name a file")
 
 
 def _explain(config: EncoderConfig, error: Exception) -> str:
@@ -384,36 +342,17 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def cached_features(
-    encode: Callable[[int, int], Float[Tensor, "n D"]], tiles: int, tile_batch: int
-) -> tuple[Float[Tensor, "N D"], Callable[[], None]]:
+def cached_features(encode: Callable[..., Float[Tensor, "n D"]], tiles: Sequence[Tensor], tile_batch: int) -> Float[Tensor, "N D"]:
     """Features of N tiles with gradient, whose memory does not grow with N (gradient caching; Gao et al. 2021, arXiv 2101.06983).
 
-    All but the last micro-batch are encoded without graph; the returned function, to be called once after the loss was back-propagated,
-    encodes them again with graph and passes their gradient on. Same gradients as one big batch.
+    All but the last micro-batch are encoded again, with the same random numbers, when the loss is back-propagated. Same gradients as one
+    big batch.
 
     Args:
-        encode: features of tiles start to stop - 1.
+        encode: features of some tiles, given the number of the first and then the tiles.
         tile_batch: tiles in one pass. The last pass keeps its graph at once: no other one is in memory meanwhile.
     """
-    *starts, last = range(0, tiles, tile_batch)
-    states, parts = [], []
-    cuda = torch.cuda.is_available()
-    get, put = (torch.cuda.get_rng_state, torch.cuda.set_rng_state) if cuda else (torch.get_rng_state, torch.set_rng_state)
-    with torch.no_grad():
-        for i in starts:
-            states.append(get())  # a tower with dropout must drop the same in both passes
-            parts.append(encode(i, i + tile_batch))
-    if not starts:
-        return encode(last, tiles), lambda: None
-    cached = torch.cat(parts).requires_grad_()
-
-    def encode_again() -> None:
-        assert cached.grad is not None, "call it after backward"
-        after = get()
-        for i, state in zip(starts, states):
-            put(state)
-            encode(i, i + tile_batch).backward(cached.grad[i : i + tile_batch])
-        put(after)
-
-    return torch.cat([cached, encode(last, tiles)]), encode_again
+    *starts, last = range(0, len(tiles), tile_batch)
+    learns = torch.ones((), requires_grad=True)  # a checkpoint asks for an argument with gradient; the other kind keeps 0.2 MB a tile
+    parts = [checkpoint(lambda _, *some: encode(*some), learns, i, *tiles[i : i + tile_batch], use_reentrant=True) for i in starts]
+    return torch.cat([*parts, encode(last, *tiles[last:])])

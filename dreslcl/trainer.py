@@ -28,8 +28,21 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from .bank import MemoryBank, Rest, fit_codebook, slide_layout
-from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, prefetch, window_tiles
-from .common import EVERY_S, ConfigError, DreslclError, ModelError, SlideError, StoreError, hold, reason, remember, track, write_bytes
+from .cohort import Cohort, TileReader, deal_patients, draw_tiles, plan_epoch, window_tiles
+from .common import (
+    EVERY_S,
+    ConfigError,
+    DreslclError,
+    ModelError,
+    SlideError,
+    StoreError,
+    hold,
+    prefetch,
+    reason,
+    remember,
+    track,
+    write_bytes,
+)
 from .config import EncoderConfig, RunConfig
 from .distributed import Ranks, ranks
 from .embedding import encode_slides, noting
@@ -43,7 +56,6 @@ from .tiles import hilbert_order, pack_path
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_VERSION = 2
 CODEBOOK_ROWS = 20_000  # for K-means, the same number of each slide
 WARMUP = 0.1  # share of the training over which learning rates rise
 CLIP = 1.0  # largest norm of the gradient
@@ -370,22 +382,21 @@ def draw_sample(run: Run, member: int) -> SlideSample:
     return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside), read_s)
 
 
-def encode_samples(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[Fresh, Any]:
-    """The tiles at hand, with gradient where they are encoded; and what has to be called after the loss was back-propagated.
+def encode_samples(run: Run, samples: Sequence[SlideSample], plan: Plan) -> Fresh:
+    """The tiles at hand, with gradient where they are encoded.
 
     While the encoder learns, the statistics by which features are standardised follow the batch.
     """
-    encoded = [s for s in samples if s.pixels is not None]
-    features, encode_again = iter(()), lambda: None
+    encoded, features = [s for s in samples if s.pixels is not None], iter(())
     if encoded:
         tiles = [tile for s in encoded for tile in s.pixels]  # views: the batch is never copied as a whole
         views = Augmentation.join([s.views for s in encoded], run.device) if encoded[0].views else None
 
-        def encode(start: int, stop: int) -> Tensor:
+        def encode(first: int, *some: Tensor) -> Tensor:
             with autocast(run.device, run.config.train.precision):
-                return run.model.encoder.encode_tiles(torch.stack(tiles[start:stop]), views.part(start, stop) if views else None)
+                return run.model.encoder.encode_tiles(torch.stack(some), views.part(first, first + len(some)) if views else None)
 
-        found, encode_again = cached_features(encode, len(tiles), run.config.train.tile_batch)
+        found = cached_features(encode, tiles, run.config.train.tile_batch)
         features = iter(found.split([len(s.tiles) for s in encoded]))
     aggregator, rows = run.model.aggregator, []
     for s in samples:
@@ -396,7 +407,7 @@ def encode_samples(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tupl
         means = (others.to(run.device) + torch.stack([r.detach().sum(0) for r in rows])) / M.to(run.device)
         aggregator.set_statistics(run.group.gather_rows(means, [len(members) for members in plan]), MOMENTUM)
     fresh = torch.cat(rows)
-    return Fresh(fresh, nearest_codeword(fresh, aggregator.codewords), aggregator.weigh(fresh)), encode_again
+    return Fresh(fresh, nearest_codeword(fresh, aggregator.codewords), aggregator.weigh(fresh))
 
 
 def make_bags(run: Run, samples: Sequence[SlideSample], fresh: Fresh) -> tuple[Bag, Bag, Bag, Bag]:
@@ -472,11 +483,10 @@ def train_step(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[di
     Raises DreslclError: loss or gradient is not finite; nothing of this step was kept.
     """
     optimizer = run.optimizer
-    fresh, encode_again = encode_samples(run, samples, plan)
+    fresh = encode_samples(run, samples, plan)
     loss, measured, z = compute_loss(run, samples, fresh, plan)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    encode_again()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     run.group.sum_gradients(parameters)
     if run.encoder_learns:
@@ -569,7 +579,8 @@ def slide_and_report_vectors(
         with noting(run.failed, cohort.members[member].slide_id):
             own[member] = run.model.embed_features(parts)
     z = {m: vector for part in run.group.collect(own) for m, vector in part.items()}
-    kept = sorted(z)
+    if not (kept := sorted(z)):
+        raise SlideError(f"none of {len(cohort)} slides to rank by retrieval could be read; the warnings above say why")
     numbers, number = np.unique([cohort.members[m].report for m in kept], return_inverse=True)
     u = run.model.embed_text([cohort.reports[i] for i in numbers])[number]
     return np.stack([z[m] for m in kept]), u, kept
@@ -577,7 +588,7 @@ def slide_and_report_vectors(
 
 def save_checkpoint(run: Run) -> None:
     """All that is needed to go on, loadable with weights_only=True."""
-    state = {"version": CHECKPOINT_VERSION, "config": asdict(run.config), "slides": run.model.about["slides"], "epoch": run.epoch}
+    state = {"config": asdict(run.config), "slides": run.model.about["slides"], "epoch": run.epoch}
     state |= {"model": run.model.state_dict(), "weigher": run.weigher.state_dict(), "optimizer": run.optimizer.state_dict()}
     state |= {"step": run.step, "rows": run.rows, "best": run.best}
     memory = io.BytesIO()  # torch itself loses the reason why a write failed
@@ -611,7 +622,7 @@ def load_checkpoint(run: Run) -> None:
     except StoreError:
         raise
     except Exception as error:  # torch raises many types for a damaged or hostile file
-        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete the folder to start anew") from error
+        raise StoreError(f"{path}: cannot be read ({reason(error)}); delete the folder to start anew") from error
     if not (run.out / "model" / "config.json").exists():  # its replacement by a better one was cut short
         run.best = -math.inf
     log.info("going on after epoch %d of %d%s", run.epoch, run.config.train.epochs, f"; changed: {told}" if told else "")

@@ -142,14 +142,14 @@ def test_a_run_that_went_badly_is_told_what_to_try_and_a_good_one_is_told_so():
 
 def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_size(cohort, tmp_path, spy):
     rng, words = np.random.default_rng(0), np.eye(4, 6, dtype=np.float32)
-    rows = {f"s{i}": rng.integers(-8, 9, (20, 6)).astype(np.float16) / 8 for i in range(8)}  # exact in float16
+    rows = {m.slide_id: rng.integers(-8, 9, (m.tiles, 6)).astype(np.float16) / 8 for m in cohort.members}  # exact in float16
     rows["s0"][0] = 9 * words[3]
     for slide in rows:
-        rows[slide][:, 3] -= 9 * (np.arange(20) + (slide != "s0") > 0)  # codeword 3 has a single tile
+        rows[slide][:, 3] -= 9 * (np.arange(len(rows[slide])) + (slide != "s0") > 0)  # codeword 3 has a single tile
     bank, reader = MemoryBank(tmp_path, dim=6, codewords=4, encoder="e"), TileReader(cohort)
     bank.create()
     for slide, features in rows.items():
-        bank.fill(slide, features, 20, "mark")
+        bank.fill(slide, features, len(features), "mark")
     bank.set_codebook(words)
     calls = spy(reader, "read")
     pictures = report.codebook_atlas(bank, words, cohort, range(8), reader, seed=0)
@@ -161,7 +161,7 @@ def test_the_atlas_shows_the_nearest_tiles_of_different_slides_in_strips_of_one_
     for k in numbers:
         nearest = []
         for m, (slide, features) in enumerate(rows.items()):
-            own = np.flatnonzero(bank.read(slide, np.arange(20))[1] == k)
+            own = np.flatnonzero(bank.read(slide, np.arange(len(features)))[1] == k)
             distance = ((features[own].astype(np.float32) - words[k]) ** 2).sum(1)
             nearest += [(float(distance.min()), (m, int(own[distance.argmin()])))] if len(own) else []
         assert [next(shown) for _ in nearest[:6]] == [place for _, place in sorted(nearest)[:6]]

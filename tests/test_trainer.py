@@ -109,7 +109,7 @@ def test_where_all_tiles_are_drawn_z_is_what_embed_gives(cohort, tmp_path):
     run.model.eval()
     samples, _ = first_step(run, [0, 3])
     with torch.no_grad():
-        fresh, _ = trainer.encode_samples(run, samples, [np.array([0, 3])])
+        fresh = trainer.encode_samples(run, samples, [np.array([0, 3])])
         first, second, rest, _ = trainer.make_bags(run, samples, fresh)
         z = run.model.aggregator(first + second + rest)
     for sample, vector in zip(samples, z.numpy()):
@@ -152,7 +152,7 @@ def test_a_drawn_tile_stands_for_those_left_out(cohort, tmp_path, monkeypatch):
     run, seen = open_run(cohort, tmp_path, changed(bank_share=0.5, view_weight=0.0), gate=False), []
     monkeypatch.setattr(run.model.aggregator, "forward", lambda bag: seen.append(bag) or torch.ones(len(bag.counts), run.model.joint_dim))
     samples, plan = first_step(run)
-    trainer.compute_loss(run, samples, trainer.encode_samples(run, samples, plan)[0], plan)
+    trainer.compute_loss(run, samples, trainer.encode_samples(run, samples, plan), plan)
     assert any(s.rest.left_out for s in samples)
     sizes = torch.tensor([float(cohort.members[s.member].tiles) for s in samples])
     torch.testing.assert_close(seen[0].counts.sum(1), sizes)
@@ -462,7 +462,7 @@ def test_a_step_runs_on_a_fake_gpu_as_far_as_that_goes(cohort, tmp_path):
         run.device = torch.device("cuda")
         run.model.to("cuda")
         run.optimizer = trainer.make_optimizer(run)
-        fresh, _ = trainer.encode_samples(run, [replace(s, pixels=s.pixels.to("cuda")) for s in samples], plan)
+        fresh = trainer.encode_samples(run, [replace(s, pixels=s.pixels.to("cuda")) for s in samples], plan)
         loss, measured, z = trainer.compute_loss(run, samples, fresh, plan)
         assert all(value.is_cuda for value in (*vars(fresh).values(), loss, z, *measured.values()))
         parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
