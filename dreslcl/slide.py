@@ -206,7 +206,8 @@ class Slide(AbstractContextManager["Slide"]):
                 return level, 1.0
             if step >= 1 or (level.index == 0 and step * SPREAD >= 1):
                 return level, step
-        raise SlideError(f"{self.path.name}: asked for {mpp:g} µm/px but the scan has {self.mpp:g}; use --mpp {self.mpp:.4g} or larger")
+        todo = f"use --mpp {self.mpp:.4g} or larger" if self.mpp <= MICROSCOPE_MPP[1] else "give the right one with --overrides"
+        raise SlideError(f"{self.path.name}: asked for {mpp:g} µm/px but the scan has {self.mpp:g}; {todo}")
 
     def _read(
         self, level: Level, corners: Float[np.ndarray, "N 2"], edge: Real, out: UInt8[np.ndarray, "N h w 3"], pool: Executor | None

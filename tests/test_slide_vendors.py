@@ -223,6 +223,9 @@ def test_what_no_light_microscope_has_is_warned_of_unless_it_is_given(tmp_path, 
     with Slide.open(path) as slide, Slide.open(path, mpp=mpp) as given:
         assert slide.mpp == pytest.approx(mpp, rel=1e-4) and not given.warnings
         assert [f"no light microscope has {slide.mpp:g}" in text for text in slide.warnings] == [True] * warned
+        if mpp > 1:
+            with pytest.raises(SlideError, match="give the right one with --overrides" if warned else "use --mpp 19 or larger"):
+                slide.extent(64, 0.5)
 
 
 @pytest.mark.parametrize("y, outcome", [(0.2505, ""), (0.26, "warned"), (0.5, "refused")])
