@@ -1,0 +1,89 @@
+"""The weights of the tiles, in other ways than dreslcl's, each trained as study.py does.
+
+    gate_study.py WAY bags FOLDER --out OUT [study.py's arguments]
+
+WAY is one of: `plain`, as it is; `bound=B`, of the log of a weight (dreslcl: 5); `drawn=N`, tiles drawn of a slide with the encoder at
+rest (dreslcl: half of its tiles, up to 1,024); `beside=N`, rows weighed anew beside them; `flat=L`, L times the weights' distance from
+being alike, in nats, is added to the loss (below 0: they are pulled apart); `rows`, all tiles carry the gate's gradient, read anew at
+each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its own; `moments`, the same with a second token
+for each codeword, from the deviation of its residuals. One OUT for each WAY.
+"""
+
+import sys
+from dataclasses import replace
+
+import study
+import torch
+from torch import nn
+
+from dreslcl import model, trainer
+from dreslcl.bank import MemoryBank
+from dreslcl.model import Aggregator, Bag, ResidualAggregator, nearest_codeword, residual_sums
+
+NAME, _, VALUE = sys.argv.pop(1).partition("=")
+compute_loss = trainer.compute_loss
+
+
+class AllRows(ResidualAggregator):
+    """The residual aggregator with sums made in `forward`, so that each of a slide's tiles carries gradient: O(M)."""
+
+    needs_rows = True
+    weigh = Aggregator.weigh
+    parts = int(VALUE) if NAME == "heads" else 2 if NAME == "moments" else 1  # tokens of a codeword
+
+    def __init__(self, dim, joint_dim, config):
+        super().__init__(dim, joint_dim, replace(config, codewords=config.codewords * self.parts))
+        self.config, self.codewords = config, self.codewords[: config.codewords].clone()
+        self.score = nn.Linear(config.width, self.parts if NAME == "heads" else 1, bias=False)
+
+    def mean(self, bag):
+        K = len(self.codewords)
+        if NAME == "heads":
+            heads = map(Bag, bag.sums.split(K, 1), bag.counts.split(K, 1))
+            return torch.stack([super(AllRows, self).mean(head) for head in heads]).mean(0)
+        return super().mean(Bag(bag.sums[:, :K], bag.counts[:, :K]))
+
+    def tokens(self, rows, factor):
+        words, codes = self.codewords, nearest_codeword(rows, self.codewords)
+        x = self.standardised(rows)
+        scores = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))
+        weights = torch.exp(model.BOUND * torch.tanh(scores / model.BOUND)) * factor[:, None]
+        found = [residual_sums(rows, codes, words, weights=w) for w in weights.T]
+        if NAME == "moments":
+            sums, counts = found[0]
+            n = counts[..., None].clamp(min=1e-6)
+            squares = torch.zeros_like(sums[0]).index_add(0, codes, (rows - words[codes]).square() * weights)
+            deviation = (squares / n - (sums / n).square() + 1e-8).sqrt() * (counts[..., None] > 0)
+            found.append((deviation * n, counts))
+        return [torch.cat(kind, 1) for kind in zip(*found)]
+
+    def forward(self, bag):
+        sums, counts = zip(*(self.tokens(rows.float(), factor) for rows, factor in zip(bag.rows, bag.weights)))
+        return super().forward(Bag(torch.cat(sums), torch.cat(counts)))
+
+
+def pulled(run, samples, fresh, plan):
+    """As trainer.compute_loss, plus what keeps a slide's weights alike."""
+    loss, measured, z = compute_loss(run, samples, fresh, plan)
+    apart = 0.0
+    for weights in fresh.weights.split([len(s.rest.tiles) for s in samples]):
+        share = weights / weights.sum()
+        apart = apart + (torch.log(share * len(share)) * share).sum() / len(samples)
+    return loss + float(VALUE) * apart, measured, z
+
+
+if __name__ == "__main__":
+    if NAME in ("rows", "heads", "moments"):
+        model.AGGREGATORS["residual"] = AllRows
+    elif NAME == "bound":
+        model.BOUND = float(VALUE)
+    elif NAME == "drawn":
+        trainer.ROWS_AT_REST = int(VALUE)
+    elif NAME == "beside":
+        rest = MemoryBank.rest
+        MemoryBank.rest = lambda self, slide, drawn, share, rng, beside=0: rest(self, slide, drawn, share, rng, int(VALUE))
+    elif NAME == "flat":
+        trainer.compute_loss = pulled
+    elif NAME != "plain":
+        raise SystemExit(f"no way {NAME}")
+    study.main()
