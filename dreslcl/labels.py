@@ -124,7 +124,8 @@ def match_rows(
     lost = ((alone, f"{len(table)} ids have no embedding"), (bare, f"{len(names)} embeddings have no row"))
     warnings = [f"{where}: {len(left)} of {what} and are left out ({preview(left)})" for left, what in lost if left]
     values = {column: one_value(Path(where), rows, key, column) for column in columns}
-    empty = {column: missing_words(row[column] for name, row in named if name in partners - of.keys()) for column, of in values.items()}
+    ours = [(name, row) for name, row in named if name in partners]
+    empty = {column: missing_words(row[column] for name, row in ours if name not in of) for column, of in values.items()}
     empty |= {key: missing_words(row[key] for row in rows)}
     warnings += [f"{where}: what has no {column} is left out: {words}" for column, words in empty.items() if words]
     values["patient"] = one_value(Path(where), rows, key, own) if own else {}
