@@ -11,7 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dreslcl import common
-from dreslcl.common import ConfigError, TableError, atomic, hold, is_missing, read_list, read_table, same_name, write_json, write_table
+from dreslcl.common import (
+    ConfigError,
+    TableError,
+    atomic,
+    hold,
+    is_missing,
+    read_list,
+    read_table,
+    reason,
+    same_name,
+    write_json,
+    write_table,
+)
 
 
 def test_file_appears_whole_or_not_at_all(tmp_path):
@@ -177,3 +189,9 @@ def test_half_set_ranks_are_told_and_wrong_ones_refused_in_one_line(monkeypatch,
         assert common.rank_and_world() == common.rank_and_world() == expected
         half = bool((rank or "").strip()) != bool((world or "").strip())
         assert len(caplog.records) == half  # once
+
+
+def test_a_reason_is_one_line_also_of_an_error_without_a_text():
+    assert reason(OSError(28, "No space left on device")) == "cannot be read (No space left on device)"
+    assert [reason(error) for error in (MemoryError(), ValueError(), ValueError("a\n  b"))] == ["not enough memory", "ValueError", "a b"]
+    assert len(reason(ValueError("word " * 200))) <= 500

@@ -382,6 +382,8 @@ def test_one_damaged_slide_costs_one_slide(cohort, work, tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert all(f"{slide} failed: stored tile 5 cannot be decoded" in page for slide in ("s3", "s4", "s7"))
     assert not (tmp_path / "bank" / "s3.bank").exists() and (tmp_path / "bank" / "s4.bank").exists()
+    with pytest.raises(SlideError, match="none of 1 slides to rank by retrieval could be read"):
+        pretrain(kept, tmp_path / "s7", changed(tiles=4), held_out=held_out.subset([m for m in held_out.members if m.slide_id == "s7"]))
     monkeypatch.setattr(trainer, "FAILED_SHARE", 0.1)
     with pytest.raises(DreslclError, match="1 of 6 slides cannot be read; s3: stored tile 5"):
         pretrain(kept, tmp_path / "other", SMALL)
