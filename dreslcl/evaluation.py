@@ -175,6 +175,10 @@ class Result:
                 rows += [[o.label, features, probe, *(show(score.get(name)) for name in names)] for probe, score in probes.items()]
         return ["label", "features", "probe", *(NAMES.get(name, name.replace("_", " ")) for name in names)], rows
 
+    def __str__(self) -> str:
+        header, rows = self.table()
+        return "\n".join("\t".join(row) for row in [header, *rows])
+
     def save(self, out: Path) -> None:
         """Write `metrics.json` and `predictions.csv` into a folder."""
         results = {o.slides.column: {"counts": o.counts, "scores": o.scores, "differences": o.differences} for o in self.outcomes}

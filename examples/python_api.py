@@ -13,9 +13,7 @@ def main(scans: Path, reports: Path, labels: Path, out: Path) -> None:
     train, _ = cohort.with_reports(reports).split("split=test", reports)
     model = pretrain(train, out / "run", RunConfig())
     embeddings = embed(cohort, out / "embeddings", model=model)
-    header, rows = evaluate(embeddings, labels, "subtype", split="split").table()
-    for row in [header, *rows]:
-        print("\t".join(row))
+    print(evaluate(embeddings, labels, "subtype", split="split"))
     similarity = embeddings.vectors @ load(model).embed_text("squamous cell carcinoma")
     print("nearest to 'squamous cell carcinoma':", embeddings.ids[similarity.argmax()])
 

@@ -507,7 +507,7 @@ def test_saved_files_hold_every_held_out_prediction_and_plain_json(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("slide_id,patient_id,subtype\n" + "\n".join(",".join(row.values()) for row in rows))
     result = run(embeddings, labels)
-    assert result.table() == run(embeddings, labels).table()  # two runs of one seed are equal
+    assert str(result) == str(run(embeddings, labels))  # two runs of one seed are equal
     result.save(tmp_path / "out")
     table = read_table(tmp_path / "out" / "predictions.csv")
     assert [row["slide_id"] for row in table] == list(result.outcomes[0].slides.ids) and len(table) == 38
