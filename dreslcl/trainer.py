@@ -342,7 +342,7 @@ def name_limit(run: Run, read_s: float, step_s: float) -> str:
     """What limits the speed, and what helps, where one thread would read for so long while the steps take so long."""
     more = math.ceil(read_s / max(step_s, 1e-9)) - run.reader.workers
     pack = "" if pack_path(run.cohort.work, run.slide(0)).exists() else ", or --pack"
-    return f"reading: give it {more} more cores{pack}" if more > 0 else "the encoder"
+    return f"reading: give it {more} more core{'s' * (more > 1)}{pack}" if more > 0 else "the encoder"
 
 
 # one step
