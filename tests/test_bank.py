@@ -133,6 +133,12 @@ def test_bank_share_is_the_share_of_the_other_tiles_that_is_used(make_bank, tile
         assert used.std() < 0.1 + 1 / BLOCKS, "and no step far from it"
 
 
+def test_blocks_are_even_also_among_few_tiles():
+    for tiles in (16, 76, 1000):
+        sizes = np.bincount(block_of(np.arange(tiles)), minlength=BLOCKS)
+        assert len(sizes) == BLOCKS and np.ptp(sizes) <= max(2, tiles // 50)
+
+
 def test_two_thousand_writes_leave_sums_equal_to_a_recomputation(make_bank):
     bank, rng = make_bank({"a": 500}), np.random.default_rng(1)
     for step in range(2000):
