@@ -234,9 +234,7 @@ class MemoryBank:
         slide.sums[:], slide.counts[:], slide.mean[:] = sums, counts, total / slide.tiles
         slide.codebook[0] = self.codebook
 
-    def _block_sums(
-        self, tiles: np.ndarray, rows: np.ndarray, codes: np.ndarray, weights: np.ndarray
-    ) -> tuple[Float[Tensor, "G K D"], Float[Tensor, "G K"]]:
+    def _block_sums(self, tiles: np.ndarray, rows: np.ndarray, codes: np.ndarray, weights: np.ndarray) -> tuple[Tensor, Tensor]:
         blocks, words = torch.from_numpy(block_of(tiles).astype(np.int64)), torch.from_numpy(codes.astype(np.int64))
         weights = torch.from_numpy(weights.astype(np.float32))
         return residual_sums(torch.from_numpy(rows), words, self.codewords, weights=weights, part_of=blocks, parts=BLOCKS)

@@ -190,9 +190,7 @@ def deal_patients(members: Sequence[SlideRecord], ranks: int) -> list[int]:
     return [home[m.patient_id] for m in members]
 
 
-def plan_epoch(
-    members: Sequence[SlideRecord], which: Sequence[int], batches: int, rng: np.random.Generator
-) -> list[Int64[np.ndarray, "_"]]:
+def plan_epoch(members: Sequence[SlideRecord], which: Sequence[int], batches: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Deal the slides `which` into batches of sizes equal within one; a batch never holds two slides of one patient.
 
     A patient with more slides than there are batches sits out with the surplus, drawn anew each epoch.

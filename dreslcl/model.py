@@ -112,11 +112,6 @@ class Aggregator(nn.Module):
         """The weight a(x) of each tile in all sums; 1 unless the aggregator says otherwise."""
         return torch.ones_like(features[:, 0])
 
-    @property
-    def weighs(self) -> bool:
-        """Whether tiles differ in weight."""
-        return type(self).weigh is not Aggregator.weigh
-
     def bag(self, features: Float[Tensor, "M D"], factor: Float[Tensor, "M"] | None = None) -> Bag:
         """The bag of one slide (B = 1) from its tile features, each of which counts `factor` times (once, without)."""
         weights = self.weigh(features) if factor is None else self.weigh(features) * factor
@@ -145,12 +140,25 @@ class Aggregator(nn.Module):
         self.spread.copy_(torch.where(typical > 1e-6, spread.clamp_min(0.1 * typical), 1))  # without a branch: a GPU need not be asked
 
 
+class Gate(nn.Module):
+    """A score of each tile by itself, s(x) = w·(tanh(V x) ⊙ σ(U x)) (Ilse et al. 2018, eq. 9), with x at a mean square of 1: standardised
+    as slides' means are, single tiles lie far out (19 deviations in bags of 1,000), where tanh and σ are flat and learn nothing."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.value, self.gate, self.score = nn.Linear(dim, width), nn.Linear(dim, width), nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+        x = F.rms_norm(x, x.shape[-1:])
+        return self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))[:, 0]
+
+
 class ResidualAggregator(Aggregator):
     """One token per codeword: its residual sum at unit length, an embedding of the codeword, its share of the tiles. A small pre-norm
     Transformer with a CLS token reads them. A linear path from the slide's standardised mean feature is added (`mean_path`).
 
-    A gated score s(x) = w·(tanh(V x̂) ⊙ σ(U x̂)) of the standardised tile (Ilse et al. 2018, without their softmax over the tiles, so that
-    sums stay sums) gives it the weight a(x) = exp(5 tanh(s/5)): where 1 % of the tiles tell, they can outweigh the rest.
+    A gated score s of the standardised tile (without a softmax over the tiles, so that sums stay sums) gives it the weight
+    a(x) = exp(5 tanh(s/5)): where 1 % of the tiles tell, they can outweigh the rest.
     """
 
     def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
@@ -164,13 +172,12 @@ class ResidualAggregator(Aggregator):
         self.transformer = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, joint_dim)
         self.mean_head = nn.Linear(dim, joint_dim, bias=False) if config.mean_path else None
-        self.value, self.gate, self.score = nn.Linear(dim, width), nn.Linear(dim, width), nn.Linear(width, 1, bias=False)
+        self.gate = Gate(dim, width)
 
     def weigh(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
         """a(x), from exp(−5) to exp(5)."""
         with torch.autocast(features.device.type, enabled=False):
-            x = self.standardised(features.to(self.centre.dtype))
-            score = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))[:, 0]
+            score = self.gate(self.standardised(features.to(self.centre.dtype)))
             return torch.exp(BOUND * torch.tanh(score / BOUND))
 
     def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
@@ -206,14 +213,13 @@ class AttentionPooling(MeanMLP):
 
     def __init__(self, dim: int, joint_dim: int, config: ModelConfig):
         super().__init__(dim, joint_dim, config)
-        self.value, self.gate, self.score = nn.Linear(dim, config.width), nn.Linear(dim, config.width), nn.Linear(config.width, 1)
+        self.gate = Gate(dim, config.width)
 
     def forward(self, bag: Bag) -> Float[Tensor, "B E"]:
         pooled = []
         for rows, weights in zip(bag.rows, bag.weights):
             x = self.standardised(rows.to(self.centre.dtype))
-            scores = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))[:, 0] + weights.log()
-            pooled.append(scores.softmax(0) @ x)
+            pooled.append((self.gate(x) + weights.log()).softmax(0) @ x)
         return F.normalize(self.layers(torch.stack(pooled)), dim=1)
 
 
@@ -233,6 +239,11 @@ def contrastive_loss(z: Float[Tensor, "B E"], u: Float[Tensor, "B E"], reports: 
     same = (reports[:, None] == reports).to(logits.dtype)
     target = same / same.sum(1, keepdim=True)  # symmetric
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def unevenness(weights: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Divergence of a slide's weights from even ones (Kullback-Leibler), nats: 0 where all tiles weigh alike, log n where one is all."""
+    return math.log(len(weights)) - torch.special.entr(weights / weights.sum()).sum()
 
 
 # the whole model

@@ -140,10 +140,8 @@ class Segments:
         except Exception as error:  # codecs raise what they like
             raise SlideError(f"{self.name}: stored tile {index} cannot be decoded ({error}); {DAMAGED}") from error
 
-    def read(
-        self, fd: int, corners: Integer[np.ndarray, "N 2"], windows: UInt8[np.ndarray, "N h w 3"], cache: DecodeCache, pool: Executor | None
-    ) -> None:
-        """Fill `windows` with the pixels right and below `corners` (level pixels, (x, y)); what lies outside the level stays as it is.
+    def read(self, fd: int, corners: Integer[np.ndarray, "N 2"], windows: np.ndarray, cache: DecodeCache, pool: Executor | None) -> None:
+        """Fill `windows` (N, h, w, 3) with the pixels right and below `corners` (level pixels); what lies outside the level stays as it is.
 
         `cache` holds segments of this level decoded by an earlier read, and holds those for the next one afterwards.
         """

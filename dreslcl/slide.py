@@ -209,10 +209,8 @@ class Slide(AbstractContextManager["Slide"]):
         todo = f"use --mpp {self.mpp:.4g} or larger" if self.mpp <= MICROSCOPE_MPP[1] else "give the right one with --overrides"
         raise SlideError(f"{self.path.name}: asked for {mpp:g} µm/px but the scan has {self.mpp:g}; {todo}")
 
-    def _read(
-        self, level: Level, corners: Float[np.ndarray, "N 2"], edge: Real, out: UInt8[np.ndarray, "N h w 3"], pool: Executor | None
-    ) -> None:
-        """Fill square `out` from squares of `edge` level pixels at `corners` (level pixels), resampling where sizes differ."""
+    def _read(self, level: Level, corners: Float[np.ndarray, "N 2"], edge: Real, out: np.ndarray, pool: Executor | None) -> None:
+        """Fill square `out` (N, h, w, 3) from squares of `edge` level pixels at `corners` (level pixels), resampling where sizes differ."""
         size = out.shape[1]
         if edge == size:
             return self._fill(self._parts[level.index], np.rint(corners).astype(np.int64), out, pool)

@@ -92,9 +92,7 @@ def build_trunk(source: str, args: dict[str, Any], **weights: Any) -> nn.Module:
     return trunk
 
 
-def from_timm(
-    source: str, architecture: str, args: dict[str, Any], *, pretrained: bool, file: str | None
-) -> tuple[open_clip.CLIP, dict[str, Any]]:
+def from_timm(source: str, architecture: str, args: dict, *, pretrained: bool, file: str | None) -> tuple[open_clip.CLIP, dict]:
     """An OpenCLIP model around timm's tower, and its configuration; its `visual.timm_args` are what OpenCLIP has no place for.
 
     Args:

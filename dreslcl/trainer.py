@@ -49,7 +49,7 @@ from .embedding import encode_slides, noting
 from .encoder import Augmentation, Encoder, autocast, cached_features, pick_device
 from .evaluation import first_hits, retrieval_metrics
 from .formats import read_features
-from .model import DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums
+from .model import DRESLCL, Aggregator, Bag, contrastive_loss, nearest_codeword, residual_sums, unevenness
 from .report import Journal, codebook_atlas, retrieval_examples, run_page, time_spent
 from .text import Text, make_text, mask_words
 from .tiles import hilbert_order, pack_path
@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 CODEBOOK_ROWS = 20_000  # for K-means, the same number of each slide
 WARMUP = 0.1  # share of the training over which learning rates rise
 CLIP = 1.0  # largest norm of the gradient
+GATE_RATE = 10.0  # times `lr` for the gate: it must find the tiles that tell before the heads learn the slides by heart
+EVEN = 0.1  # of the loss for each nat of `unevenness`: a gate that gains less by choosing tiles has learnt its few slides by heart
 MOMENTUM = 0.9  # with which the mean path's statistics follow the batch while the encoder learns
 ROWS_AT_REST = 1024  # tiles drawn of a slide, half of them at most, where no encoder has to be paid for them
 ROWS_BESIDE = 128  # bank rows that are weighed anew at each step beside the encoded tiles
@@ -226,8 +228,8 @@ def load_earlier(config: RunConfig, kind: str) -> DRESLCL | None:
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW with a learning rate for each part; no decay on vectors (biases, norms, embeddings of one row)."""
     train, encoder = run.config.train, run.model.encoder
-    heads = [p for n, p in run.model.named_parameters() if not n.startswith(("encoder.", "text."))]  # all but the two towers
-    parts = [(train.lr, dict.fromkeys(heads, 1.0))]
+    heads = {p: GATE_RATE if ".gate." in n else 1.0 for n, p in run.model.named_parameters() if not n.startswith(("encoder.", "text."))}
+    parts = [(train.lr, heads)]
     if encoder is not None:
         parts.append((train.encoder_lr, encoder.learning_rates(train.layer_decay)))
         parts.append((train.text_lr, dict.fromkeys(encoder.text_parameters(), 1.0)))
@@ -378,7 +380,7 @@ def draw_sample(run: Run, member: int) -> SlideSample:
             pixels = pixels.pin_memory().to(run.device, non_blocking=True)
         if train.stain_jitter and pixels is not None:
             views = Augmentation.draw(len(tiles), torch.Generator().manual_seed(int(rng.integers(2**31))), train.stain_jitter)
-    beside = ROWS_BESIDE * (run.encoder_learns and run.model.aggregator.weighs)
+    beside = ROWS_BESIDE * run.encoder_learns
     return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside), read_s)
 
 
@@ -448,10 +450,8 @@ def report_vectors(run: Run, samples: Sequence[SlideSample]) -> Float[Tensor, "B
     return run.model.project_text(torch.stack([c.mean(0) for c in chosen]))
 
 
-def compute_loss(
-    run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: Plan
-) -> tuple[Float[Tensor, ""], dict[str, Tensor], Float[Tensor, "B E"]]:
-    """The loss over all ranks' slides, measurements, and all z."""
+def compute_loss(run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: Plan) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss over all ranks' slides, measurements, and all z (B, E)."""
     group, model, sizes = run.group, run.model, [len(members) for members in plan]
     first, second, rest, others = make_bags(run, samples, fresh)
     drawn = first + second
@@ -460,7 +460,8 @@ def compute_loss(
     z, u = group.gather_rows(model.aggregator(whole), sizes), group.gather_rows(report_vectors(run, samples), sizes)
     reports = torch.tensor([run.cohort.members[i].report for members in plan for i in members]).to(run.device)
     scale, view_scale = (group.own_share(log_scale).exp() for log_scale in (model.logit_scale, model.view_scale))
-    loss = contrastive_loss(z, u, reports, scale)
+    uneven = torch.stack([unevenness(weights) for weights in fresh.weights.split([len(s.rest.tiles) for s in samples])])
+    loss = contrastive_loss(z, u, reports, scale) + EVEN * group.gather_rows(uneven[:, None], sizes).mean()
     if run.config.train.view_weight:
         others = second + others
         one, other = model.aggregator(first), model.aggregator(others)
@@ -509,8 +510,6 @@ def train_step(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[di
 
 def write_back(run: Run, samples: Sequence[SlideSample], fresh: Fresh, values: dict[str, float]) -> None:
     """Put what is fresh into the bank: features of encoded tiles, codewords and weights of all; notes drift and age of rows replaced."""
-    if not (run.encoder_learns or run.model.aggregator.weighs):
-        return
     sizes, encoded = [len(s.rest.tiles) for s in samples], [len(s.tiles) * (s.pixels is not None) for s in samples]
     codes, weights = (np.split(kind.cpu().numpy(), np.cumsum(sizes)[:-1]) for kind in (fresh.codes, fresh.weights.detach().half()))
     new = torch.cat([rows[:T] for rows, T in zip(fresh.features.detach().split(sizes), encoded)]).half().cpu().numpy()
@@ -569,10 +568,8 @@ def held_out_retrieval(run: Run) -> dict[str, float]:
     return {f"held_out_{key}": value for key, value in found.items()} | {"held_out_mrr": float((1 / ranks).mean())}
 
 
-def slide_and_report_vectors(
-    run: Run, cohort: Cohort, tiles: int | None
-) -> tuple[Float[np.ndarray, "S E"], Float[np.ndarray, "S E"], list[int]]:
-    """z from up to `tiles` tiles of each slide (None: all), u, and which slides these are, on every rank; without those that fail."""
+def slide_and_report_vectors(run: Run, cohort: Cohort, tiles: int | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """z from up to `tiles` tiles of a slide (None: all), u, both (S, E), and which slides these are, on every rank; without failed ones."""
     own: dict[int, np.ndarray] = {}
     mine = range(run.group.rank, len(cohort), run.group.world)
     for member, parts in encode_slides(run.model.encoder, cohort, mine, run.config.train, "retrieval", None, tiles=tiles):

@@ -2,11 +2,11 @@
 
     gate_study.py WAY bags FOLDER --out OUT [study.py's arguments]
 
-WAY is one of: `plain`, as it is; `bound=B`, of the log of a weight (dreslcl: 5); `drawn=N`, tiles drawn of a slide with the encoder at
-rest (dreslcl: half of its tiles, up to 1,024); `beside=N`, rows weighed anew beside them; `flat=L`, L times the weights' distance from
-being alike, in nats, is added to the loss (below 0: they are pulled apart); `rows`, all tiles carry the gate's gradient, read anew at
-each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its own; `moments`, the same with a second token
-for each codeword, from the deviation of its residuals. One OUT for each WAY.
+WAY is one of: `plain`, as it is; `raw`, the gate sees tiles as long as they are; `rate=R`, the gate's learning rate over `lr` (dreslcl:
+10); `even=L`, L times `unevenness` is added to the loss (dreslcl: 0.1); `bound=B`, of the log of a weight (dreslcl: 5); `drawn=N`, tiles
+drawn of a slide with the encoder at rest (dreslcl: half, up to 1,024); `beside=N`, rows weighed anew beside them; `rows`, all tiles
+carry the gate's gradient, read anew at each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its own;
+`moments`, the same with a second token for each codeword, from the deviation of its residuals. One OUT for each WAY.
 """
 
 import sys
@@ -21,7 +21,6 @@ from dreslcl.bank import MemoryBank
 from dreslcl.model import Aggregator, Bag, ResidualAggregator, nearest_codeword, residual_sums
 
 NAME, _, VALUE = sys.argv.pop(1).partition("=")
-compute_loss = trainer.compute_loss
 
 
 class AllRows(ResidualAggregator):
@@ -34,7 +33,7 @@ class AllRows(ResidualAggregator):
     def __init__(self, dim, joint_dim, config):
         super().__init__(dim, joint_dim, replace(config, codewords=config.codewords * self.parts))
         self.config, self.codewords = config, self.codewords[: config.codewords].clone()
-        self.score = nn.Linear(config.width, self.parts if NAME == "heads" else 1, bias=False)
+        self.gate.score = nn.Linear(config.width, self.parts if NAME == "heads" else 1, bias=False)
 
     def mean(self, bag):
         K = len(self.codewords)
@@ -45,8 +44,8 @@ class AllRows(ResidualAggregator):
 
     def tokens(self, rows, factor):
         words, codes = self.codewords, nearest_codeword(rows, self.codewords)
-        x = self.standardised(rows)
-        scores = self.score(torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x)))
+        gate, x = self.gate, nn.functional.rms_norm(self.standardised(rows), rows.shape[-1:])
+        scores = gate.score(torch.tanh(gate.value(x)) * torch.sigmoid(gate.gate(x)))
         weights = torch.exp(model.BOUND * torch.tanh(scores / model.BOUND)) * factor[:, None]
         found = [residual_sums(rows, codes, words, weights=w) for w in weights.T]
         if NAME == "moments":
@@ -62,16 +61,6 @@ class AllRows(ResidualAggregator):
         return super().forward(Bag(torch.cat(sums), torch.cat(counts)))
 
 
-def pulled(run, samples, fresh, plan):
-    """As trainer.compute_loss, plus what keeps a slide's weights alike."""
-    loss, measured, z = compute_loss(run, samples, fresh, plan)
-    apart = 0.0
-    for weights in fresh.weights.split([len(s.rest.tiles) for s in samples]):
-        share = weights / weights.sum()
-        apart = apart + (torch.log(share * len(share)) * share).sum() / len(samples)
-    return loss + float(VALUE) * apart, measured, z
-
-
 if __name__ == "__main__":
     if NAME in ("rows", "heads", "moments"):
         model.AGGREGATORS["residual"] = AllRows
@@ -82,8 +71,12 @@ if __name__ == "__main__":
     elif NAME == "beside":
         rest = MemoryBank.rest
         MemoryBank.rest = lambda self, slide, drawn, share, rng, beside=0: rest(self, slide, drawn, share, rng, int(VALUE))
-    elif NAME == "flat":
-        trainer.compute_loss = pulled
+    elif NAME == "even":
+        trainer.EVEN = float(VALUE)
+    elif NAME == "rate":
+        trainer.GATE_RATE = float(VALUE)
+    elif NAME == "raw":
+        model.F.rms_norm = lambda x, shape: x
     elif NAME != "plain":
         raise SystemExit(f"no way {NAME}")
     study.main()

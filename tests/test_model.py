@@ -10,7 +10,7 @@ from torch import nn
 
 from dreslcl.common import ConfigError, ModelError
 from dreslcl.config import ModelConfig
-from dreslcl.model import AGGREGATORS, DRESLCL, Bag, ResidualAggregator, contrastive_loss, nearest_codeword, residual_sums
+from dreslcl.model import AGGREGATORS, DRESLCL, Bag, Gate, ResidualAggregator, contrastive_loss, nearest_codeword, residual_sums, unevenness
 from dreslcl.text import make_text
 
 CONFIG = ModelConfig(codewords=4, width=16, depth=1, dropout=0.0, joint_dim=8)
@@ -100,11 +100,19 @@ def test_every_aggregator_gives_unit_vectors_and_learns_in_all_its_weights(name,
 def test_tiles_weigh_about_one_at_the_start_then_what_the_gate_says_within_its_bound():
     aggregator, rows = ResidualAggregator(8, 4, ModelConfig(codewords=3, width=16)), torch.randn(50, 8)
     assert (aggregator.weigh(rows).log().abs() < 1).all()
-    torch.nn.init.normal_(aggregator.score.weight, std=30)
+    torch.nn.init.normal_(aggregator.gate.score.weight, std=30)
     weights = aggregator.weigh(rows)
     assert weights.min() >= np.exp(-5) * 0.999 and weights.max() <= np.exp(5) * 1.001 and weights.max() / weights.min() > 100
     mean = aggregator.mean(aggregator.bag(rows))[0]
     torch.testing.assert_close(mean, (weights[:, None] * rows).sum(0) / weights.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gate_sees_directions_not_lengths_and_unevenness_is_from_zero_to_log_n():
+    gate, x = Gate(8, 16), torch.randn(50, 8)
+    torch.testing.assert_close(gate(100 * x), gate(x))
+    assert gate(-x).ne(gate(x)).all()
+    assert unevenness(torch.full((50,), 3.0)).item() == pytest.approx(0, abs=1e-6)
+    assert unevenness(torch.eye(50)[0]).item() == pytest.approx(np.log(50))
 
 
 def test_an_empty_codeword_has_a_finite_gradient_and_an_empty_slide_encodes():
