@@ -57,6 +57,7 @@ from .tiles import hilbert_order, pack_path
 log = logging.getLogger(__name__)
 
 CODEBOOK_ROWS = 20_000  # for K-means, the same number of each slide
+REFIT = 8  # epochs between two fits of the codebook while the encoder learns; the first come after 1, 2 and 4
 WARMUP = 0.1  # share of the training over which learning rates rise
 CLIP = 1.0  # largest norm of the gradient
 GATE_RATE = 10.0  # times `lr` for the gate: it must find the tiles that tell before the heads learn the slides by heart
@@ -724,7 +725,7 @@ def pretrain(
         if group.first and new:
             save_checkpoint(run)  # from here on the bank holds rows of a trained encoder: go on, never start over
         while run.epoch < config.train.epochs:
-            if run.encoder_learns and run.epoch.bit_count() == 1:  # after 1, 2, 4, 8, ... epochs
+            if run.encoder_learns and (run.epoch in (1, 2, 4) or run.epoch and run.epoch % REFIT == 0):
                 set_codebook(run, refit=True)
             end_epoch(run, run_epoch(run))
         write_report(run)
