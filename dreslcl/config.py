@@ -113,7 +113,7 @@ class TrainConfig(Settings):
     view_weight: float = setting(1.0, "Weight of the report-free objective, drawn tiles and a slide's others as a pair; 0: off.", AMOUNT)
     report_part: float = setting(0.5, "Share of a report's pieces used at a step, drawn anew each time; 1: all.", PART)
     leak_words: str = setting("", "Mask these words (commas between, * for any ending) out of the reports: how much of a score is theirs.")
-    lr: float = setting(3e-4, "Peak learning rate of the aggregator and the heads.", AMOUNT)
+    lr: float = setting(3e-4, "Peak learning rate of the aggregator and the heads; that of its gate is ten times it.", AMOUNT)
     encoder_lr: float = setting(1e-4, "Peak learning rate of the tile encoder; from random weights it needs about 1e-3.", AMOUNT)
     layer_decay: float = setting(1.0, "Factor on encoder_lr for each block nearer to the image; 0.75 is usual for a large ViT.", PART)
     text_lr: float = setting(1e-4, "Peak learning rate of the text tower where it learns.", AMOUNT)

@@ -476,7 +476,7 @@ def compute_loss(run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: P
     share = whole.counts.detach().sum(0) / whole.counts.detach().sum()
     perplexity = torch.special.entr(share).sum().exp() / len(share)  # 1: all codewords are used alike
     measured = {"loss": loss.detach(), "batch_recall@1": found.float().mean(), "temperature": 1 / scale.detach()}
-    return loss, measured | {"codeword_use": perplexity}, z.detach()
+    return loss, measured | {"codeword_use": perplexity, "unevenness": uneven.detach().mean()}, z.detach()
 
 
 def train_step(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[dict[str, float], Float[Tensor, "B E"]]:
