@@ -725,7 +725,7 @@ def pretrain(
         if group.first and new:
             save_checkpoint(run)  # from here on the bank holds rows of a trained encoder: go on, never start over
         while run.epoch < config.train.epochs:
-            if run.encoder_learns and (run.epoch in (1, 2, 4) or run.epoch and run.epoch % REFIT == 0):
+            if run.encoder_learns and run.epoch and (run.epoch in (1, 2, 4) or run.epoch % REFIT == 0):
                 set_codebook(run, refit=True)
             end_epoch(run, run_epoch(run))
         write_report(run)
