@@ -473,10 +473,9 @@ def compute_loss(run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: P
     similar, hit = (z @ u.T).detach(), reports[:, None] == reports
     best = similar.masked_fill(~hit, -2).amax(1, keepdim=True)
     found = ~(~hit & (similar >= best)).any(1)
-    share = whole.counts.detach().sum(0) / whole.counts.detach().sum()
-    perplexity = torch.special.entr(share).sum().exp() / len(share)  # 1: all codewords are used alike
+    use = torch.exp(-unevenness(whole.counts.detach().sum(0)))  # perplexity over K; 1: all codewords are used alike
     measured = {"loss": loss.detach(), "batch_recall@1": found.float().mean(), "temperature": 1 / scale.detach()}
-    return loss, measured | {"codeword_use": perplexity, "unevenness": uneven.detach().mean()}, z.detach()
+    return loss, measured | {"codeword_use": use, "unevenness": uneven.detach().mean()}, z.detach()
 
 
 def train_step(run: Run, samples: Sequence[SlideSample], plan: Plan) -> tuple[dict[str, float], Float[Tensor, "B E"]]:
