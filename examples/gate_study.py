@@ -1,12 +1,14 @@
 """The weights of the tiles, in other ways than dreslcl's, each trained as study.py does.
 
-    gate_study.py WAY bags FOLDER --out OUT [study.py's arguments]
+    gate_study.py WAYS bags FOLDER --out OUT [study.py's arguments]
 
-WAY is one of: `plain`, as it is; `raw`, the gate sees tiles as long as they are; `rate=R`, the gate's learning rate over `lr` (dreslcl:
-10); `even=L`, L times `unevenness` is added to the loss (dreslcl: 0.1); `bound=B`, of the log of a weight (dreslcl: 5); `drawn=N`, tiles
-drawn of a slide with the encoder at rest (dreslcl: half, up to 1,024); `beside=N`, rows weighed anew beside them; `rows`, all tiles
-carry the gate's gradient, read anew at each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its own;
-`moments`, the same with a second token for each codeword, from the deviation of its residuals. One OUT for each WAY.
+WAYS, with commas between: `plain`, as it is; `raw`, the gate sees tiles as long as they are; `rate=R`, the gate's learning rate over `lr`
+(dreslcl: 10); `even=L`, L times `unevenness` is added to the loss (dreslcl: 0.1); `bound=B`, of the log of a weight (dreslcl: 5);
+`drawn=N`, tiles drawn of a slide with the encoder at rest (dreslcl: half, up to 1,024); `beside=N`, rows weighed anew beside them (dreslcl: 128 where
+the encoder learns, else 0, so `drawn=16,beside=128` is what a learning encoder's gate sees); `alone`, the drawn tiles do not stand for
+those that a step leaves out; `rows`, all tiles carry the gate's gradient, read anew at each step as attention pooling does; `heads=H`, the
+same with H gates, each with sums of its own; `moments`, the same with a second token for each codeword, from the deviation of its
+residuals. One OUT for each WAYS.
 """
 
 import sys
@@ -20,7 +22,7 @@ from dreslcl import model, trainer
 from dreslcl.bank import MemoryBank
 from dreslcl.model import Aggregator, Bag, ResidualAggregator, nearest_codeword, residual_sums
 
-NAME, _, VALUE = sys.argv.pop(1).partition("=")
+WAYS = dict((way.partition("=")[::2]) for way in sys.argv.pop(1).split(","))
 
 
 class AllRows(ResidualAggregator):
@@ -28,16 +30,17 @@ class AllRows(ResidualAggregator):
 
     needs_rows = True
     weigh = Aggregator.weigh
-    parts = int(VALUE) if NAME == "heads" else 2 if NAME == "moments" else 1  # tokens of a codeword
+    heads = int(WAYS.get("heads", 1))
+    parts = 2 if "moments" in WAYS else heads  # tokens of a codeword
 
     def __init__(self, dim, joint_dim, config):
         super().__init__(dim, joint_dim, replace(config, codewords=config.codewords * self.parts))
         self.config, self.codewords = config, self.codewords[: config.codewords].clone()
-        self.gate.score = nn.Linear(config.width, self.parts if NAME == "heads" else 1, bias=False)
+        self.gate.score = nn.Linear(config.width, self.heads, bias=False)
 
     def mean(self, bag):
         K = len(self.codewords)
-        if NAME == "heads":
+        if self.heads > 1:
             heads = map(Bag, bag.sums.split(K, 1), bag.counts.split(K, 1))
             return torch.stack([super(AllRows, self).mean(head) for head in heads]).mean(0)
         return super().mean(Bag(bag.sums[:, :K], bag.counts[:, :K]))
@@ -48,7 +51,7 @@ class AllRows(ResidualAggregator):
         scores = gate.score(torch.tanh(gate.value(x)) * torch.sigmoid(gate.gate(x)))
         weights = torch.exp(model.BOUND * torch.tanh(scores / model.BOUND)) * factor[:, None]
         found = [residual_sums(rows, codes, words, weights=w) for w in weights.T]
-        if NAME == "moments":
+        if "moments" in WAYS:
             sums, counts = found[0]
             n = counts[..., None].clamp(min=1e-6)
             squares = torch.zeros_like(sums[0]).index_add(0, codes, (rows - words[codes]).square() * weights)
@@ -61,22 +64,34 @@ class AllRows(ResidualAggregator):
         return super().forward(Bag(torch.cat(sums), torch.cat(counts)))
 
 
+def changed(rest, beside=None, alone=False):
+    """MemoryBank.rest with so many rows beside the drawn ones; `alone`: it tells of no tiles left out."""
+
+    def rest_changed(self, slide, drawn, share, rng, usual=0):
+        found = rest(self, slide, drawn, share, rng, usual if beside is None else beside)
+        return replace(found, left_out=torch.zeros(())) if alone else found
+
+    return rest_changed
+
+
 if __name__ == "__main__":
-    if NAME in ("rows", "heads", "moments"):
-        model.AGGREGATORS["residual"] = AllRows
-    elif NAME == "bound":
-        model.BOUND = float(VALUE)
-    elif NAME == "drawn":
-        trainer.ROWS_AT_REST = int(VALUE)
-    elif NAME == "beside":
-        rest = MemoryBank.rest
-        MemoryBank.rest = lambda self, slide, drawn, share, rng, beside=0: rest(self, slide, drawn, share, rng, int(VALUE))
-    elif NAME == "even":
-        trainer.EVEN = float(VALUE)
-    elif NAME == "rate":
-        trainer.GATE_RATE = float(VALUE)
-    elif NAME == "raw":
-        model.F.rms_norm = lambda x, shape: x
-    elif NAME != "plain":
-        raise SystemExit(f"no way {NAME}")
+    for name, value in WAYS.items():
+        if name in ("rows", "heads", "moments"):
+            model.AGGREGATORS["residual"] = AllRows
+        elif name == "bound":
+            model.BOUND = float(value)
+        elif name == "drawn":
+            trainer.ROWS_AT_REST = int(value)
+        elif name == "beside":
+            MemoryBank.rest = changed(MemoryBank.rest, beside=int(value))
+        elif name == "alone":
+            MemoryBank.rest = changed(MemoryBank.rest, alone=True)
+        elif name == "even":
+            trainer.EVEN = float(value)
+        elif name == "rate":
+            trainer.GATE_RATE = float(value)
+        elif name == "raw":
+            model.F.rms_norm = lambda x, shape: x
+        elif name != "plain":
+            raise SystemExit(f"no way {name}")
     study.main()
