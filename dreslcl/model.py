@@ -142,7 +142,7 @@ class Aggregator(nn.Module):
 
 class Gate(nn.Module):
     """A score of each tile by itself, s(x) = w·(tanh(V x) ⊙ σ(U x)) (Ilse et al. 2018, eq. 9), with x at a mean square of 1: standardised
-    as slides' means are, single tiles lie far out (19 deviations in bags of 1,000), where tanh and σ are flat and learn nothing."""
+    as slides' means are, single tiles lie far out, where tanh and σ are flat and learn nothing; the farther, the more tiles a slide has."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()

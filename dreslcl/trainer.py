@@ -381,7 +381,7 @@ def draw_sample(run: Run, member: int) -> SlideSample:
             pixels = pixels.pin_memory().to(run.device, non_blocking=True)
         if train.stain_jitter and pixels is not None:
             views = Augmentation.draw(len(tiles), torch.Generator().manual_seed(int(rng.integers(2**31))), train.stain_jitter)
-    beside = ROWS_BESIDE * run.encoder_learns
+    beside = ROWS_BESIDE * (run.encoder_learns and type(run.model.aggregator).weigh is not Aggregator.weigh)
     return SlideSample(member, tiles, pixels, views, run.bank.rest(run.slide(member), tiles, train.bank_share, rng, beside), read_s)
 
 

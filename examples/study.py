@@ -59,7 +59,8 @@ DATA = {
     for name in ("tcga", "bags", "crc", "demo")
 }
 SHOTS = 25
-PROBE = EvalConfig(shots=(SHOTS,))
+FEW = 10  # where a class has fewer than 25 patients
+PROBE = EvalConfig(shots=(FEW, SHOTS))
 PARTS = {f.name: part for part in ("encoder", "model", "train") for f in fields(type(getattr(RunConfig(), part)))}
 
 
@@ -271,7 +272,7 @@ def main() -> None:
                 log.info("%s, seed %d, fold %s: %s s", name, seed, fold, rows[-1]["seconds"])
     recall = "retrieval.embedding.report_→_slide.recall@10"
     tasks = [f"{task}.{f}.linear.auroc" for task in data["tasks"] for f in ("embedding", "mean-pool", "untrained-mean", "residuals")]
-    tasks += [f"{task}.embedding.{probe}.auroc" for task in data["tasks"] for probe in ("5-NN", f"{SHOTS}-shot")]
+    tasks += [f"{task}.embedding.{probe}.auroc" for task in data["tasks"] for probe in ("5-NN", f"{FEW}-shot", f"{SHOTS}-shot")]
     summary([{k: str(v) for k, v in row.items()} for row in rows], options.show or [recall, *tasks])
 
 
