@@ -6,9 +6,9 @@ WAYS, with commas between: `plain`, as it is; `raw`, the gate sees tiles as long
 `lr` (dreslcl: 10); `even=L`, L times `unevenness` is added to the loss (dreslcl: 0.1); `bound=B`, of the log of a weight (dreslcl: 5);
 `drawn=N`, tiles drawn of a slide with the encoder at rest (dreslcl: half, up to 1,024); `beside=N`, rows weighed anew beside them
 (dreslcl: 128 where the encoder learns, else 0, so `drawn=16,beside=128` is what a learning encoder's gate sees); `alone`, the drawn
-tiles do not stand for those that a step leaves out; `rows`, all tiles carry the gate's gradient, read anew at each step as attention
-pooling does; `heads=H`, the same with H gates, each with sums of its own; `moments`, the same with a second token for each codeword,
-from the deviation of its residuals. One OUT for each WAYS.
+tiles do not stand for those that a step leaves out; `pull`, they do so in the gradient alone; `rows`, all tiles carry the gate's
+gradient, read anew at each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its own; `moments`, the
+same with a second token for each codeword, from the deviation of its residuals. One OUT for each WAYS.
 """
 
 import sys
@@ -74,6 +74,12 @@ def changed(rest, beside=None, alone=False):
     return rest_changed
 
 
+def pulled(self, factor):
+    """Bag.times in its gradient alone."""
+    sums, counts = ((f.view(-1, *[1] * (x.ndim - 1)), x) for f, x in ((factor, self.sums), (factor, self.counts)))
+    return Bag(*(x + (f - 1) * (x - x.detach()) for f, x in (sums, counts)), self.rows, self.weights)
+
+
 if __name__ == "__main__":
     for name, value in WAYS.items():
         if name in ("rows", "heads", "moments"):
@@ -86,6 +92,8 @@ if __name__ == "__main__":
             MemoryBank.rest = changed(MemoryBank.rest, beside=int(value))
         elif name == "alone":
             MemoryBank.rest = changed(MemoryBank.rest, alone=True)
+        elif name == "pull":
+            Bag.times = pulled
         elif name == "even":
             trainer.EVEN = float(value)
         elif name == "rate":
