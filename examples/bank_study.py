@@ -3,7 +3,7 @@
     bank_study.py WAYS demo FOLDER --out OUT [study.py's arguments]
 
 WAYS, with commas between: `plain`, as it is; `clean`, rows from tiles without augmentation (a second pass of the encoder);
-`moments`, the bank's sums moved and scaled, dimension by dimension, as the step's old rows turned into its fresh features; `average`, the
+`moments`, the bank's rows and sums moved and scaled, dimension by dimension, as the step's old rows turned into its fresh features; `average`, the
 model that is kept is a moving average over the steps (0.95); `average-rows`, the rows are its too (a second pass of the encoder); `half`,
 `full`, a control variate: the change of the drawn rows, fresh less old, stands for that of all M tiles half way, or M/T times (dreslcl: for
 the T alone). One OUT for each WAYS.
@@ -21,7 +21,7 @@ import torch
 
 from dreslcl import trainer
 from dreslcl.encoder import autocast
-from dreslcl.model import Bag, residual_sums
+from dreslcl.model import Bag, nearest_codeword, residual_sums
 
 WAYS = sys.argv.pop(1).split(",")
 write_back, compute_loss, make_bags, end_epoch = trainer.write_back, trainer.compute_loss, trainer.make_bags, trainer.end_epoch
@@ -83,12 +83,14 @@ def write_other(run, samples, fresh, values):
 
 
 def move_sums(run, samples, fresh, plan):
-    """As trainer.compute_loss, with the other tiles' sums moved as the drawn ones were: x' = a (x - m) + m'."""
-    new = torch.cat([rows[: len(s.tiles)] for rows, s in zip(fresh.features.detach().split([len(s.rest.tiles) for s in samples]), samples)])
+    """As trainer.compute_loss, with the other tiles' rows and sums moved as the drawn ones were: x' = a (x - m) + m'."""
+    aggregator, words = run.model.aggregator, run.model.aggregator.codewords
+    rows = list(fresh.features.split([len(s.rest.tiles) for s in samples]))
+    new = torch.cat([r[: len(s.tiles)].detach() for r, s in zip(rows, samples)])
     old = torch.cat([torch.from_numpy(s.rest.old[: len(s.tiles)]).to(new) for s in samples])
     scale = (new.std(0) / old.std(0).clamp(min=1e-6)).clamp(0.5, 2)
-    words = run.model.aggregator.codewords
-    moved = []
+    rows = torch.cat([torch.cat([r[: (T := len(s.tiles))], scale * (r[T:] - old.mean(0)) + new.mean(0)]) for r, s in zip(rows, samples)])
+    fresh, moved = trainer.Fresh(rows, nearest_codeword(rows, words), aggregator.weigh(rows)), []
     for s in samples:
         sums, counts = (kind.to(new) for kind in s.rest.others)
         n = counts[..., None]
