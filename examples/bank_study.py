@@ -2,11 +2,11 @@
 
     bank_study.py WAYS demo FOLDER --out OUT [study.py's arguments]
 
-WAYS, with commas between: `plain`, as it is; `clean`, rows from tiles without augmentation (a second pass of the encoder);
-`moments`, the bank's rows and sums moved and scaled, dimension by dimension, as the step's old rows turned into its fresh features; `average`, the
-model that is kept is a moving average over the steps (0.95); `average-rows`, the rows are its too (a second pass of the encoder); `half`,
-`full`, a control variate: the change of the drawn rows, fresh less old, stands for that of all M tiles half way, or M/T times (dreslcl: for
-the T alone). One OUT for each WAYS.
+WAYS, with commas between: `plain`, as it is; `clean`, rows from tiles without augmentation (a second pass of the encoder); `moments`,
+the bank's rows and sums moved and scaled, dimension by dimension, as the step's old rows turned into its fresh features; `average`, the
+model that is kept is a moving average over the steps (0.95); `average-rows`, the rows are its too (a second pass of the encoder);
+`half`, `full`, a control variate: the change of the drawn rows, fresh less old, stands for that of all M tiles half way, or M/T times
+(dreslcl: for the T alone). One OUT for each WAYS.
 
 metrics.csv gets three more columns: `shift`, the length of the mean change of a slide's drawn rows; `change`, the root mean square of
 what is left of it; `spread`, that of the rows about their mean.
