@@ -110,7 +110,6 @@ class Rest:
     used: Integer[np.ndarray, "g"]  # the blocks that this step uses
     sums: Float[Tensor, "K D"]  # of the tiles used
     counts: Float[Tensor, "K"]  # of the tiles used
-    left_out: Float[Tensor, ""]  # how much the tiles weigh that are not used
 
     def rows(self) -> tuple[Float16[np.ndarray, "n D"], Float16[np.ndarray, "n"]]:
         """Features and weights of the tiles used, for an aggregator that needs them: reads O(M) rows."""
@@ -265,8 +264,7 @@ class MemoryBank:
         gone = counts <= 1e-6 * torch.from_numpy(found.counts)
         sums[gone] = counts[gone] = 0  # no rounding noise where nothing is left
         total = found.tiles * found.mean - old.sum(0, dtype=np.float32)
-        kept = sums[used].sum(0), counts[used].sum(0)
-        return Rest(found, tiles, old, found.step[tiles], total, (sums, counts), used, *kept, counts.sum() - kept[1].sum())
+        return Rest(found, tiles, old, found.step[tiles], total, (sums, counts), used, sums[used].sum(0), counts[used].sum(0))
 
     def write(
         self, rest: Rest, features: Float[np.ndarray, "T D"], codes: UInt16[np.ndarray, "n"], weights: Float16[np.ndarray, "n"], step: int

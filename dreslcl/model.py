@@ -81,11 +81,6 @@ class Bag:
         rows, weights = (tuple(map(torch.cat, zip(*pair))) for pair in ((self.rows, other.rows), (self.weights, other.weights)))
         return Bag(self.sums + other.sums, self.counts + other.counts, rows, weights)
 
-    def times(self, factor: Float[Tensor, "B"]) -> "Bag":
-        """The same with each slide's tiles weighing `factor` times as much."""
-        weights = tuple(w * f for w, f in zip(self.weights, factor))
-        return Bag(self.sums * factor[:, None, None], self.counts * factor[:, None], self.rows, weights)
-
 
 # aggregators
 

@@ -455,9 +455,7 @@ def compute_loss(run: Run, samples: Sequence[SlideSample], fresh: Fresh, plan: P
     """The loss over all ranks' slides, measurements, and all z (B, E)."""
     group, model, sizes = run.group, run.model, [len(members) for members in plan]
     first, second, rest, others = make_bags(run, samples, fresh)
-    drawn = first + second
-    stands_for = 1 + torch.stack([s.rest.left_out for s in samples]).to(fresh.weights) / drawn.counts.detach().sum(1)
-    whole = drawn.times(stands_for) + rest
+    whole = first + second + rest
     z, u = group.gather_rows(model.aggregator(whole), sizes), group.gather_rows(report_vectors(run, samples), sizes)
     reports = torch.tensor([run.cohort.members[i].report for members in plan for i in members]).to(run.device)
     scale, view_scale = (group.own_share(log_scale).exp() for log_scale in (model.logit_scale, model.view_scale))

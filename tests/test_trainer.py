@@ -148,16 +148,6 @@ def test_the_two_views_are_the_drawn_tiles_and_the_rest_or_halves_where_the_rest
         assert loss.item() == pytest.approx(a.item() + 0.7 * b.item(), rel=1e-6, abs=1e-6)  # even weights add nothing
 
 
-def test_a_drawn_tile_stands_for_those_left_out(cohort, tmp_path, monkeypatch):
-    run, seen = open_run(cohort, tmp_path, changed(bank_share=0.5, view_weight=0.0), gate=False), []
-    monkeypatch.setattr(run.model.aggregator, "forward", lambda bag: seen.append(bag) or torch.ones(len(bag.counts), run.model.joint_dim))
-    samples, plan = first_step(run)
-    trainer.compute_loss(run, samples, trainer.encode_samples(run, samples, plan), plan)
-    assert any(s.rest.left_out for s in samples)
-    sizes = torch.tensor([float(cohort.members[s.member].tiles) for s in samples])
-    torch.testing.assert_close(seen[0].counts.sum(1), sizes)
-
-
 def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, monkeypatch, spy):
     run = open_run(cohort, tmp_path, gate=False)
     for m in range(len(cohort)):

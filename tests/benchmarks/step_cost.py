@@ -80,9 +80,8 @@ class Step:
         codes, weights = nearest_codeword(fresh, words), self.aggregator.weigh(fresh)
         sums, counts = residual_sums(fresh, codes, words, weights=weights, part_of=torch.from_numpy(part), parts=2 * B)
         drawn, beside = Bag(sums[:B], counts[:B]), Bag(sums[B:], counts[B:])
-        stands_for = 1 + torch.stack([rest.left_out for rest in rests]) / drawn.counts.detach().sum(1)
         stored = Bag(torch.stack([rest.sums for rest in rests]), torch.stack([rest.counts for rest in rests]))
-        self.aggregator(drawn.times(stands_for) + beside + stored)[:, 0].sum().backward()
+        self.aggregator(drawn + beside + stored)[:, 0].sum().backward()
         ends = np.cumsum([len(r) for r in rows])[:-1]
         kinds = (codes.numpy().astype(np.uint16), weights.detach().half().numpy())
         for rest, new, found, weight in zip(rests, encoded, *(np.split(kind, ends) for kind in kinds)):
