@@ -56,8 +56,8 @@ def change_of_all(run, samples, fresh):
     sums, counts = (torch.cat(kind) for kind in zip(*old))
     times = torch.tensor([s.rest.slide.tiles / size - 1 for s, size in zip(samples, sizes)]).to(words) * (0.5 if "half" in WAYS else 1)
     drawn = first + second
-    change = Bag(drawn.sums - sums, drawn.counts - counts).times(times)
-    return first, second, Bag(rest.sums + change.sums, (rest.counts + change.counts).clamp(min=0)), others
+    sums, counts = rest.sums + times[:, None, None] * (drawn.sums - sums), rest.counts + times[:, None] * (drawn.counts - counts)
+    return first, second, Bag(sums, counts.clamp(min=0)), others
 
 
 def write_other(run, samples, fresh, values):

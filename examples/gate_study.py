@@ -5,10 +5,9 @@
 WAYS, with commas between: `plain`, as it is; `raw`, the gate sees tiles as long as they are; `rate=R`, the gate's learning rate over
 `lr` (dreslcl: 10); `even=L`, L times `unevenness` is added to the loss (dreslcl: 0.1); `bound=B`, of the log of a weight (dreslcl: 5);
 `drawn=N`, tiles drawn of a slide with the encoder at rest (dreslcl: half, up to 1,024); `beside=N`, rows weighed anew beside them
-(dreslcl: 128 where the encoder learns, else 0, so `drawn=16,beside=128` is what a learning encoder's gate sees); `alone`, the drawn
-tiles do not stand for those that a step leaves out; `pull`, they do so in the gradient alone; `rows`, all tiles carry the gate's
-gradient, read anew at each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its own; `moments`, the
-same with a second token for each codeword, from the deviation of its residuals. One OUT for each WAYS.
+(dreslcl: 512 where the encoder learns, else 0, so `drawn=16,beside=512` is what a learning encoder's gate sees); `rows`, all tiles
+carry the gate's gradient, read anew at each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its
+own; `moments`, the same with a second token for each codeword, from the deviation of its residuals. One OUT for each WAYS.
 """
 
 import sys
@@ -64,20 +63,9 @@ class AllRows(ResidualAggregator):
         return super().forward(Bag(torch.cat(sums), torch.cat(counts)))
 
 
-def changed(rest, beside=None, alone=False):
-    """MemoryBank.rest with so many rows beside the drawn ones; `alone`: it tells of no tiles left out."""
-
-    def rest_changed(self, slide, drawn, share, rng, usual=0):
-        found = rest(self, slide, drawn, share, rng, usual if beside is None else beside)
-        return replace(found, left_out=torch.zeros(())) if alone else found
-
-    return rest_changed
-
-
-def pulled(self, factor):
-    """Bag.times in its gradient alone."""
-    sums, counts = ((f.view(-1, *[1] * (x.ndim - 1)), x) for f, x in ((factor, self.sums), (factor, self.counts)))
-    return Bag(*(x + (f - 1) * (x - x.detach()) for f, x in (sums, counts)), self.rows, self.weights)
+def rows_beside(number, rest=MemoryBank.rest):
+    """MemoryBank.rest with so many rows beside the drawn ones."""
+    return lambda self, slide, drawn, share, rng, beside=0: rest(self, slide, drawn, share, rng, number)
 
 
 if __name__ == "__main__":
@@ -89,11 +77,7 @@ if __name__ == "__main__":
         elif name == "drawn":
             trainer.ROWS_AT_REST = int(value)
         elif name == "beside":
-            MemoryBank.rest = changed(MemoryBank.rest, beside=int(value))
-        elif name == "alone":
-            MemoryBank.rest = changed(MemoryBank.rest, alone=True)
-        elif name == "pull":
-            Bag.times = pulled
+            MemoryBank.rest = rows_beside(int(value))
         elif name == "even":
             trainer.EVEN = float(value)
         elif name == "rate":
