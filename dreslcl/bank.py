@@ -16,7 +16,7 @@ rows are there (one may be half old, half new), and a slide without the present 
 it is next used. So it is with a new codebook. Power loss keeps no order: delete the bank then.
 
 Size, planned for 3·10⁸ rows of D = 384 in 30,000 slides, K = 32: 2·D + 8 = 776 bytes a row = 233 GB, sums 32·K·(D + 1) = 394 kB a slide
-= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk, and up to 512 beside them in runs of 16, to be weighed anew.
+= 12 GB. A step reads T rows a slide, 4 kB each from a cold disk, and up to 448 beside them in runs of 16, to be weighed anew.
 """
 
 import json
@@ -252,9 +252,9 @@ class MemoryBank:
         count = int(wanted) + int(rng.random() < wanted % 1)
         used = np.sort(rng.choice(BLOCKS, count, replace=False))
         tiles = drawn
-        if beside:
-            runs = -(-found.tiles // RUN)
-            runs = rng.permutation(runs if runs <= beside else np.unique(rng.integers(runs, size=beside)))
+        if beside and count:
+            runs, needed = -(-found.tiles // RUN), -(-beside * BLOCKS // (RUN * count))  # of a run the rows of the blocks used
+            runs = rng.permutation(runs) if runs <= needed else rng.choice(runs, needed, replace=False)
             some = (runs[:, None] * RUN + np.arange(RUN)).ravel()
             some = some[(some < found.tiles) & np.isin(block_of(some), used) & ~np.isin(some, drawn)]
             tiles = np.concatenate([drawn, some[:beside]])

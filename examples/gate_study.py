@@ -5,7 +5,7 @@
 WAYS, with commas between: `plain`, as it is; `raw`, the gate sees tiles as long as they are; `rate=R`, the gate's learning rate over
 `lr` (dreslcl: 10); `even=L`, L times `unevenness` is added to the loss (dreslcl: 0.1); `bound=B`, of the log of a weight (dreslcl: 5);
 `drawn=N`, tiles drawn of a slide with the encoder at rest (dreslcl: half, up to 1,024); `beside=N`, rows weighed anew beside them
-(dreslcl: 512 where the encoder learns, else 0, so `drawn=16,beside=512` is what a learning encoder's gate sees); `rows`, all tiles
+(dreslcl: 448 where the encoder learns, else 0, so `drawn=16,beside=448` is what a learning encoder's gate sees); `rows`, all tiles
 carry the gate's gradient, read anew at each step as attention pooling does; `heads=H`, the same with H gates, each with sums of its
 own; `moments`, the same with a second token for each codeword, from the deviation of its residuals. One OUT for each WAYS.
 """
