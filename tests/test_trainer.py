@@ -11,7 +11,7 @@ from folders import sums_of, torchrun
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dreslcl import trainer
-from dreslcl.bank import SlideFile
+from dreslcl.bank import SlideFile, block_of
 from dreslcl.cohort import Cohort
 from dreslcl.common import ConfigError, DreslclError, SlideError, StoreError, hashed, read_table
 from dreslcl.config import EncoderConfig, ModelConfig, RunConfig, TrainConfig
@@ -146,6 +146,15 @@ def test_the_two_views_are_the_drawn_tiles_and_the_rest_or_halves_where_the_rest
         expected = vector(seconds, others) if len(seconds) + len(others) else one
         torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
         assert loss.item() == pytest.approx(a.item() + 0.7 * b.item(), rel=1e-6, abs=1e-6)  # even weights add nothing
+
+
+def test_drawn_tiles_and_the_others_used_count_once(cohort, tmp_path, monkeypatch):
+    run, seen = open_run(cohort, tmp_path, changed(bank_share=0.5, view_weight=0.0), gate=False), []
+    monkeypatch.setattr(run.model.aggregator, "forward", lambda bag: seen.append(bag) or torch.ones(len(bag.counts), run.model.joint_dim))
+    samples, plan = first_step(run)
+    trainer.compute_loss(run, samples, trainer.encode_samples(run, samples, plan), plan)
+    used = [np.isin(block_of(np.setdiff1d(np.arange(s.rest.slide.tiles), s.tiles)), s.rest.used).sum() for s in samples]
+    assert seen[0].counts.sum(1).tolist() == [len(s.tiles) + n for s, n in zip(samples, used)]
 
 
 def test_a_step_reads_old_rows_once_and_writes_the_fresh_ones(cohort, tmp_path, monkeypatch, spy):
