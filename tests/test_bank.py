@@ -132,6 +132,16 @@ def test_bank_share_is_the_share_of_the_other_tiles_that_is_used(make_bank, tile
         assert used.std() < 0.1 + 1 / BLOCKS, "and no step far from it"
 
 
+@pytest.mark.parametrize("tiles", [76, 700, 5000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_rows_beside_the_drawn_ones_are_about_as_many_as_asked_for_where_there_are_so_many(make_bank, tiles, share):
+    bank, rng, drawn = make_bank({"a": tiles}), np.random.default_rng(1), np.arange(16)
+    for _ in range(30):
+        rest = bank.rest("a", drawn, share, rng, 200)
+        there = np.isin(block_of(np.arange(16, tiles)), rest.used).sum()
+        assert 0.8 * min(200, there) <= len(rest.tiles) - 16 <= min(200, there)
+
+
 def test_blocks_are_even_also_among_few_tiles():
     for tiles in (16, 76, 1000):
         sizes = np.bincount(block_of(np.arange(tiles)), minlength=BLOCKS)
