@@ -21,7 +21,7 @@ from dreslcl import model, trainer
 from dreslcl.bank import MemoryBank
 from dreslcl.model import Aggregator, Bag, ResidualAggregator, nearest_codeword, residual_sums
 
-WAYS = dict((way.partition("=")[::2]) for way in sys.argv.pop(1).split(","))
+WAYS = dict(way.partition("=")[::2] for way in sys.argv.pop(1).split(","))
 
 
 class AllRows(ResidualAggregator):
